@@ -1,0 +1,92 @@
+"""What the scheduler decides, as plain data, and what the runner answers. No torch here.
+
+A batch is applied in the order of its fields: freed slots, admitted sequences, block maps, rows. The
+runner executes batches strictly in the order in which they were launched, so everything that step N
+does to a slot has happened before step N+1 touches it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from penstock.protocol.errors import ErrorInfo
+from penstock.protocol.request import Constraint, SamplingParams
+from penstock.protocol.tokens import TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True)
+class NewSequence:
+    """A sequence takes a slot. `token_ids` are all known ids (prompt, then output so far)."""
+
+    slot: int
+    token_ids: list[int]
+    num_prompt_tokens: int
+    sampling: SamplingParams
+    choice: int = 0
+    constraint: Constraint | None = None
+    adapter: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BlockMap:
+    """Block `index` of the slot's virtual range is the physical block `block` from now on."""
+
+    slot: int
+    index: int
+    block: int
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRow:
+    """Compute positions [start, start + num_tokens) of the sequence in `slot`.
+
+    The token ids are in the runner's own table: those of `NewSequence`, and each sampled id, which
+    the runner writes at its position as soon as it is drawn (before the host has seen it).
+    `samples`: draw the token at position start + num_tokens from the last row of logits.
+    `prompt_logprobs`: report log-probabilities of the prompt tokens at positions
+    start + 1 ... start + num_tokens that lie inside the prompt.
+    """
+
+    slot: int
+    start: int
+    num_tokens: int
+    samples: bool
+    prompt_logprobs: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    step: int
+    rows: list[BatchRow]
+    freed_slots: list[int] = field(default_factory=list)
+    admitted: list[NewSequence] = field(default_factory=list)
+    maps: list[BlockMap] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(row.num_tokens for row in self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class RowResult:
+    """`ids` is empty when the row did not sample. An `error` ends that sequence alone."""
+
+    slot: int
+    ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    error: ErrorInfo | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Answers one batch; `rows` stand in the order of `batch.rows`.
+
+    `error` is set when the whole step failed: no row produced anything, and KV written by the step
+    must not be trusted.
+    """
+
+    step: int
+    rows: list[RowResult]
+    compute_s: float = 0.0
+    error: ErrorInfo | None = None

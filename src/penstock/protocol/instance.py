@@ -1,0 +1,163 @@
+"""Instances and services as each other sees them: cards, load, attachment, roles, life."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from penstock.protocol.kv import KvLayout
+
+Role = Literal["any", "encode", "prefill", "decode", "prefill_to_decode", "decode_to_prefill"]
+
+
+class CostModel(msgspec.Struct, frozen=True):
+    """Step time, fitted on this very instance, never a constant of ours.
+
+    step_s = base_s + per_token_s * new_tokens + per_row_s * rows
+             + per_context_token_s * sum over rows of (context tokens read)
+             + per_attention_s * sum over rows of (new tokens * context tokens)
+    `residual_s` is the mean absolute error over the last steps; `num_steps` how many were seen.
+    """
+
+    base_s: float = 0.0
+    per_token_s: float = 0.0
+    per_row_s: float = 0.0
+    per_context_token_s: float = 0.0
+    per_attention_s: float = 0.0
+    residual_s: float = 0.0
+    num_steps: int = 0
+
+
+class InstanceCard(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What an instance is, as it says when a service attaches."""
+
+    name: str
+    incarnation: int
+    pid: int
+    model: str
+    model_digest: str
+    vocab_size: int
+    max_model_len: int
+    dtype: str
+    device: str
+    layout: KvLayout
+    num_blocks: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    endpoints: dict[str, str] = {}
+    can: tuple[str, ...] = ()
+    cost: CostModel = CostModel()
+    #: Names of the kernels in use, e.g. {"attention": "cpu-native", "linear": "onednn-packed"}.
+    kernels: dict[str, str] = {}
+
+
+class Attach(msgspec.Struct, frozen=True, tag="attach"):
+    """A service introduces itself. A newer incarnation of the same service replaces the old one,
+    whose sequences are freed."""
+
+    service: str
+    incarnation: int
+    protocol_version: int
+
+
+class Attached(msgspec.Struct, frozen=True, tag="attached"):
+    card: InstanceCard
+    protocol_version: int
+    role: Role = "any"
+    epoch: int = 0
+
+
+class Detach(msgspec.Struct, frozen=True, tag="detach"):
+    """The service leaves; whatever it still has running is freed."""
+
+    service: str
+    incarnation: int
+
+
+class Resync(msgspec.Struct, frozen=True, tag="resync"):
+    """Ask for a `Snapshot`."""
+
+
+class LiveRequest(msgspec.Struct, frozen=True, array_like=True):
+    request_id: str
+    attempt: int
+    num_output_tokens: int
+
+
+class Snapshot(msgspec.Struct, frozen=True, tag="snapshot"):
+    """The sequences this service has here, and every key in the cache as of `kv_number`."""
+
+    instance: str
+    incarnation: int
+    requests: list[LiveRequest]
+    kv_number: int
+    keys: bytes
+
+
+class Load(msgspec.Struct, frozen=True, tag="load"):
+    """Heartbeat: sent from a thread that compute cannot starve, at every interval.
+
+    `step` and `step_end_in_s` (predicted, from the sending on; 0 when idle) let a service tell a
+    long step from a death.
+    """
+
+    instance: str
+    incarnation: int
+    number: int
+    step: int
+    step_end_in_s: float
+    waiting: dict[str, int]  # by request class
+    running: dict[str, int]
+    waiting_tokens: int
+    running_tokens: int
+    kv_blocks_used: int
+    kv_blocks_cached: int
+    kv_blocks_total: int
+    preemptions: int
+    prefix_hit_tokens: int
+    prefix_query_tokens: int
+    steps: int
+    cost: CostModel
+    role: Role = "any"
+    epoch: int = 0
+    draining: bool = False
+
+
+class Assign(msgspec.Struct, frozen=True, tag="assign"):
+    role: Role
+    epoch: int
+
+
+class Assigned(msgspec.Struct, frozen=True, tag="assigned"):
+    instance: str
+    role: Role
+    epoch: int
+
+
+class Drain(msgspec.Struct, frozen=True, tag="drain"):
+    """Take nothing new; finish what runs."""
+
+
+class Sleep(msgspec.Struct, frozen=True, tag="sleep"):
+    level: int = 1
+
+
+class Wake(msgspec.Struct, frozen=True, tag="wake"):
+    pass
+
+
+class LoadWeights(msgspec.Struct, frozen=True, tag="load_weights"):
+    source: str
+
+
+class Probe(msgspec.Struct, frozen=True, tag="probe"):
+    nonce: int
+
+
+class Probed(msgspec.Struct, frozen=True, tag="probed"):
+    instance: str
+    incarnation: int
+    nonce: int
+    #: True once this incarnation has produced a real token.
+    ready: bool
