@@ -1,0 +1,132 @@
+"""Settings of one engine instance. Plain data: no torch, so that the command line may import it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from penstock.protocol.errors import ConfigError, NotEnoughMemory
+from penstock.protocol.kv import BLOCK_TOKENS
+
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+Device = Literal["auto", "cpu", "cuda"]
+LoadFormat = Literal["auto", "dummy"]
+
+GIB = 1 << 30
+
+#: On a CPU decode is bound by memory bandwidth up to a few dozen rows and by arithmetic after that:
+#: more rows would add latency and no throughput. A GPU's ridge lies higher. vLLM has 256 for both.
+DEFAULT_MAX_NUM_SEQS = {"cpu": 64, "cuda": 256}
+#: A step's worth of prefill. On a CPU 2048 tokens already saturate the matrix units, and a larger
+#: step only makes the streams beside it wait longer for their next token.
+DEFAULT_MAX_NUM_BATCHED_TOKENS = {"cpu": 2048, "cuda": 8192}
+#: The KV pool when no flag says otherwise: at most this on a CPU (as vLLM's CPU backend has it),
+#: and never more than this share of the memory that is free when the weights are in.
+DEFAULT_KV_CACHE_BYTES_CPU = 4 * GIB
+DEFAULT_KV_SHARE_CPU = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """How one instance runs a model. None means: decided from the model and the device.
+
+    `model` is a folder, a hub id or `toy` (see `penstock.checkpoint.resolve`). Of `num_blocks` and
+    `kv_cache_bytes` the first wins. `num_threads` is for CPU kernels; None leaves it to torch.
+    """
+
+    model: str
+    revision: str | None = None
+    dtype: Dtype = "auto"
+    device: Device = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    kv_cache_bytes: int | None = None
+    num_blocks: int | None = None
+    #: Share of a GPU's memory for weights and KV together (vLLM's gpu_memory_utilization).
+    gpu_memory_utilization: float = 0.9
+    enable_prefix_caching: bool = True
+    load_format: LoadFormat = "auto"
+    #: Of the random weights of load_format "dummy"; requests bring seeds of their own.
+    seed: int = 0
+    attention_backend: str = "auto"
+    kv_memory: Literal["auto", "xtensor", "plain"] = "auto"
+    #: torch.compile of the decoder blocks (CPU) and CUDA graphs; `enforce_eager` turns both off.
+    enforce_eager: bool = False
+    num_threads: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_bytes",
+                     "num_blocks", "num_threads"):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}")
+        if not 0.0 < self.gpu_memory_utilization <= 1.0:
+            raise ConfigError(
+                f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}"
+            )
+
+    def for_device(self, device_type: Literal["cpu", "cuda"]) -> EngineConfig:
+        """A copy with the limits filled in that depend on the device alone."""
+        max_num_seqs = self.max_num_seqs or DEFAULT_MAX_NUM_SEQS[device_type]
+        max_num_batched_tokens = self.max_num_batched_tokens or max(
+            DEFAULT_MAX_NUM_BATCHED_TOKENS[device_type], max_num_seqs
+        )
+        if max_num_batched_tokens < max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens ({max_num_batched_tokens}) is less than max_num_seqs "
+                f"({max_num_seqs}): a step could not give every running sequence one token"
+            )
+        return replace(
+            self,
+            device=device_type,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerConfig:
+    """One engine instance as a process: who it is, and where services find it."""
+
+    engine: EngineConfig
+    #: Where to listen: `ipc:///path`, `tcp://127.0.0.1:port`, or `memory://name`.
+    address: str
+    name: str = "engine-0"
+    #: Grows with every start of the same name; services drop what an older one sent.
+    incarnation: int = 1
+    #: End when this process is gone (the service that started the worker); None: never.
+    parent_pid: int | None = None
+    log_level: str = "info"
+
+
+def kv_blocks_cpu(
+    config: EngineConfig, *, block_bytes: int, max_model_len: int, available_bytes: int
+) -> int:
+    """How many KV blocks a CPU instance gets.
+
+    The flags decide if given. Else: what the budget holds, but no more than every slot could use.
+    `available_bytes` is the memory that is free once the weights are in. Raises `NotEnoughMemory`
+    if a single sequence of `max_model_len` tokens would not fit.
+    """
+    needed = -(-max_model_len // BLOCK_TOKENS)
+    if config.num_blocks is not None:
+        num_blocks = config.num_blocks
+    elif config.kv_cache_bytes is not None:
+        num_blocks = config.kv_cache_bytes // block_bytes
+    else:
+        budget = min(DEFAULT_KV_CACHE_BYTES_CPU, int(available_bytes * DEFAULT_KV_SHARE_CPU))
+        max_num_seqs = config.max_num_seqs or DEFAULT_MAX_NUM_SEQS["cpu"]
+        num_blocks = min(budget // block_bytes, needed * max_num_seqs)
+    if num_blocks * block_bytes > available_bytes:
+        raise NotEnoughMemory(
+            f"the KV cache asks for {num_blocks * block_bytes / GIB:.2f} GiB and "
+            f"{available_bytes / GIB:.2f} GiB are free: lower --kv-cache-memory-bytes"
+        )
+    if num_blocks < needed:
+        raise NotEnoughMemory(
+            f"the KV cache holds {num_blocks * BLOCK_TOKENS} tokens "
+            f"({num_blocks * block_bytes / GIB:.2f} GiB), fewer than max_model_len = "
+            f"{max_model_len}: lower --max-model-len or raise --kv-cache-memory-bytes"
+        )
+    return num_blocks
