@@ -59,6 +59,8 @@ class Attach(msgspec.Struct, frozen=True, tag="attach"):
     service: str
     incarnation: int
     protocol_version: int
+    #: Ask for `KvEvents`; a service without a KV index saves itself the traffic.
+    kv_events: bool = False
 
 
 class Attached(msgspec.Struct, frozen=True, tag="attached"):

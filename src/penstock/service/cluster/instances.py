@@ -1,0 +1,78 @@
+"""Instances as the service sees them: their life, their load, and who runs where."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from penstock.protocol.instance import InstanceCard, Load
+from penstock.service.journal import Entry
+from penstock.service.policies.routing import ClusterView
+
+#: connecting: known, not attached yet · active: takes work · suspect: silent, takes no new work ·
+#: lost: its sequences have been placed elsewhere or wait for an instance
+InstanceState = Literal["connecting", "active", "suspect", "lost"]
+
+
+@dataclass(slots=True)
+class Instance:
+    name: str
+    state: InstanceState = "connecting"
+    card: InstanceCard | None = None
+    load: Load | None = None
+    heard_s: float = 0.0
+    attach_sent_s: float = -1e9
+    #: Number of the last `Tokens` message taken in, and the last one acknowledged by a Credit.
+    tokens_seen: int = 0
+    tokens_credited: int = 0
+    resync_sent_s: float | None = None
+    #: Prompt tokens whose sequences have had no token yet, and sequences that have.
+    queued_tokens: int = 0
+    running: int = 0
+    entries: dict[str, Entry] = field(default_factory=dict)
+
+    @property
+    def incarnation(self) -> int:
+        return self.card.incarnation if self.card else 0
+
+    def place(self, entry: Entry) -> None:
+        entry.instance = self.name
+        entry.queued_tokens = entry.num_tokens
+        self.entries[entry.key] = entry
+        self.queued_tokens += entry.queued_tokens
+
+    def started(self, entry: Entry) -> None:
+        """The first token of this placement has come."""
+        self.queued_tokens -= entry.queued_tokens
+        self.running += 1
+        entry.queued_tokens = 0
+
+    def unplace(self, entry: Entry) -> None:
+        del self.entries[entry.key]
+        if entry.queued_tokens:
+            self.queued_tokens -= entry.queued_tokens
+        else:
+            self.running -= 1
+        entry.instance = None
+        entry.queued_tokens = 0
+
+
+def view_of(instances: Iterable[Instance]) -> ClusterView:
+    """The active instances as arrays for the policies."""
+    active = [i for i in instances if i.state == "active"]
+    costs = [i.load.cost if i.load else None for i in active]
+
+    def column(values: list[float]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+        return np.array(values, dtype=np.float64)
+
+    return ClusterView(
+        names=tuple(i.name for i in active),
+        queued_tokens=column([float(i.queued_tokens) for i in active]),
+        running=column([float(i.running) for i in active]),
+        base_s=column([c.base_s if c else 0.0 for c in costs]),
+        per_token_s=column([c.per_token_s if c else 0.0 for c in costs]),
+        per_row_s=column([c.per_row_s if c else 0.0 for c in costs]),
+    )

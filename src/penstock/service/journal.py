@@ -1,0 +1,96 @@
+"""The journal: all that is needed to resume a sequence on any instance, from where it stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from penstock.protocol.kv import BLOCK_TOKENS, KEY_BYTES, block_keys, next_key, root_key
+from penstock.protocol.request import Constraint, RequestClass, SamplingParams
+from penstock.service.policies.routing import Decision
+
+
+@dataclass(slots=True)
+class Entry:
+    """One live sequence (one choice of a request)."""
+
+    key: str
+    request_id: str
+    choice: int
+    prompt_ids: list[int]
+    sampling: SamplingParams
+    constraint: Constraint | None
+    request_class: RequestClass
+    priority: int
+    cache_salt: str
+    accepted_s: float
+    deadline_s: float | None = None
+    #: Output tokens so far. Those already handed out never change.
+    emitted: list[int] = field(default_factory=list)
+    attempt: int = 0
+    instance: str | None = None
+    #: Tokens that count as queued on the instance until its first token comes.
+    queued_tokens: int = 0
+    submitted_s: float = 0.0
+    progress_s: float = 0.0
+    attempts_without_progress: int = 0
+    #: Since when the sequence has had no instance; None while it has one.
+    homeless_since_s: float | None = None
+    prompt_logprobs_done: int = 1  # the next prompt position to report; 0 never has one
+    cached_tokens: int | None = None
+    decision: Decision | None = None
+    _keys: bytearray = field(default_factory=bytearray)
+    _keys_digest: str = ""
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_ids) + len(self.emitted)
+
+    def block_keys(self, model_digest: str) -> bytes:
+        """Keys of all whole blocks of prompt and emitted tokens; only new blocks are hashed."""
+        root = root_key(model_digest, salt=self.cache_salt)
+        if not self._keys or self._keys_digest != model_digest:
+            self._keys = bytearray(block_keys(root, self.prompt_ids))
+            self._keys_digest = model_digest
+        done = len(self._keys) // KEY_BYTES
+        if (done + 1) * BLOCK_TOKENS <= self.num_tokens:
+            ids = self.prompt_ids + self.emitted
+            parent = bytes(self._keys[-KEY_BYTES:]) or root
+            for start in range(
+                done * BLOCK_TOKENS, len(ids) - BLOCK_TOKENS + 1, BLOCK_TOKENS
+            ):
+                parent = next_key(parent, ids[start : start + BLOCK_TOKENS])
+                self._keys += parent
+        return bytes(self._keys)
+
+
+class Journal:
+    """Live entries by key, in the order of acceptance. Bounded by admission."""
+
+    def __init__(self) -> None:
+        self._entries: dict[str, Entry] = {}
+        self._by_request: dict[str, dict[int, Entry]] = {}
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self._entries.values())
+
+    def get(self, key: str) -> Entry | None:
+        return self._entries.get(key)
+
+    def of_request(self, request_id: str) -> list[Entry]:
+        return list(self._by_request.get(request_id, {}).values())
+
+    def add(self, entry: Entry) -> None:
+        assert entry.key not in self._entries
+        self._entries[entry.key] = entry
+        self._by_request.setdefault(entry.request_id, {})[entry.choice] = entry
+
+    def remove(self, entry: Entry) -> None:
+        del self._entries[entry.key]
+        siblings = self._by_request[entry.request_id]
+        del siblings[entry.choice]
+        if not siblings:
+            del self._by_request[entry.request_id]
