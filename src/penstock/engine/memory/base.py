@@ -19,20 +19,66 @@ class KvMemory(Protocol):
     num_blocks: int
     #: Bytes from one block of a sequence to the next: layout.block_bytes rounded up to the page.
     block_stride_bytes: int
+    device: torch.device
 
     def map(self, slot: int, index: int, block: int) -> None:
         """Put physical `block` at position `index` of the slot's range (idempotent)."""
 
     def free_slot(self, slot: int) -> None:
-        """The slot's sequence has ended. Mappings may be kept for reuse; contents may not be read."""
+        """The slot's sequence has ended. Its mappings may be kept, its contents not be read."""
 
     def base(self, slot: int) -> int:
         """Address of the slot's range."""
 
     def slot_blocks(self, slot: int, num_blocks: int) -> torch.Tensor:
-        """The first blocks of a slot as a view [num_blocks, layer, 2, kv_head, token, dim]."""
+        """The first blocks of a slot [num_blocks, layer, 2, kv_head, token, dim]: a view where the
+        memory is virtually contiguous, otherwise a copy (then use `write` and `read`)."""
+
+    def pool_blocks(self) -> torch.Tensor:
+        """What every physical block holds [num_blocks, layer, 2, kv_head, token, dim]."""
+
+    def write(
+        self, slot: int, start: int, layer: int, k_TGD: torch.Tensor, v_TGD: torch.Tensor
+    ) -> None:
+        """Store keys and values at positions [start, start + T). For the clear, not the fast."""
+
+    def read(self, slot: int, num_tokens: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of positions [0, num_tokens) as k_GSD, v_GSD."""
 
     def check(self) -> None:
         """Assert that what is mapped is what was asked for."""
 
     def close(self) -> None: ...
+
+
+class ContiguousAccess:
+    """`write` and `read` for memories whose `slot_blocks` is a view."""
+
+    def slot_blocks(self, slot: int, num_blocks: int) -> torch.Tensor:
+        raise NotImplementedError
+
+    def write(
+        self, slot: int, start: int, layer: int, k_TGD: torch.Tensor, v_TGD: torch.Tensor
+    ) -> None:
+        positions = torch.arange(start, start + len(k_TGD))
+        blocks_NLCGBD = self._covering(slot, start + len(k_TGD))
+        block_tokens = blocks_NLCGBD.shape[4]
+        index, offset = positions // block_tokens, positions % block_tokens
+        blocks_NLCGBD[:, layer, 0][index, :, offset] = k_TGD
+        blocks_NLCGBD[:, layer, 1][index, :, offset] = v_TGD
+
+    def read(self, slot: int, num_tokens: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return tokens_in_order(self._covering(slot, num_tokens)[:, layer], num_tokens)
+
+    def _covering(self, slot: int, num_tokens: int) -> torch.Tensor:
+        block_tokens = self.slot_blocks(slot, 1).shape[4]
+        return self.slot_blocks(slot, -(-num_tokens // block_tokens))
+
+
+def tokens_in_order(
+    blocks_NCGBD: torch.Tensor, num_tokens: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One layer's blocks [n, 2, kv_head, token, dim] as k_GSD and v_GSD."""
+    num_blocks, _, heads, block_tokens, dim = blocks_NCGBD.shape
+    flat = blocks_NCGBD.permute(1, 2, 0, 3, 4).reshape(2, heads, num_blocks * block_tokens, dim)
+    return flat[0, :, :num_tokens], flat[1, :, :num_tokens]

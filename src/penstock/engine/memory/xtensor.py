@@ -1,0 +1,250 @@
+"""xTensor memory on a CPU: virtually contiguous sequences over one pool of physical blocks.
+
+The pool is a memfd with all its pages present from the start. Each slot reserves an address range
+as long as the longest sequence; `map` lays a block of the memfd over its place in that range, so
+that kernels walk a sequence by a constant stride and two slots share a block by mapping it twice.
+The idea is the xLLM technical report's (xTensor); the driver's virtual memory API does on a GPU
+what mmap does here.
+
+A mapping outlives its sequence: blocks tend to come back to the same place, and then `map` costs a
+table lookup instead of a system call. Only when the kernel's limit on mappings of a process
+(vm.max_map_count) comes near are mappings that no live sequence uses taken down.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from penstock.engine.memory.base import ContiguousAccess
+from penstock.engine.memory.sizing import (
+    GIB,
+    HUGE_PAGE_BYTES,
+    available_memory_bytes,
+    block_shape,
+    block_stride_bytes,
+    torch_dtype,
+)
+from penstock.protocol.errors import EngineFailed, NotEnoughMemory
+from penstock.protocol.kv import KvLayout
+
+_UNMAPPED = -1
+_READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
+_PROT_NONE = 0
+# Linux values that Python's mmap module does not name (the same on x86-64 and arm64).
+_MAP_FIXED = 0x10
+_MAP_NORESERVE = 0x4000
+_MAP_POPULATE = 0x8000
+_MADV_HUGEPAGE = 14
+_RESERVE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int64,
+]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_MAP_FAILED = ctypes.c_void_p(-1).value
+
+
+class XTensorMemory(ContiguousAccess):
+    """See `KvMemory`. Raises `NotEnoughMemory` when the pool does not fit the machine.
+
+    `max_mappings` bounds the mappings kept; by default three quarters of vm.max_map_count, which
+    leaves the rest of the process its share.
+    """
+
+    def __init__(
+        self,
+        layout: KvLayout,
+        num_blocks: int,
+        num_slots: int,
+        max_blocks_per_slot: int,
+        *,
+        max_mappings: int | None = None,
+    ) -> None:
+        self.layout = layout
+        self.num_blocks = num_blocks
+        self.device = torch.device("cpu")
+        self.block_stride_bytes = block_stride_bytes(layout)
+        self._num_slots = num_slots
+        self._max_blocks_per_slot = max_blocks_per_slot
+        self._max_mappings = max_mappings or _max_map_count() * 3 // 4
+        self._range_bytes = max_blocks_per_slot * self.block_stride_bytes
+        self._pool_bytes = num_blocks * self.block_stride_bytes
+        #: [slot, index] -> the block that is mapped there, live or left over.
+        self._table = np.full((num_slots, max_blocks_per_slot), _UNMAPPED, dtype=np.int32)
+        #: Blocks at and beyond this index of a slot belong to no live sequence.
+        self._live = [0] * num_slots
+        self._num_mapped = 0
+        self._num_syscalls = 0
+        self._open()
+
+    def _open(self) -> None:
+        self.fd = _prefaulted_memfd(self._pool_bytes)
+        self._pool_base = _mmap(None, self._pool_bytes, _READ_WRITE, mmap.MAP_SHARED, self.fd, 0)
+        self._reserved_bytes = self._num_slots * self._range_bytes
+        self._ranges_base = _mmap(None, self._reserved_bytes, _PROT_NONE, _RESERVE, -1, 0)
+        if self.block_stride_bytes % HUGE_PAGE_BYTES == 0:
+            # Advice only: without shmem huge pages the kernel declines and nothing is lost.
+            _libc.madvise(self._pool_base, self._pool_bytes, _MADV_HUGEPAGE)
+        self._pool = self._view(self._pool_base, self.num_blocks)
+        self._slots = [
+            self._view(self.base(slot), self._max_blocks_per_slot)
+            for slot in range(self._num_slots)
+        ]
+
+    def map(self, slot: int, index: int, block: int) -> None:
+        assert 0 <= block < self.num_blocks, f"block {block} of {self.num_blocks}"
+        if index >= self._live[slot]:
+            self._live[slot] = index + 1
+        mapped = self._table[slot, index]
+        if mapped == block:
+            return
+        if mapped == _UNMAPPED:
+            if self._num_mapped + self._num_slots >= self._max_mappings:
+                self._unmap_stale()
+            self._num_mapped += 1
+        self._table[slot, index] = block
+        self._num_syscalls += 1
+        _mmap(
+            self.base(slot) + index * self.block_stride_bytes,
+            self.block_stride_bytes,
+            _READ_WRITE,
+            mmap.MAP_SHARED | _MAP_FIXED | _MAP_POPULATE,
+            self.fd,
+            block * self.block_stride_bytes,
+        )
+
+    def free_slot(self, slot: int) -> None:
+        self._live[slot] = 0
+
+    def base(self, slot: int) -> int:
+        assert 0 <= slot < self._num_slots, f"slot {slot} of {self._num_slots}"
+        return self._ranges_base + slot * self._range_bytes
+
+    def slot_blocks(self, slot: int, num_blocks: int) -> torch.Tensor:
+        return self._slots[slot][:num_blocks]
+
+    def pool_blocks(self) -> torch.Tensor:
+        """All blocks [num_blocks, layer, 2, kv_head, token, dim], as a view of the pool itself."""
+        return self._pool
+
+    def check(self) -> None:
+        """Compare the table with the kernel's own list of this process's mappings."""
+        actual = self._actual_table()
+        wrong = np.argwhere(actual != self._table)
+        for slot, index in wrong[:1]:
+            raise AssertionError(
+                f"slot {slot} index {index}: block {actual[slot, index]} is mapped, "
+                f"block {self._table[slot, index]} was asked for ({len(wrong)} such places)"
+            )
+        assert self._num_mapped == np.count_nonzero(self._table != _UNMAPPED)
+        for slot, live in enumerate(self._live):
+            assert (self._table[slot, :live] != _UNMAPPED).all(), f"slot {slot} has a hole"
+
+    def close(self) -> None:
+        """Give everything back. Views handed out before must not be touched any more."""
+        if self.fd < 0:
+            return
+        self._slots.clear()
+        del self._pool
+        _libc.munmap(self._ranges_base, self._reserved_bytes)
+        _libc.munmap(self._pool_base, self._pool_bytes)
+        os.close(self.fd)
+        self.fd = -1
+
+    def _unmap_stale(self) -> None:
+        """Lay the empty reservation over everything that no live sequence uses."""
+        for slot, live in enumerate(self._live):
+            mapped = np.flatnonzero(self._table[slot, live:] != _UNMAPPED)
+            if len(mapped) == 0:
+                continue
+            end = live + int(mapped[-1]) + 1
+            _mmap(
+                self.base(slot) + live * self.block_stride_bytes,
+                (end - live) * self.block_stride_bytes,
+                _PROT_NONE,
+                _RESERVE | _MAP_FIXED,
+                -1,
+                0,
+            )
+            self._num_syscalls += 1
+            self._num_mapped -= len(mapped)
+            self._table[slot, live:end] = _UNMAPPED
+
+    def _actual_table(self) -> np.ndarray:
+        """The table as /proc/self/maps tells it; neighbours may have been merged into one line."""
+        actual = np.full_like(self._table, _UNMAPPED)
+        stride, ranges_end = self.block_stride_bytes, self._ranges_base + self._reserved_bytes
+        inode = str(os.fstat(self.fd).st_ino)
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            addresses, _, offset, _, line_inode, *_ = line.split(None, 5)
+            start, end = (int(part, 16) for part in addresses.split("-"))
+            if line_inode != inode or not self._ranges_base <= start < ranges_end:
+                continue
+            place, block = (start - self._ranges_base) // stride, int(offset, 16) // stride
+            count = (end - start) // stride
+            actual.reshape(-1)[place : place + count] = np.arange(block, block + count)
+        return actual
+
+    def _view(self, address: int, num_blocks: int) -> torch.Tensor:
+        dtype, shape = torch_dtype(self.layout.dtype), block_shape(self.layout)
+        num_bytes = num_blocks * self.block_stride_bytes
+        buffer = (ctypes.c_char * num_bytes).from_address(address)
+        flat = torch.frombuffer(buffer, dtype=dtype)
+        stride = self.block_stride_bytes // dtype.itemsize
+        inner = torch.empty(shape, dtype=dtype, device="meta").stride()
+        return flat.as_strided((num_blocks, *shape), (stride, *inner))
+
+
+def _mmap(address: int | None, size: int, prot: int, flags: int, fd: int, offset: int) -> int:
+    found = _libc.mmap(address, size, prot, flags, fd, offset)
+    if found == _MAP_FAILED:
+        code = ctypes.get_errno()
+        if code == errno.ENOMEM:
+            raise EngineFailed(
+                "the kernel has no room for another mapping: raise vm.max_map_count "
+                f"(now {_max_map_count()}) or lower --max-num-seqs"
+            )
+        raise OSError(code, f"mmap of {size} bytes: {os.strerror(code)}")
+    return int(found)
+
+
+def _prefaulted_memfd(size: int) -> int:
+    """An anonymous file with all its pages present, so that no step pays for a first touch."""
+    available = available_memory_bytes()
+    if size > available:
+        raise NotEnoughMemory(
+            f"the KV cache of {size / GIB:.2f} GiB does not fit: {available / GIB:.2f} GiB are "
+            "available. Lower the KV cache size, --max-model-len or --max-num-seqs"
+        )
+    fd = os.memfd_create("penstock-kv", os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(fd, size)
+        os.posix_fallocate(fd, 0, size)
+    except OSError as exc:
+        os.close(fd)
+        raise NotEnoughMemory(
+            f"the KV cache of {size / GIB:.2f} GiB cannot be allocated: {exc.strerror}"
+        ) from exc
+    return fd
+
+
+def _max_map_count() -> int:
+    try:
+        return int(Path("/proc/sys/vm/max_map_count").read_text())
+    except OSError:
+        return 65_530  # the kernel's default

@@ -1,0 +1,81 @@
+"""What a model needs of a device. The defaults are plain torch and run anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional
+
+from penstock.engine.attention import select
+from penstock.engine.attention.base import AttentionBackend, AttentionShape
+from penstock.engine.memory.base import KvMemory
+from penstock.engine.memory.paged import PagedMemory
+from penstock.protocol.kv import KvLayout
+
+#: x_TK -> y_TN, for a weight [N, K].
+Linear = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Platform:
+    """One device kind: its memory, its kernels, and the choice among them."""
+
+    name = "torch"
+    default_dtype = torch.bfloat16
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+
+    def make_linear(
+        self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None = None, *, shared: bool = False
+    ) -> Linear:
+        """The fastest x @ weight.T + bias for this weight.
+
+        The weight may be re-ordered, after which the caller should drop its reference. With
+        `shared` it is used as it stands and not copied, because the caller reads it too: a token
+        embedding that is also the output head.
+        """
+        return lambda x_TK: functional.linear(x_TK, weight_NK, bias_N)
+
+    def rms_norm(self, x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor:
+        """Over the last dimension, in float32, with transformers' order of roundings."""
+        x = x_TH.float()
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+        return weight_H * x.to(x_TH.dtype)
+
+    def silu_mul(self, gate_up_T2I: torch.Tensor) -> torch.Tensor:
+        """silu(gate) * up of [gate | up], side by side in the last dimension. Returns [T, I]."""
+        gate_TI, up_TI = gate_up_T2I.chunk(2, dim=-1)
+        return functional.silu(gate_TI) * up_TI
+
+    def rope_(
+        self, q_THD: torch.Tensor, k_TGD: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor
+    ) -> None:
+        """Rotate q and k in place, halves against halves ("rotate_half"), in float32.
+
+        cos and sin are the tokens' rows [T, D], whose two halves are equal.
+        """
+        for x_THD in (q_THD, k_TGD):
+            x = x_THD.float()
+            left, right = x.chunk(2, dim=-1)
+            rotated = torch.cat((-right, left), dim=-1)
+            x_THD.copy_(x * cos_TD.float()[:, None] + rotated * sin_TD.float()[:, None])
+
+    def kv_memory(
+        self, layout: KvLayout, num_blocks: int, num_slots: int, max_blocks_per_slot: int
+    ) -> KvMemory:
+        return PagedMemory(layout, num_blocks, num_slots, max_blocks_per_slot, device=self.device)
+
+    def attention(
+        self, shape: AttentionShape, memory: KvMemory, dtype: torch.dtype, name: str = "auto"
+    ) -> AttentionBackend:
+        """The backend called `name`, or the fastest that can. Raises `ConfigError`."""
+        return select.choose(shape, dtype, self.device, name)(shape, memory)
+
+    def available_bytes(self) -> int:
+        """What the KV pool may be sized against."""
+        raise NotImplementedError
+
+    def kernels(self) -> dict[str, str]:
+        """Operation -> what runs it, for `penstock doctor` and `/metrics`."""
+        return dict.fromkeys(("linear", "rms_norm", "silu_mul", "rope"), "torch")
