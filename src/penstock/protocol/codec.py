@@ -78,6 +78,9 @@ def decode(frame: bytes) -> Message:
         )
     try:
         body = memoryview(frame)[2:]
-        return _array_decoder.decode(body) if frame[1] == 1 else _map_decoder.decode(body)
+        message: Message = (
+            _array_decoder.decode(body) if frame[1] == 1 else _map_decoder.decode(body)
+        )
     except msgspec.DecodeError as exc:
         raise ProtocolError(f"not a message of this protocol: {exc}") from exc
+    return message
