@@ -1,0 +1,94 @@
+"""The decoder-only transformer that all families here are: pre-norm attention and gated MLP blocks
+between a token embedding and an output head. What differs is in `ModelConfig`.
+
+Shapes: T flat tokens of all sequences of a step, E hidden size, I intermediate size, V vocabulary,
+R rows whose logits are wanted. Tensor names are Hugging Face's.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+from penstock.engine.attention.base import AttentionBackend
+from penstock.engine.layers.attention import SelfAttention, Step
+from penstock.engine.layers.rotary import Rotary
+from penstock.engine.layers.weights import Weights
+from penstock.engine.models.config import ModelConfig
+
+
+class GatedMlp:
+    """down(silu(gate(x)) * up(x)), gate and up in one linear."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, prefix: str) -> None:
+        hidden, inner = config.hidden_size, config.intermediate_size
+        self._platform = weights.platform
+        self._gate_up = weights.linear(
+            hidden,
+            {f"{prefix}.gate_proj": inner, f"{prefix}.up_proj": inner},
+            bias=config.mlp_bias,
+        )
+        self._down = weights.linear(inner, {f"{prefix}.down_proj": hidden}, bias=config.mlp_bias)
+
+    def __call__(self, x_TE: torch.Tensor) -> torch.Tensor:
+        return self._down(self._platform.silu_mul(self._gate_up(x_TE)))
+
+
+class DecoderLayer:
+    def __init__(self, config: ModelConfig, layer: int, weights: Weights) -> None:
+        prefix = f"model.layers.{layer}"
+        self._platform = weights.platform
+        self._eps = config.rms_norm_eps
+        hidden = config.hidden_size
+        self._attention_norm_E = weights.vector(f"{prefix}.input_layernorm.weight", hidden)
+        self._attention = SelfAttention(config, layer, weights, f"{prefix}.self_attn")
+        self._mlp_norm_E = weights.vector(f"{prefix}.post_attention_layernorm.weight", hidden)
+        self._mlp = GatedMlp(config, weights, f"{prefix}.mlp")
+
+    def __call__(self, hidden_TE: torch.Tensor, step: Step) -> torch.Tensor:
+        norm = self._platform.rms_norm
+        hidden_TE = hidden_TE + self._attention(
+            norm(hidden_TE, self._attention_norm_E, self._eps), step
+        )
+        return hidden_TE + self._mlp(norm(hidden_TE, self._mlp_norm_E, self._eps))
+
+
+class Decoder:
+    """Takes its tensors from `weights` in the order in which they are used.
+
+    With tied embeddings one matrix serves both ends, in the checkpoint's layout.
+    """
+
+    def __init__(self, config: ModelConfig, weights: Weights) -> None:
+        self.config = config
+        self._platform = weights.platform
+        self._rotary = Rotary(
+            config.rope, config.head_dim, config.max_model_len, weights.platform.device
+        )
+        vocab, hidden = config.vocab_size, config.hidden_size
+        self._embedding_VE = weights.matrix("model.embed_tokens.weight", vocab, hidden)
+        self._layers = [DecoderLayer(config, i, weights) for i in range(config.num_layers)]
+        self._norm_E = weights.vector("model.norm.weight", hidden)
+        if config.tie_word_embeddings:
+            self._head = weights.platform.make_linear(self._embedding_VE, shared=True)
+        else:
+            self._head = weights.linear(hidden, {"lm_head": vocab}, bias=False)
+
+    def forward(
+        self,
+        input_ids_T: torch.Tensor,
+        positions_T: torch.Tensor,
+        attention: AttentionBackend,
+    ) -> torch.Tensor:
+        """Final hidden states [T, E], normed. `attention` has been planned for these tokens, made
+        by `build_attention`; positions are int64 and count from the start of each sequence."""
+        cos_TD, sin_TD = self._rotary.cos_sin(positions_T)
+        step = Step(cos_TD, sin_TD, attention)
+        hidden_TE = functional.embedding(input_ids_T, self._embedding_VE)
+        for layer in self._layers:
+            hidden_TE = layer(hidden_TE, step)
+        return self._platform.rms_norm(hidden_TE, self._norm_E, self.config.rms_norm_eps)
+
+    def logits(self, hidden_RE: torch.Tensor) -> torch.Tensor:
+        """float32 [R, V] for the rows asked for, which is usually one a sequence."""
+        return self._head(hidden_RE).float()

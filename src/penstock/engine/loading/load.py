@@ -1,0 +1,93 @@
+"""From a checkpoint folder to a model that is ready to run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from penstock.checkpoint import Checkpoint
+from penstock.engine.layers.decoder import Decoder
+from penstock.engine.loading.sources import Declared, Dummy, FromCheckpoint, Progress
+from penstock.engine.loading.tensors import CheckpointTensors
+from penstock.engine.memory.sizing import torch_dtype
+from penstock.engine.models.config import DTYPE_BYTES, ModelConfig
+from penstock.engine.models.registry import family_named, model_config
+from penstock.engine.platforms.base import Platform
+from penstock.protocol.errors import ConfigError, NotEnoughMemory
+
+GIB = 1 << 30
+
+
+def load_model(
+    checkpoint: Checkpoint,
+    platform: Platform,
+    dtype: torch.dtype | str = "auto",
+    max_model_len: int | None = None,
+    *,
+    load_format: str = "auto",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> tuple[Decoder, ModelConfig]:
+    """The model in `dtype` on the platform's device, and its config with that dtype and length.
+
+    Everything is checked before the first byte of data is read; then tensors stream into place one
+    by one, so that memory peaks at the weights and one linear more. With `load_format` "dummy" only
+    config.json is read and the weights are random (`seed`).
+
+    Raises `CheckpointError`, `UnsupportedModel`, `NotEnoughMemory`, `ConfigError`.
+    """
+    if load_format not in ("auto", "safetensors", "dummy"):
+        raise ConfigError(f"load_format {load_format!r} is none of auto, safetensors, dummy")
+    config = model_config(checkpoint, max_model_len=max_model_len)
+    config = replace(config, dtype=choose_dtype(config, platform, dtype))
+    build = family_named(config.family).build
+    if load_format == "dummy":
+        _check_memory(declare(config), platform)
+        return build(config, Dummy(platform, torch_dtype(config.dtype), seed)), config
+    with CheckpointTensors(checkpoint) as tensors:
+        declared = declare(config)
+        tensors.check(declared.shapes, tied=config.tie_word_embeddings)
+        _check_memory(declared, platform)
+        total_bytes = sum(tensors.info(name).num_bytes for name in declared.shapes)
+        weights = FromCheckpoint(
+            platform, torch_dtype(config.dtype), tensors, total_bytes, progress
+        )
+        return build(config, weights), config
+
+
+def choose_dtype(config: ModelConfig, platform: Platform, dtype: torch.dtype | str) -> str:
+    """`auto` keeps a bfloat16 checkpoint as it is, and float16 on a GPU; others become the
+    platform's default. Raises `ConfigError` for a dtype that does not exist."""
+    name = str(dtype).removeprefix("torch.")
+    name = {"half": "float16", "float": "float32"}.get(name, name)
+    if name != "auto":
+        if name not in DTYPE_BYTES:
+            raise ConfigError(f"dtype {name!r} is none of auto, {', '.join(DTYPE_BYTES)}")
+        return name
+    if config.dtype == "bfloat16" or (config.dtype == "float16" and platform.device.type == "cuda"):
+        return config.dtype
+    return str(platform.default_dtype).removeprefix("torch.")
+
+
+def declare(config: ModelConfig) -> Declared:
+    """The names, shapes and bytes of a model, found out by building it of nothing."""
+    declared = Declared(torch_dtype(config.dtype))
+    family_named(config.family).build(config, declared)
+    return declared
+
+
+def weights_bytes(config: ModelConfig, dtype: torch.dtype | str | None = None) -> int:
+    """What the weights will take in memory; `dtype` defaults to the config's own."""
+    if dtype is not None:
+        config = replace(config, dtype=str(dtype).removeprefix("torch."))
+    return declare(config).num_bytes
+
+
+def _check_memory(declared: Declared, platform: Platform) -> None:
+    needed, available = declared.num_bytes + declared.largest_bytes, platform.available_bytes()
+    if needed > available:
+        raise NotEnoughMemory(
+            f"loading the weights takes {needed / GIB:.2f} GiB and {available / GIB:.2f} GiB are "
+            "free: use a smaller model or dtype, or a larger machine"
+        )

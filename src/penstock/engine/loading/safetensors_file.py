@@ -1,0 +1,149 @@
+"""Reading one .safetensors file straight into tensors that exist already.
+
+The format (https://huggingface.co/docs/safetensors): 8 bytes with the length of the header, little
+endian; the header, a JSON object name -> {dtype, shape, data_offsets}; the data, without holes.
+The library of that name maps the file, and mapped pages count as this process's memory: a loader
+that fills tensors in place is better served by plain reads, which need no second copy of anything.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from penstock.protocol.errors import CheckpointError, UnsupportedModel
+
+#: The reference implementation's limit: a longer header is garbage, not a checkpoint.
+MAX_HEADER_BYTES = 100_000_000
+#: Read at once when the dtype changes on the way.
+STAGING_BYTES = 8 << 20
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where a tensor stands; `start` counts from the beginning of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    num_bytes: int
+
+
+class SafetensorsFile:
+    """One file, its header read and checked. Raises `CheckpointError` if it is not whole."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._fd = os.open(path, os.O_RDONLY)
+        except OSError as exc:
+            raise CheckpointError(f"{path} cannot be read: {exc.strerror}") from exc
+        try:
+            self.num_bytes = os.fstat(self._fd).st_size
+            self.header = self._read_header()
+            self.tensors = self._parse(self.header)
+        except BaseException:
+            self.close()
+            raise
+
+    def read_into(self, name: str, out: torch.Tensor) -> None:
+        """Fill `out`, contiguous and of the tensor's shape, converting to its dtype and device."""
+        info = self.tensors[name]
+        dtype = _DTYPES.get(info.dtype)
+        if dtype is None:
+            raise UnsupportedModel(
+                f"{self.path}: {name} has dtype {info.dtype}; supported: {', '.join(_DTYPES)}"
+            )
+        assert out.is_contiguous() and tuple(out.shape) == info.shape, (name, out.shape)
+        flat = out.view(-1)
+        if out.dtype == dtype and out.device.type == "cpu":
+            self._read(info.start, _bytes_of(flat))
+            return
+        staging = torch.empty(min(flat.numel(), STAGING_BYTES // dtype.itemsize), dtype=dtype)
+        for first in range(0, flat.numel(), staging.numel()):
+            part = staging[: flat.numel() - first]
+            self._read(info.start + first * dtype.itemsize, _bytes_of(part))
+            flat[first : first + part.numel()].copy_(part)
+
+    def sample(self, num_pieces: int, piece_bytes: int) -> bytes:
+        """Pieces of the data, evenly spread from its first byte to its last."""
+        start = 8 + len(self.header)
+        room = max(self.num_bytes - start - piece_bytes, 0)
+        pieces = bytearray()
+        for offset in sorted({room * i // max(num_pieces - 1, 1) for i in range(num_pieces)}):
+            pieces += os.pread(self._fd, piece_bytes, start + offset)
+        return bytes(pieces)
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _read_header(self) -> bytes:
+        length = int.from_bytes(os.pread(self._fd, 8, 0), "little")
+        if self.num_bytes < 8 or not 2 <= length <= MAX_HEADER_BYTES:
+            raise CheckpointError(f"{self.path} is not a safetensors file")
+        header = os.pread(self._fd, length, 8)
+        if len(header) < length:
+            raise CheckpointError(
+                f"{self.path} is truncated: its header alone has {length} bytes, the file "
+                f"{self.num_bytes}"
+            )
+        return header
+
+    def _parse(self, header: bytes) -> dict[str, TensorInfo]:
+        try:
+            entries = json.loads(header)
+            entries.pop("__metadata__", None)
+            start = 8 + len(header)
+            tensors = {name: _tensor_info(entry, start) for name, entry in entries.items()}
+        except (UnicodeDecodeError, RecursionError, ValueError, TypeError, KeyError,
+                AttributeError) as exc:  # fmt: skip
+            raise CheckpointError(f"{self.path} is not a safetensors file: bad header") from exc
+        end = max((info.start + info.num_bytes for info in tensors.values()), default=start)
+        if self.num_bytes != end:
+            kind = "truncated" if self.num_bytes < end else "damaged"
+            raise CheckpointError(
+                f"{self.path} is {kind}: {end} bytes expected, {self.num_bytes} found"
+            )
+        return tensors
+
+    def _read(self, offset: int, into: memoryview) -> None:
+        """Fill `into`; a single read returns at most 2 GiB, and fewer at the file's end."""
+        done = 0
+        while done < len(into):
+            try:
+                count = os.preadv(self._fd, [into[done:]], offset + done)
+            except OSError as exc:
+                raise CheckpointError(f"{self.path} cannot be read: {exc.strerror}") from exc
+            if count == 0:
+                raise CheckpointError(f"{self.path} was truncated while it was read")
+            done += count
+
+
+def _tensor_info(entry: dict[str, Any], data_start: int) -> TensorInfo:
+    """Raises ValueError, TypeError or KeyError for what the format does not allow."""
+    dtype, shape = str(entry["dtype"]), tuple(int(size) for size in entry["shape"])
+    begin, end = (int(offset) for offset in entry["data_offsets"])
+    if min((begin, end - begin, *shape)) < 0:
+        raise ValueError("negative size")
+    if dtype in _DTYPES and end - begin != math.prod(shape) * _DTYPES[dtype].itemsize:
+        raise ValueError("shape and offsets disagree")
+    return TensorInfo(dtype, shape, data_start + begin, end - begin)
+
+
+def _bytes_of(flat: torch.Tensor) -> memoryview:
+    return memoryview(flat.view(torch.uint8).numpy())
