@@ -240,6 +240,8 @@ class ServiceCore:
             # A new process under this name: whatever ran on the old one is gone.
             effects += self.on_instance_lost(instance.name, now) if instance.card else []
             instance.tokens_seen = instance.tokens_credited = 0
+        else:
+            effects += self._resync(instance, now)  # it was only away: who still runs there?
         instance.card = message.card
         instance.state = "active"
         self._expected.discard(instance.name)
@@ -355,9 +357,11 @@ class ServiceCore:
     def _place(self, entry: Entry, now: float, avoid: str | None = None) -> list[Effect]:
         view = view_of(i for i in self.instances.values() if i.name != avoid)
         if not view.names:
-            entry.homeless_since_s = now
+            if entry.homeless_since_s is None:
+                entry.homeless_since_s = now
             self._homeless.append(entry)
             return []
+        entry.homeless_since_s = None
         entry.decision = self.policy(view, RouteRequest(entry.num_tokens))
         instance = self.instances[entry.decision.instance]
         instance.place(entry)
@@ -409,8 +413,6 @@ class ServiceCore:
         waiting, self._homeless = self._homeless, deque()
         for entry in waiting:
             effects += self._place(entry, now)
-            if entry.instance is not None:
-                entry.homeless_since_s = None
         return effects
 
     # --- ends ----------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from penstock.protocol.request import Constraint, RequestClass, SamplingParams
 from penstock.service.policies.routing import Decision
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Entry:
     """One live sequence (one choice of a request)."""
 

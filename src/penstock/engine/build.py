@@ -1,0 +1,115 @@
+"""From a configuration to a core and a runner: the one place where an engine is put together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from penstock.checkpoint import Checkpoint, resolve
+from penstock.engine.config import EngineConfig, kv_blocks_cpu
+from penstock.engine.core import CoreConfig, InstanceCore
+from penstock.engine.loading.loader import load_model, model_digest
+from penstock.engine.memory.sizing import kv_layout
+from penstock.engine.platforms.select import platform_for
+from penstock.engine.runtime.executor import StepExecutor
+from penstock.engine.runtime.torch_runner import TorchRunner
+from penstock.engine.sampling.sampler import Sampler
+from penstock.engine.scheduler.scheduler import Scheduler, SchedulerConfig
+from penstock.engine.structured.matchers import MaskService
+from penstock.protocol.instance import InstanceCard
+from penstock.protocol.kv import BLOCK_TOKENS
+
+#: What this engine can do, as instance cards say it.
+CAPABILITIES = ("prefill", "decode", "logprobs", "prompt_logprobs", "structured", "prefix_cache")
+
+#: Services bound their own queues; this bound only protects an instance from all of them together.
+MAX_WAITING = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    core: InstanceCore
+    runner: TorchRunner
+
+
+def build_engine(
+    config: EngineConfig,
+    *,
+    name: str = "engine-0",
+    incarnation: int = 1,
+    core_config: CoreConfig | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> Engine:
+    """Load the model and everything around it. Raises `StartupError`s with one-line reasons."""
+    checkpoint = resolve(config.model, revision=config.revision)
+    platform = platform_for(config.device)
+    config = config.for_device("cuda" if platform.device.type == "cuda" else "cpu")
+    assert config.max_num_seqs is not None and config.max_num_batched_tokens is not None
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    model, model_config = load_model(checkpoint, platform, config, progress=progress)
+    max_model_len = model_config.max_model_len
+    layout = kv_layout(
+        model_config.num_layers, model_config.num_kv_heads, model_config.head_dim, model.dtype
+    )
+    num_blocks = kv_blocks_cpu(
+        config,
+        block_bytes=layout.block_bytes,
+        max_model_len=max_model_len,
+        available_bytes=platform.available_bytes(),
+    )
+    blocks_per_slot = -(-max_model_len // BLOCK_TOKENS)
+    memory = platform.kv_memory(layout, num_blocks, config.max_num_seqs, blocks_per_slot)
+    attention = platform.attention(
+        model.attention_shape, memory, model.dtype, config.attention_backend
+    )
+    eos = checkpoint.eos_token_ids
+    executor = StepExecutor(
+        model,
+        memory,
+        attention,
+        Sampler(config.max_num_seqs, model_config.vocab_size, eos, platform.device),
+        MaskService.from_checkpoint(checkpoint, model_config.vocab_size, eos),
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=max_model_len,
+        device=platform.device,
+    )
+    scheduler = Scheduler(
+        SchedulerConfig(
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_model_len=max_model_len,
+            enable_prefix_caching=config.enable_prefix_caching,
+            eos_token_ids=eos,
+            max_waiting=MAX_WAITING,
+        ),
+        num_blocks,
+    )
+    card = InstanceCard(
+        name=name,
+        incarnation=incarnation,
+        pid=os.getpid(),
+        model=config.model,
+        model_digest=_digest(checkpoint, config),
+        vocab_size=model_config.vocab_size,
+        max_model_len=max_model_len,
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=str(platform.device),
+        layout=layout,
+        num_blocks=num_blocks,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        can=CAPABILITIES,
+        kernels=platform.kernels() | {"attention": attention.name},
+    )
+    return Engine(InstanceCore(card, scheduler, core_config), TorchRunner(executor))
+
+
+def _digest(checkpoint: Checkpoint, config: EngineConfig) -> str:
+    """Random weights have no files to digest: their seed stands for them."""
+    if config.load_format == "dummy":
+        return f"dummy-{config.seed}"
+    return model_digest(checkpoint)

@@ -1,0 +1,209 @@
+"""The driver of one engine instance: a real clock, a real wire, a real runner around the core.
+
+One thread does everything but compute: it waits for frames, finished steps and timers, hands them to
+the core and carries out what the core answers. Compute never starves it, so its heartbeats mean
+something.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+from penstock.engine.build import build_engine
+from penstock.engine.config import WorkerConfig
+from penstock.engine.core import InstanceCore
+from penstock.engine.runtime.runner import Runner
+from penstock.engine.scheduler.batch import StepResult
+from penstock.protocol.codec import PROTOCOL_VERSION, decode, encode
+from penstock.protocol.effects import Effect, Launch, Send, SetTimer, Stop
+from penstock.protocol.errors import EngineFailed, ProtocolError, from_info
+from penstock.protocol.instance import Attach, Detach, Drain
+from penstock.protocol.request import SamplingParams, Submit
+from penstock.protocol.tokens import TokenRow, Tokens
+from penstock.protocol.transport.base import Endpoint
+from penstock.protocol.transport.open import listen
+
+log = logging.getLogger(__name__)
+
+#: Frames taken in before finished steps get their turn again.
+_FRAMES_A_TURN = 256
+#: Who asks for the warm-up tokens; no transport lets a peer have this name.
+_SELF = "\0self"
+
+
+class InstanceDriver:
+    """`run` until `stop` is called or the core has drained."""
+
+    def __init__(
+        self, core: InstanceCore, runner: Runner, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.core = core
+        self._runner = runner
+        self._clock = clock
+        self._endpoint: Endpoint | None = None
+        self._done: deque[StepResult] = deque()
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._timer_s = 0.0
+        self._stopping = False
+        self._draining = False
+        self._own_rows: list[TokenRow] = []
+
+    # --- the loop ------------------------------------------------------------------------------
+
+    def run(self, endpoint: Endpoint) -> None:
+        """Serve `endpoint`. Returns after a drain or `stop`; closes the endpoint and the runner."""
+        self._endpoint = endpoint
+        poller = select.poll()
+        poller.register(endpoint.fileno(), select.POLLIN)
+        poller.register(self._wake, select.POLLIN)
+        try:
+            while not self._stopping:
+                self._turn(poller)
+        finally:
+            endpoint.close(flush_s=1.0)
+            self._runner.close()
+            os.close(self._wake)
+
+    def _turn(self, poller: select.poll) -> None:
+        wait_s = 0.0 if self._done else max(0.0, self._timer_s - self._clock())
+        for fd, _ in poller.poll(wait_s * 1000):
+            if fd == self._wake:
+                os.eventfd_read(self._wake)
+        if self._draining and not self.core.draining:
+            self._carry_out(self.core.on_message(_SELF, Drain(), self._clock()))
+        while self._done:
+            self._carry_out(self.core.on_step_done(self._done.popleft(), self._clock()))
+        assert self._endpoint is not None
+        for peer, frame in self._endpoint.drain(_FRAMES_A_TURN):
+            self._receive(peer, frame)
+            if self._done:
+                break  # the device must not wait behind a crowd of messages
+        if self._clock() >= self._timer_s:
+            self._carry_out(self.core.on_timer(self._clock()))
+
+    def _receive(self, peer: str, frame: bytes) -> None:
+        try:
+            message = decode(frame)
+        except ProtocolError as exc:
+            log.warning("dropped a frame from %s: %s", peer, exc)
+            return
+        self._carry_out(self.core.on_message(peer, message, self._clock()))
+
+    def _carry_out(self, effects: list[Effect]) -> None:
+        for effect in effects:
+            match effect:
+                case Launch(batch=batch):
+                    self._runner.launch(batch, self._finished)
+                case Send(peer=peer, message=message):
+                    if peer == _SELF:
+                        self._own_rows += message.rows if isinstance(message, Tokens) else []
+                    elif self._endpoint is not None and not self._endpoint.send(
+                        peer, encode(message)
+                    ):
+                        log.debug("%s did not take a %s", peer, type(message).__name__)
+                case SetTimer(at_s=at_s):
+                    self._timer_s = at_s
+                case Stop():
+                    self._stopping = True
+
+    def _finished(self, result: StepResult) -> None:
+        """Called by the runner's thread."""
+        if result.error is not None:
+            log.error("%s", result.error.message)
+        self._done.append(result)
+        os.eventfd_write(self._wake, 1)
+
+    # --- from outside --------------------------------------------------------------------------
+
+    def warm_up(self, prompt_tokens: int = 32, output_tokens: int = 4) -> None:
+        """Draw real tokens before anybody may attach. Raises `EngineFailed` if that fails."""
+        card = self.core.card
+        prompt_tokens = max(1, min(prompt_tokens, card.max_model_len - output_tokens))
+        now = self._clock()
+        self._carry_out(self.core.on_message(_SELF, Attach(_SELF, 1, PROTOCOL_VERSION), now))
+        submit = Submit(
+            request_id="warm-up",
+            attempt=1,
+            service=_SELF,
+            service_incarnation=1,
+            prompt_ids=[i % card.vocab_size for i in range(prompt_tokens)],
+            sampling=SamplingParams(max_tokens=output_tokens, temperature=0.0, ignore_eos=True),
+        )
+        self._carry_out(self.core.on_message(_SELF, submit, self._clock()))
+        while not (self._own_rows and self._own_rows[-1].finish):
+            while not self._done:
+                select.select([self._wake], [], [], 1.0)
+            os.eventfd_read(self._wake)
+            while self._done:
+                self._carry_out(self.core.on_step_done(self._done.popleft(), self._clock()))
+        error = self._own_rows[-1].error
+        if error is not None:
+            raise EngineFailed(f"the engine cannot produce a token: {from_info(error)}")
+        self._carry_out(self.core.on_message(_SELF, Detach(_SELF, 1), self._clock()))
+        self._own_rows.clear()
+
+    def drain(self) -> None:
+        """Finish what runs, take nothing new, then return from `run`. From any thread or signal."""
+        self._draining = True
+        os.eventfd_write(self._wake, 1)
+
+    def stop(self) -> None:
+        """Return from `run` as soon as the batch in flight is done."""
+        self._stopping = True
+        os.eventfd_write(self._wake, 1)
+
+
+def run_worker(config: WorkerConfig) -> int:
+    """One engine instance as a process. SIGTERM drains; a second one, or SIGINT, stops."""
+    if config.parent_pid is not None:
+        _die_with_parent(config.parent_pid)
+    engine = build_engine(config.engine, name=config.name, incarnation=config.incarnation)
+    driver = InstanceDriver(engine.core, engine.runner)
+
+    def on_term(_signum: int, _frame: object) -> None:
+        driver.stop() if driver.core.draining else driver.drain()
+
+    signal.signal(signal.SIGTERM, on_term)
+    signal.signal(signal.SIGINT, lambda *_: driver.stop())
+    driver.warm_up()
+    driver.run(listen(config.address, config.name))
+    return 0
+
+
+class EngineThread:
+    """An instance inside this process, for `--in-process` and the offline API.
+
+    Loads and warms up in the calling thread, so that `StartupError`s reach the caller.
+    """
+
+    def __init__(self, config: WorkerConfig) -> None:
+        engine = build_engine(config.engine, name=config.name, incarnation=config.incarnation)
+        self._driver = InstanceDriver(engine.core, engine.runner)
+        self._driver.warm_up()
+        endpoint = listen(config.address, config.name)
+        self._thread = threading.Thread(
+            target=self._driver.run, args=(endpoint,), name="penstock-engine", daemon=True
+        )
+        self._thread.start()
+
+    def close(self) -> None:
+        if self._thread.is_alive():
+            self._driver.stop()
+            self._thread.join()
+
+
+def _die_with_parent(parent_pid: int) -> None:
+    """SIGKILL this process when its parent ends, however that ends (prctl PR_SET_PDEATHSIG)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)
+    if os.getppid() != parent_pid:  # it was gone before we asked
+        sys.exit(0)

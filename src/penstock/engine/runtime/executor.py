@@ -1,0 +1,147 @@
+"""One step on one rank: apply the batch to the slots, run the model, sample.
+
+Runs on the compute thread only, strictly in launch order; that order is what makes slot and block
+reuse safe and placeholder tokens unnecessary: each sampled id is in the token table before the next
+step reads it.
+"""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import torch
+
+from penstock.engine.attention.base import AttentionBackend, AttentionRow
+from penstock.engine.memory.base import KvMemory
+from penstock.engine.models.base import Model
+from penstock.engine.sampling.sampler import Sampler
+from penstock.engine.scheduler.batch import Batch, BatchRow, RowResult, StepResult
+from penstock.engine.structured.matchers import MaskService
+from penstock.protocol.errors import EngineFailed, PenstockError
+from penstock.protocol.tokens import TokenLogprobs
+
+
+class StepExecutor:
+    """Owns the per-slot state of the device side: token table, KV ranges, sampler, matchers."""
+
+    def __init__(
+        self,
+        model: Model,
+        memory: KvMemory,
+        attention: AttentionBackend,
+        sampler: Sampler,
+        masks: MaskService,
+        *,
+        max_num_seqs: int,
+        max_model_len: int,
+        device: torch.device,
+    ) -> None:
+        self._model = model
+        self._memory = memory
+        self._attention = attention
+        self._sampler = sampler
+        self._masks = masks
+        self._device = device
+        # One past the limit: the last sampled id is written too. Untouched rows cost no memory.
+        self._tokens_SL = np.zeros((max_num_seqs, max_model_len + 1), dtype=np.int64)
+        self._num_prompt_S = np.zeros(max_num_seqs, dtype=np.int64)
+
+    def execute(self, batch: Batch) -> StepResult:
+        """Never raises: a step that fails says so in its result."""
+        started_s = time.perf_counter()
+        try:
+            with torch.inference_mode():
+                rows = self._step(batch)
+            return StepResult(batch.step, rows, time.perf_counter() - started_s)
+        except Exception as exc:
+            reason = f"step {batch.step} failed: {type(exc).__name__}: {exc}"
+            error = exc if isinstance(exc, PenstockError) else EngineFailed(reason)
+            rows = [RowResult(row.slot, []) for row in batch.rows]
+            return StepResult(batch.step, rows, time.perf_counter() - started_s, error.info())
+
+    def _step(self, batch: Batch) -> list[RowResult]:
+        errors = self._apply(batch)
+        hidden_TH = self._forward(batch.rows)
+        ends = np.cumsum([row.num_tokens for row in batch.rows])
+        results = [RowResult(row.slot, [], error=errors.get(row.slot)) for row in batch.rows]
+        for i, row in enumerate(batch.rows):
+            if row.prompt_logprobs:
+                span_TH = hidden_TH[ends[i] - row.num_tokens : ends[i]]
+                entries = self._prompt_logprobs(row, span_TH)
+                results[i] = RowResult(row.slot, [], prompt_logprobs=entries)
+        drawn = [i for i, row in enumerate(batch.rows) if row.samples and not results[i].error]
+        if drawn:
+            last = torch.as_tensor(ends[drawn] - 1, device=self._device)
+            self._sample(batch.rows, drawn, hidden_TH[last], results)
+        return results
+
+    def _apply(self, batch: Batch) -> dict[int, object]:
+        """Frees, admissions and maps, in this order. Returns errors by slot (bad constraints)."""
+        errors = {}
+        for slot in batch.freed_slots:
+            self._memory.free_slot(slot)
+            self._sampler.free(slot)
+            self._masks.free(slot)
+        for new in batch.admitted:
+            self._tokens_SL[new.slot, : len(new.token_ids)] = new.token_ids
+            self._num_prompt_S[new.slot] = new.num_prompt_tokens
+            self._sampler.admit(new)
+            if new.constraint is not None:
+                try:
+                    output_ids = new.token_ids[new.num_prompt_tokens :]
+                    self._masks.admit(new.slot, new.constraint, output_ids)
+                except PenstockError as exc:
+                    errors[new.slot] = exc.info()
+        for m in batch.maps:
+            self._memory.map(m.slot, m.index, m.block)
+        return errors
+
+    def _forward(self, rows: list[BatchRow]) -> torch.Tensor:
+        ids = [self._tokens_SL[r.slot, r.start : r.start + r.num_tokens] for r in rows]
+        positions = [np.arange(r.start, r.start + r.num_tokens) for r in rows]
+        ids_T = torch.from_numpy(np.concatenate(ids)).to(self._device)
+        positions_T = torch.from_numpy(np.concatenate(positions)).to(self._device)
+        self._attention.plan([AttentionRow(r.slot, r.start, r.num_tokens) for r in rows])
+        return self._model.forward(ids_T, positions_T, self._attention)
+
+    def _sample(
+        self,
+        rows: list[BatchRow],
+        drawn: list[int],
+        hidden_RH: torch.Tensor,
+        results: list[RowResult],
+    ) -> None:
+        logits_RV = self._model.logits(hidden_RH)
+        slots = [rows[i].slot for i in drawn]
+        at = [rows[i].start + rows[i].num_tokens for i in drawn]
+        outputs = [p - int(self._num_prompt_S[s]) for p, s in zip(at, slots, strict=True)]
+        sampled = self._sampler.sample(logits_RV, slots, outputs, self._masks.masks(slots))
+        for j, i in enumerate(drawn):
+            slot, token, error = slots[j], sampled.ids[j], sampled.errors.get(j)
+            if error is None:
+                self._tokens_SL[slot, at[j]] = token
+            results[i] = RowResult(
+                slot,
+                [] if error else [token],
+                None if error or sampled.logprobs[j] is None else [sampled.logprobs[j]],
+                results[i].prompt_logprobs,
+                error,
+            )
+        self._masks.advance_async(slots, sampled.ids)
+
+    def _prompt_logprobs(self, row: BatchRow, span_TH: torch.Tensor) -> list[TokenLogprobs]:
+        """Of the prompt tokens that follow each computed position, in slices to bound memory."""
+        num_prompt = int(self._num_prompt_S[row.slot])
+        stop = min(row.start + row.num_tokens, num_prompt - 1)
+        found: list[TokenLogprobs] = []
+        for start in range(row.start, stop, 64):
+            end = min(start + 64, stop)
+            logits_TV = self._model.logits(span_TH[start - row.start : end - row.start])
+            next_ids = self._tokens_SL[row.slot, start + 1 : end + 1].tolist()
+            found += self._sampler.prompt_logprobs(logits_TV, next_ids, row.slot)
+        return found
+
+    def close(self) -> None:
+        self._masks.close()
+        self._memory.close()

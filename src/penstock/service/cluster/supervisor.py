@@ -1,0 +1,114 @@
+"""Engine processes that this service owns: started, watched, started again, stopped.
+
+A process's end is noticed through its pidfd the moment it happens, not by a missed heartbeat.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from penstock.service.config import RestartPolicy
+
+log = logging.getLogger(__name__)
+
+
+class Worker:
+    """One engine process under one name. `on_exit` is told of each end that was not asked for, and
+    whether another start follows."""
+
+    def __init__(
+        self,
+        name: str,
+        worker_args: tuple[str, ...],
+        policy: RestartPolicy,
+        on_exit: Callable[[str, int, bool], None],
+    ) -> None:
+        self.name = name
+        self._args = worker_args
+        self._policy = policy
+        self._on_exit = on_exit
+        # A folder of our own, mode 700: nobody else on the host can reach the socket.
+        self._folder = Path(tempfile.mkdtemp(prefix="penstock-"))
+        self.address = f"ipc://{self._folder}/{name}.sock"
+        self._process: subprocess.Popen[bytes] | None = None
+        self._incarnation = 0
+        self._failures = 0
+        self._stopping = False
+        self._restart: asyncio.TimerHandle | None = None
+        self._exited = asyncio.Event()
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process else None
+
+    def start(self) -> None:
+        self._incarnation += 1
+        command = [
+            *(sys.executable, "-m", "penstock.cli.main", "worker", "--address", self.address),
+            *("--name", self.name, "--incarnation", str(self._incarnation)),
+            *("--parent-pid", str(os.getpid()), *self._args),
+        ]
+        # A session of its own: Ctrl-C in the terminal is for the service, which then drains it.
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, start_new_session=True
+        )
+        self._exited.clear()
+        fd = os.pidfd_open(self._process.pid)
+        asyncio.get_running_loop().add_reader(fd, self._ended, fd)
+
+    def ready(self) -> None:
+        """It has attached: a later failure starts a new count."""
+        self._failures = 0
+
+    def _ended(self, fd: int) -> None:
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(fd)
+        os.close(fd)
+        assert self._process is not None
+        code = self._process.wait()
+        self._exited.set()
+        if self._stopping:
+            return
+        self._failures += 1
+        again = self._policy.enabled and self._failures <= self._policy.max_failures
+        if again:
+            delay_s = self._delay_s()
+            log.error("engine %s ended (%s); starting it again", self.name, describe_exit(code))
+            self._restart = loop.call_later(delay_s, self.start)
+        else:
+            log.error("engine %s ended (%s)", self.name, describe_exit(code))
+        self._on_exit(self.name, code, again)
+
+    def _delay_s(self) -> float:
+        if self._failures <= 1:
+            return self._policy.first_delay_s
+        return min(self._policy.max_delay_s, 0.5 * 2.0 ** (self._failures - 2))
+
+    async def stop(self, timeout_s: float) -> None:
+        """SIGTERM, then SIGKILL after `timeout_s`. Leaves nothing behind."""
+        self._stopping = True
+        if self._restart is not None:
+            self._restart.cancel()
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+            try:
+                await asyncio.wait_for(self._exited.wait(), timeout_s)
+            except TimeoutError:
+                self._process.kill()
+                await self._exited.wait()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def describe_exit(code: int) -> str:
+    if code < 0:
+        return f"killed by {signal.Signals(-code).name}"
+    return f"exit code {code}"

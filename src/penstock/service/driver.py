@@ -1,0 +1,205 @@
+"""The driver of the service's core: asyncio, endpoints to instances, and streams to the API."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from penstock.protocol.codec import decode, encode
+from penstock.protocol.effects import Effect, Reply, Send, SetTimer
+from penstock.protocol.errors import EngineUnavailable, PenstockError, ProtocolError
+from penstock.protocol.instance import InstanceCard
+from penstock.protocol.kv import Refused
+from penstock.protocol.transport.base import Endpoint
+from penstock.protocol.transport.open import connect
+from penstock.service.core import ServiceCore
+from penstock.service.generation import GenerationSpec, ServiceStatus, TokenDelta
+
+log = logging.getLogger(__name__)
+
+#: Frames taken in before other tasks of the loop get their turn.
+_FRAMES_A_TURN = 64
+
+
+class Stream:
+    """A `TokenStream`. What it buffers is bounded by the request's own max_tokens: an engine never
+    waits for a client that reads slowly, and a slow client costs its own answer's size at most."""
+
+    __slots__ = ("_deltas", "_driver", "_open", "_request_id", "_waiter")
+
+    def __init__(self, driver: ServiceDriver, request_id: str, num_choices: int) -> None:
+        self._driver = driver
+        self._request_id = request_id
+        self._open = num_choices
+        self._deltas: list[TokenDelta] = []
+        self._waiter: asyncio.Future[None] | None = None
+
+    def push(self, delta: TokenDelta) -> bool:
+        """Called by the driver. True when this was the last delta of the last choice."""
+        self._deltas.append(delta)
+        if delta.finish is not None:
+            self._open -= 1
+        self._wake()
+        return self._open == 0
+
+    async def next(self) -> list[TokenDelta]:
+        while not self._deltas:
+            if self._open == 0:
+                return []
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        taken, self._deltas = self._deltas, []
+        return taken
+
+    def cancel(self, choice: int | None = None) -> None:
+        if self._open == 0:
+            return
+        self._open = 0 if choice is None else self._open - 1
+        self._driver.cancel(self._request_id, choice)
+        self._deltas = [d for d in self._deltas if choice is not None and d.choice != choice]
+        self._wake()
+
+    @property
+    def ended(self) -> bool:
+        return self._open == 0
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+class ServiceDriver:
+    """Implements `Generator`. Belongs to one running event loop."""
+
+    def __init__(self, core: ServiceCore, on_ready: Callable[[str], None] = lambda _: None) -> None:
+        self.core = core
+        self._on_ready = on_ready
+        self._loop = asyncio.get_running_loop()
+        self._endpoints: dict[str, Endpoint] = {}
+        self._streams: dict[str, Stream] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._active: set[str] = set()
+        self._closing = False
+        self.last_refusal = ""
+
+    # --- instances -----------------------------------------------------------------------------
+
+    def connect(self, name: str, address: str) -> None:
+        endpoint = connect(address, self.core.config.name, name)
+        self._endpoints[name] = endpoint
+        self._loop.add_reader(endpoint.fileno(), self._readable, endpoint)
+        self._carry_out(self.core.add_instance(name, self._loop.time()))
+
+    def instance_lost(self, name: str, coming_back: bool) -> None:
+        self.core.expect(name, coming_back)
+        self._active.discard(name)
+        self._carry_out(self.core.on_instance_lost(name, self._loop.time()))
+
+    def _readable(self, endpoint: Endpoint) -> None:
+        for peer, frame in endpoint.drain(_FRAMES_A_TURN):
+            try:
+                message = decode(frame)
+            except ProtocolError as exc:
+                log.warning("dropped a frame from %s: %s", peer, exc)
+                continue
+            if isinstance(message, Refused):
+                self.last_refusal = message.reason
+                log.warning("%s refused %s: %s", peer, message.what, message.reason)
+            self._carry_out(self.core.on_message(peer, message, self._loop.time()))
+        self._watch_states()
+
+    def _watch_states(self) -> None:
+        for name, instance in self.core.instances.items():
+            if instance.state == "active" and name not in self._active:
+                self._active.add(name)
+                self._on_ready(name)
+            elif instance.state == "lost" and name in self._active:
+                self._active.discard(name)
+                log.warning("%s is lost; its requests go on elsewhere or wait for it", name)
+
+    def _carry_out(self, effects: list[Effect]) -> None:
+        for effect in effects:
+            match effect:
+                case Reply(request_id=request_id, event=event):
+                    stream = self._streams.get(request_id)
+                    if stream is not None and stream.push(event):
+                        del self._streams[request_id]
+                case Send(peer=peer, message=message):
+                    if not self._endpoints[peer].send(peer, encode(message)):
+                        log.debug("%s did not take a %s", peer, type(message).__name__)
+                case SetTimer(at_s=at_s):
+                    if self._timer is not None:
+                        self._timer.cancel()
+                    self._timer = self._loop.call_at(at_s, self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._carry_out(self.core.on_timer(self._loop.time()))
+        self._watch_states()
+
+    # --- Generator -----------------------------------------------------------------------------
+
+    @property
+    def card(self) -> InstanceCard | None:
+        for instance in self.core.instances.values():
+            if instance.card is not None:
+                return instance.card
+        return None
+
+    def submit(self, spec: GenerationSpec) -> Stream:
+        if self._closing:
+            raise EngineUnavailable("the server is shutting down: try another one, or later")
+        if self.card is None:
+            raise EngineUnavailable(
+                "the engine is still starting: wait for /health to say ready", retry_after_s=1.0
+            )
+        effects = self.core.submit(spec, self._loop.time())
+        stream = self._streams[spec.request_id] = Stream(self, spec.request_id, spec.n)
+        self._carry_out(effects)
+        return stream
+
+    def cancel(self, request_id: str, choice: int | None) -> None:
+        """For streams: the engine frees the choice within a step."""
+        self._carry_out(self.core.cancel(request_id, choice, self._loop.time()))
+        stream = self._streams.get(request_id)
+        if stream is not None and stream.ended:
+            del self._streams[request_id]
+
+    def status(self) -> ServiceStatus:
+        instances = [
+            {
+                "name": i.name,
+                "state": i.state,
+                "pid": i.card.pid if i.card else None,
+                "incarnation": i.incarnation,
+                "queued_tokens": i.queued_tokens,
+                "running": i.running,
+                "card": i.card,
+                "load": i.load,
+            }
+            for i in self.core.instances.values()
+        ]
+        ready = self.core.ready and not self._closing
+        reason = ""
+        if self._closing:
+            reason = "the server is shutting down"
+        elif not ready:
+            states = ", ".join(f"{i.name}: {i.state}" for i in self.core.instances.values())
+            reason = f"no engine has produced a token yet ({states or 'none started'})"
+            reason += f"; {self.last_refusal}" if self.last_refusal else ""
+        return ServiceStatus(True, ready, reason, self.core.num_queued, instances)
+
+    # --- the end -------------------------------------------------------------------------------
+
+    def refuse_new(self) -> None:
+        self._closing = True
+
+    def close(self, error: PenstockError) -> None:
+        """End whatever still lives with `error`; let go of the instances."""
+        self._carry_out(self.core.close_all(error))
+        if self._timer is not None:
+            self._timer.cancel()
+        for endpoint in self._endpoints.values():
+            self._loop.remove_reader(endpoint.fileno())
+            endpoint.close()
+        self._endpoints.clear()

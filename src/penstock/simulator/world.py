@@ -1,0 +1,224 @@
+"""A whole deployment on a virtual clock: the production cores, a network with faults, no threads.
+
+One seed gives one history: events happen in the order of (time, number), all randomness comes from
+one generator, and nothing depends on hash order. `history` records every message that was delivered,
+every fault and every reply.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from penstock.engine.core import CoreConfig, InstanceCore
+from penstock.engine.scheduler.scheduler import Scheduler, SchedulerConfig
+from penstock.protocol.codec import Message, decode, encode
+from penstock.protocol.effects import Effect, Launch, Reply, Send, SetTimer
+from penstock.protocol.errors import Overloaded
+from penstock.protocol.instance import InstanceCard
+from penstock.protocol.kv import KvLayout
+from penstock.service.core import ServiceCore, ServiceCoreConfig
+from penstock.service.generation import GenerationSpec, TokenDelta
+from penstock.simulator.runner import CostModelRunner, StepCost
+
+VOCAB_SIZE = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkFaults:
+    """Each frame: `latency_s` plus up to `jitter_s`; may come twice; may be lost."""
+
+    latency_s: float = 0.0002
+    jitter_s: float = 0.0003
+    duplicate: float = 0.0
+    loss: float = 0.0
+
+
+@dataclass(slots=True)
+class _Node:
+    """A process: its core, whether it lives, and the timer it has set last."""
+
+    name: str
+    core: InstanceCore | ServiceCore
+    runner: CostModelRunner | None = None
+    alive: bool = True
+    timer: int = 0
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What the caller of one request saw, by choice."""
+
+    ids: dict[int, list[int]] = field(default_factory=dict)
+    finish: dict[int, list[str]] = field(default_factory=dict)
+
+    def take(self, delta: TokenDelta) -> None:
+        self.ids.setdefault(delta.choice, []).extend(delta.ids)
+        if delta.finish is not None:
+            self.finish.setdefault(delta.choice, []).append(delta.finish)
+
+
+class World:
+    """Add services and instances, submit requests at times, inject faults, `run`."""
+
+    def __init__(self, seed: int, faults: NetworkFaults | None = None) -> None:
+        self.now = 0.0
+        self.history: list[str] = []
+        self.outcomes: dict[str, Outcome] = {}
+        self._random = random.Random(seed)
+        self._faults = faults or NetworkFaults()
+        self._events: list[tuple[float, int, Callable[[], None]]] = []
+        self._number = 0
+        self._nodes: dict[str, _Node] = {}
+        self._incarnations: dict[str, int] = {}
+        self._last_arrival_s: dict[tuple[str, str], float] = {}
+
+    # --- building ------------------------------------------------------------------------------
+
+    def add_instance(
+        self, name: str, *, num_blocks: int = 256, cost: StepCost | None = None
+    ) -> InstanceCore:
+        """Start (or start again, as a new incarnation) the instance `name`."""
+        incarnation = self._incarnations[name] = self._incarnations.get(name, 0) + 1
+        config = SchedulerConfig(
+            max_num_seqs=16, max_num_batched_tokens=256, max_model_len=1024, eos_token_ids=(0,)
+        )
+        layout = KvLayout(1, 1, 8, config.block_tokens, "float32", 4096)
+        card = InstanceCard(
+            name=name,
+            incarnation=incarnation,
+            pid=0,
+            model="simulated",
+            model_digest="simulated",
+            vocab_size=VOCAB_SIZE,
+            max_model_len=config.max_model_len,
+            dtype="float32",
+            device="simulated",
+            layout=layout,
+            num_blocks=num_blocks,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+        )
+        core = InstanceCore(card, Scheduler(config, num_blocks), CoreConfig())
+        runner = CostModelRunner(cost or StepCost(), VOCAB_SIZE, lambda: self.now, self.at)
+        node = self._nodes[name] = _Node(name, core, runner)
+        self._carry_out(node, core.on_timer(self.now))
+        return core
+
+    def add_service(self, name: str, instances: list[str]) -> ServiceCore:
+        core = ServiceCore(ServiceCoreConfig(name=name))
+        node = self._nodes[name] = _Node(name, core)
+        for instance in instances:
+            self._carry_out(node, core.add_instance(instance, self.now))
+        return core
+
+    def submit(self, service: str, spec: GenerationSpec, at_s: float) -> Outcome:
+        outcome = self.outcomes[spec.request_id] = Outcome()
+
+        def arrive() -> None:
+            node = self._nodes[service]
+            assert isinstance(node.core, ServiceCore)
+            try:
+                self._carry_out(node, node.core.submit(spec, self.now))
+            except Overloaded:
+                outcome.finish[0] = ["overloaded"]
+
+        self.at(at_s, arrive)
+        return outcome
+
+    def cancel(self, service: str, request_id: str, at_s: float) -> None:
+        def arrive() -> None:
+            node = self._nodes[service]
+            assert isinstance(node.core, ServiceCore)
+            self._carry_out(node, node.core.cancel(request_id, None, self.now))
+
+        self.at(at_s, arrive)
+
+    # --- faults --------------------------------------------------------------------------------
+
+    def kill(self, name: str, *, noticed_by: str | None = None) -> None:
+        """The process is gone. A supervisor (`noticed_by`) sees that at once; others by silence."""
+        self._log("kill", name)
+        node = self._nodes[name]
+        node.alive = False
+        if node.runner is not None:
+            node.runner.close()
+        if noticed_by is not None:
+            service = self._nodes[noticed_by]
+            assert isinstance(service.core, ServiceCore)
+            service.core.expect(name, True)
+            self._carry_out(service, service.core.on_instance_lost(name, self.now))
+
+    # --- running -------------------------------------------------------------------------------
+
+    def at(self, when_s: float, call: Callable[[], None]) -> None:
+        self._number += 1
+        heapq.heappush(self._events, (when_s, self._number, call))
+
+    def run(self, until_s: float) -> None:
+        while self._events and self._events[0][0] <= until_s:
+            self.now, _, call = heapq.heappop(self._events)
+            call()
+        self.now = until_s
+
+    def _carry_out(self, node: _Node, effects: list[Effect]) -> None:
+        for effect in effects:
+            match effect:
+                case Send(peer=peer, message=message):
+                    self._send(node.name, peer, message)
+                case Launch(batch=batch):
+                    self._launch(node, batch)
+                case SetTimer(at_s=at_s):
+                    self._set_timer(node, at_s)
+                case Reply(request_id=request_id, event=event):
+                    self._log("reply", request_id, event.choice, event.ids, event.finish)
+                    self.outcomes[request_id].take(event)
+
+    def _launch(self, node: _Node, batch: object) -> None:
+        core, runner = node.core, node.runner
+        assert isinstance(core, InstanceCore) and runner is not None
+
+        def done(result: object) -> None:
+            self._carry_out(node, core.on_step_done(result, self.now))  # type: ignore[arg-type]
+
+        runner.launch(batch, done)  # type: ignore[arg-type]
+
+    def _set_timer(self, node: _Node, at_s: float) -> None:
+        node.timer += 1
+        number = node.timer
+
+        def fire() -> None:
+            if node.alive and node.timer == number:
+                self._carry_out(node, node.core.on_timer(self.now))
+
+        self.at(max(at_s, self.now), fire)
+
+    def _send(self, source: str, target: str, message: Message) -> None:
+        faults, draw = self._faults, self._random.random
+        if draw() < faults.loss:
+            self._log("lost", source, target, type(message).__name__)
+            return
+        frame = encode(message)
+        copies = 2 if draw() < faults.duplicate else 1
+        receiver = self._nodes.get(target)
+        for _ in range(copies):
+            # A connection keeps its order: nothing overtakes what was sent before.
+            link = (source, target)
+            arrival_s = self.now + faults.latency_s + draw() * faults.jitter_s
+            arrival_s = max(arrival_s, self._last_arrival_s.get(link, 0.0))
+            self._last_arrival_s[link] = arrival_s
+            self.at(arrival_s, lambda: self._deliver(source, target, receiver, frame))
+
+    def _deliver(self, source: str, target: str, receiver: _Node | None, frame: bytes) -> None:
+        node = self._nodes.get(target)
+        sender = self._nodes[source]
+        # What was on its way to (or from) a process that has died does not reach its successor.
+        if node is None or node is not receiver or not node.alive or not sender.alive:
+            return
+        self._log("deliver", source, target, frame.hex())
+        self._carry_out(node, node.core.on_message(source, decode(frame), self.now))
+
+    def _log(self, *what: object) -> None:
+        self.history.append(f"{self.now:.9f} " + " ".join(str(part) for part in what))
