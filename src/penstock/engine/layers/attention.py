@@ -17,8 +17,8 @@ from penstock.engine.models.config import ModelConfig
 class Step:
     """What all layers of one step share."""
 
-    cos_TD: torch.Tensor
-    sin_TD: torch.Tensor
+    cos: torch.Tensor  # [T, D], as `Platform.rope_` wants it
+    sin: torch.Tensor
     attention: AttentionBackend
 
 
@@ -52,7 +52,7 @@ class SelfAttention:
         if self._q_norm_D is not None and self._k_norm_D is not None:
             q_THD = self._platform.rms_norm(q_THD, self._q_norm_D, self._eps)
             k_TGD = self._platform.rms_norm(k_TGD, self._k_norm_D, self._eps)
-        self._platform.rope_(q_THD, k_TGD, step.cos_TD, step.sin_TD)
+        self._platform.rope_(q_THD, k_TGD, step.cos, step.sin)
         out_THD = step.attention.run(self._layer, q_THD, k_TGD, v_TGD)
         return self._out(out_THD.flatten(1))
 

@@ -61,6 +61,7 @@ class Decoder:
 
     def __init__(self, config: ModelConfig, weights: Weights) -> None:
         self.config = config
+        self.dtype = weights.dtype
         self._platform = weights.platform
         self._rotary = Rotary(
             config.rope, config.head_dim, config.max_model_len, weights.platform.device

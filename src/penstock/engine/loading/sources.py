@@ -12,8 +12,8 @@ from penstock.engine.layers.weights import Weights
 from penstock.engine.loading.tensors import CheckpointTensors
 from penstock.engine.platforms.base import Platform
 
-#: Called with (bytes read so far, bytes to read in all).
-Progress = Callable[[int, int], None]
+#: Called with the fraction that has been read, after each tensor; 1.0 at the end.
+Progress = Callable[[float], None]
 
 
 class Declared(Weights):
@@ -56,7 +56,7 @@ class FromCheckpoint(Weights):
     def fill(self, name: str, out: torch.Tensor) -> None:
         self._read_bytes += self._tensors.read_into(name, out)
         if self._progress is not None:
-            self._progress(self._read_bytes, self._total_bytes)
+            self._progress(self._read_bytes / self._total_bytes)
 
 
 class Dummy(Weights):

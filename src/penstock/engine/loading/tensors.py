@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint folder: which file holds which, and whether they are the right ones."""
+"""The tensors of a checkpoint folder: which file holds which, and whether they fit the model."""
 
 from __future__ import annotations
 

@@ -7,10 +7,10 @@ from dataclasses import replace
 import torch
 
 from penstock.checkpoint import Checkpoint
-from penstock.engine.layers.decoder import Decoder
 from penstock.engine.loading.sources import Declared, Dummy, FromCheckpoint, Progress
 from penstock.engine.loading.tensors import CheckpointTensors
 from penstock.engine.memory.sizing import torch_dtype
+from penstock.engine.models.base import Model
 from penstock.engine.models.config import DTYPE_BYTES, ModelConfig
 from penstock.engine.models.registry import family_named, model_config
 from penstock.engine.platforms.base import Platform
@@ -28,7 +28,7 @@ def load_model(
     load_format: str = "auto",
     seed: int = 0,
     progress: Progress | None = None,
-) -> tuple[Decoder, ModelConfig]:
+) -> tuple[Model, ModelConfig]:
     """The model in `dtype` on the platform's device, and its config with that dtype and length.
 
     Everything is checked before the first byte of data is read; then tensors stream into place one
