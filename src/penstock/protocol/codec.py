@@ -81,6 +81,6 @@ def decode(frame: bytes) -> Message:
         message: Message = (
             _array_decoder.decode(body) if frame[1] == 1 else _map_decoder.decode(body)
         )
-    except msgspec.DecodeError as exc:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise ProtocolError(f"not a message of this protocol: {exc}") from exc
     return message
