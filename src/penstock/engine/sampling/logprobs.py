@@ -20,20 +20,20 @@ _CHUNK_TOKENS = 64
 class LogprobTensors:
     """Logprobs of `L` positions, still on the device. The alternatives stand best first."""
 
-    ids_L: Tensor
-    logprob_L: Tensor
-    rank_L: Tensor
-    top_ids_LK: Tensor
-    top_logprobs_LK: Tensor
+    ids: Tensor  # [L]
+    logprobs: Tensor  # [L]
+    ranks: Tensor  # [L]
+    top_ids: Tensor  # [L, K]
+    top_logprobs: Tensor  # [L, K]
 
     def to_list(self, wanted: list[int]) -> list[TokenLogprobs]:
         """Copy to the host; `wanted[l]` alternatives are kept for position l."""
         columns = zip(
-            self.ids_L.tolist(),
-            self.logprob_L.tolist(),
-            self.rank_L.tolist(),
-            self.top_ids_LK.tolist(),
-            self.top_logprobs_LK.tolist(),
+            self.ids.tolist(),
+            self.logprobs.tolist(),
+            self.ranks.tolist(),
+            self.top_ids.tolist(),
+            self.top_logprobs.tolist(),
             wanted,
         )
         return [

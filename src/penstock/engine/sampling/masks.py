@@ -20,14 +20,14 @@ def mask_words(vocab_size: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class TokenMasks:
-    """The masks of one step. `rows[i]` is the row of the batch that `bits_MW[i]` belongs to.
+    """The masks of one step. `rows[i]` is the row of the batch that `bits[i]` belongs to.
 
     Bit b of word w is set when id 32 * w + b is allowed. Rows that are not named are free. `errors`
     holds rows whose grammar failed: they end with that error whatever their logits are.
     """
 
     rows: Sequence[int] = ()
-    bits_MW: Tensor | None = None  # int32
+    bits: Tensor | None = None  # int32 [M, mask_words(vocab_size)]
     errors: Mapping[int, PenstockError] = field(default_factory=dict)
 
 
@@ -46,8 +46,8 @@ def unpack(bits_MW: Tensor, vocab_size: int) -> Tensor:
 
 def apply_masks(logits_RV: Tensor, masks: TokenMasks) -> None:
     """Set the logits of forbidden ids to -inf, in place, in the rows that have a mask."""
-    if masks.bits_MW is None or not masks.rows:
+    if masks.bits is None or not masks.rows:
         return
-    allowed_MV = unpack(masks.bits_MW.to(logits_RV.device), logits_RV.shape[1])
+    allowed_MV = unpack(masks.bits.to(logits_RV.device), logits_RV.shape[1])
     for row, allowed_V in zip(masks.rows, allowed_MV):
         logits_RV[row].masked_fill_(~allowed_V, float("-inf"))

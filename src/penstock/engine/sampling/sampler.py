@@ -11,9 +11,10 @@ has a mask, since holding back eos when the grammar allows nothing else would le
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor
@@ -24,14 +25,13 @@ from penstock.engine.sampling.masks import NO_MASKS, TokenMasks, apply_masks
 from penstock.engine.sampling.penalties import MinTokens, Shaper, shapers
 from penstock.engine.sampling.philox import uniforms
 from penstock.engine.scheduler.batch import NewSequence
-from penstock.protocol.errors import EngineFailed, InvalidRequest, PenstockError
+from penstock.protocol.errors import EngineFailed, ErrorInfo, InvalidRequest, PenstockError
 from penstock.protocol.tokens import TokenLogprobs
 
 #: Below this a temperature means greedy, as in vLLM.
 _GREEDY_BELOW = 1e-5
 
 
-@dataclass(slots=True)
 class SampledRows:
     """What one `Sampler.sample` drew. Everything is on the device until a property is read.
 
@@ -39,39 +39,46 @@ class SampledRows:
     is safe to embed and must not be used otherwise.
     """
 
-    ids_R: Tensor
-    top_R: Tensor  # best logit after shaping: tells rows that cannot be sampled
-    mask_errors: dict[int, PenstockError]
-    logprob_rows: list[int]
-    logprob_counts: list[int]
-    logprob_tensors: LogprobTensors | None
+    def __init__(
+        self,
+        ids_R: Tensor,
+        top_R: Tensor,
+        known_errors: Mapping[int, PenstockError],
+        logprobs_of: Mapping[int, int],
+        logprobs: LogprobTensors | None,
+    ) -> None:
+        self.ids_R = ids_R
+        self._top_R = top_R  # best logit after shaping: tells the rows that cannot be sampled
+        self._known_errors = known_errors
+        self._logprobs_of = logprobs_of  # row: number of alternatives
+        self._logprobs = logprobs
 
-    @property
+    @cached_property
     def ids(self) -> list[int]:
         return self.ids_R.tolist()
 
-    @property
-    def errors(self) -> list[PenstockError | None]:
-        """For each row the reason why it has no token, or None."""
-        found = [_row_error(top) for top in self.top_R.tolist()]
-        for row, error in self.mask_errors.items():
-            found[row] = error
-        return found
+    @cached_property
+    def errors(self) -> dict[int, ErrorInfo]:
+        """Row: why it has no token."""
+        found = {
+            row: _row_error(top).info()
+            for row, top in enumerate(self._top_R.tolist())
+            if not math.isfinite(top)
+        }
+        return found | {row: error.info() for row, error in self._known_errors.items()}
 
-    @property
+    @cached_property
     def logprobs(self) -> list[TokenLogprobs | None]:
         """For each row its logprobs, or None where the request asked for none."""
         found: list[TokenLogprobs | None] = [None] * len(self.ids_R)
-        if self.logprob_tensors is not None:
-            entries = self.logprob_tensors.to_list(self.logprob_counts)
-            for row, entry in zip(self.logprob_rows, entries):
+        if self._logprobs is not None:
+            entries = self._logprobs.to_list(list(self._logprobs_of.values()))
+            for row, entry in zip(self._logprobs_of, entries):
                 found[row] = entry
         return found
 
 
-def _row_error(top: float) -> PenstockError | None:
-    if math.isfinite(top):
-        return None
+def _row_error(top: float) -> PenstockError:
     if top == -math.inf:
         return EngineFailed("no token is left to sample: every one is forbidden at this position")
     return EngineFailed("the model's logits are not finite")
@@ -100,20 +107,23 @@ class Sampler:
         self._seed = np.zeros(max_num_seqs, dtype=np.uint64)
         self._choice = np.zeros(max_num_seqs, dtype=np.uint64)
         self._logprobs = np.full(max_num_seqs, -1, dtype=np.int64)
+        self._prompt_logprobs = np.zeros(max_num_seqs, dtype=np.int64)
         self._shapers: list[list[Shaper]] = [[] for _ in range(max_num_seqs)]
+        self._errors: dict[int, PenstockError] = {}
 
     def admit(self, new: NewSequence) -> None:
         """Take over a slot's parameters and rebuild its counts from the ids known so far.
 
-        Raises `InvalidRequest` for a logit_bias on an id outside the vocabulary.
+        Never raises: what is wrong with a request is the error of its row when it is sampled.
         """
         params, slot = new.sampling, new.slot
-        for token_id in params.logit_bias:
-            if not 0 <= token_id < self.vocab_size:
-                raise InvalidRequest(
-                    f"logit_bias names token {token_id}; this model has {self.vocab_size}",
-                    param="logit_bias",
-                )
+        outside = [i for i in params.logit_bias if not 0 <= i < self.vocab_size]
+        if outside:
+            self._errors[slot] = InvalidRequest(
+                f"logit_bias names token {outside[0]}; ids go up to {self.vocab_size - 1}",
+                param="logit_bias",
+            )
+            params = msgspec.structs.replace(params, logit_bias={})
         greedy = params.temperature < _GREEDY_BELOW
         self._temperature[slot] = 0.0 if greedy else params.temperature
         self._min_p[slot] = params.min_p
@@ -123,6 +133,7 @@ class Sampler:
         self._seed[slot] = params.seed % 2**64
         self._choice[slot] = new.choice
         self._logprobs[slot] = -1 if params.logprobs is None else params.logprobs
+        self._prompt_logprobs[slot] = params.prompt_logprobs or 0
         self._shapers[slot] = shapers(
             params,
             new.token_ids[: new.num_prompt_tokens],
@@ -135,6 +146,7 @@ class Sampler:
         self._temperature[slot] = 0.0
         self._logprobs[slot] = -1
         self._shapers[slot] = []
+        self._errors.pop(slot, None)
 
     def sample(
         self,
@@ -149,8 +161,8 @@ class Sampler:
         will be output token `positions[r]` (0 is the first after the prompt).
         """
         at = np.asarray(slots, dtype=np.int64)
-        logprob_rows = np.flatnonzero(self._logprobs[at] >= 0).tolist()
-        raw_LV = logits_RV[logprob_rows] if logprob_rows else None  # a copy: the rest is in place
+        wanted = {r: int(k) for r, k in enumerate(self._logprobs[at]) if k >= 0}
+        raw_LV = logits_RV[list(wanted)] if wanted else None  # a copy: what follows is in place
         broken_R = self._shape(logits_RV, slots, positions, masks)
 
         ids_R = logits_RV.argmax(dim=1)
@@ -165,17 +177,22 @@ class Sampler:
         for row, (slot, position) in enumerate(zip(slots, positions)):
             for shaper in self._shapers[slot]:
                 shaper.record(ids_R[row : row + 1], position)
-        counts = self._logprobs[at[logprob_rows]].tolist()
-        tensors = (
-            None if raw_LV is None else gather_logprobs(raw_LV, ids_R[logprob_rows], max(counts))
+        errors = {r: self._errors[slot] for r, slot in enumerate(slots) if slot in self._errors}
+        logprobs = (
+            gather_logprobs(raw_LV, ids_R[list(wanted)], max(wanted.values()))
+            if raw_LV is not None
+            else None
         )
-        return SampledRows(ids_R, top_R, dict(masks.errors), logprob_rows, counts, tensors)
+        return SampledRows(ids_R, top_R, errors | dict(masks.errors), wanted, logprobs)
 
     def prompt_logprobs(
-        self, logits_TV: Tensor, next_ids: list[int], k: int
+        self, logits_TV: Tensor, next_ids: list[int], slot: int
     ) -> list[TokenLogprobs]:
-        """Logprobs of the prompt tokens `next_ids[t]` that follow each row of raw logits."""
-        return prompt_logprobs(logits_TV, next_ids, k)
+        """Logprobs of the prompt tokens `next_ids[t]`, each under row t of raw logits.
+
+        With as many alternatives as the sequence in `slot` asked for.
+        """
+        return prompt_logprobs(logits_TV, next_ids, int(self._prompt_logprobs[slot]))
 
     def _shape(
         self,

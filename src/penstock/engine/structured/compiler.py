@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from penstock.checkpoint import Checkpoint
 from penstock.grammar import limits, to_grammar
-from penstock.protocol.errors import InvalidConstraint
+from penstock.protocol.errors import CheckpointError, InvalidConstraint
 from penstock.protocol.request import Constraint
 
 #: Compiled grammars kept, least recently used first out. They weigh from some KB to some MB.
@@ -34,9 +34,15 @@ class GrammarCompiler:
         self._cache: OrderedDict[Constraint, LLMatcher] = OrderedDict()
 
     @classmethod
-    def from_checkpoint(cls, checkpoint: Checkpoint, vocab_size: int) -> GrammarCompiler:
-        text = (checkpoint.path / "tokenizer.json").read_text(encoding="utf-8")
-        return cls(text, vocab_size, checkpoint.eos_token_ids)
+    def from_checkpoint(
+        cls, checkpoint: Checkpoint, vocab_size: int, eos_token_ids: Sequence[int]
+    ) -> GrammarCompiler:
+        """Raises `CheckpointError` when there is no readable tokenizer.json."""
+        file = checkpoint.path / "tokenizer.json"
+        try:
+            return cls(file.read_text(encoding="utf-8"), vocab_size, eos_token_ids)
+        except (OSError, UnicodeDecodeError) as exc:
+            raise CheckpointError(f"{file} cannot be read: {exc}") from exc
 
     @cached_property
     def tokenizer(self) -> LLTokenizer:
@@ -52,7 +58,7 @@ class GrammarCompiler:
         return -(-self.tokenizer.vocab_size // 32)
 
     @cached_property
-    def known_W(self) -> NDArray[np.int32]:
+    def known_mask(self) -> NDArray[np.int32]:
         """Packed bits of the ids that stand for text (or are special) and that the model has."""
         known = np.zeros(self.mask_words * 32, dtype=np.uint8)
         known[self._ids_with_text] = 1
@@ -60,7 +66,7 @@ class GrammarCompiler:
         return np.packbits(known, bitorder="little").view(np.int32)
 
     @cached_property
-    def eos_W(self) -> NDArray[np.int32]:
+    def eos_mask(self) -> NDArray[np.int32]:
         """Packed bits of the eos ids alone: the mask of an output that is complete."""
         eos = np.zeros(self.mask_words * 32, dtype=np.uint8)
         eos[list(self.eos_token_ids)] = 1

@@ -10,6 +10,7 @@ import torch
 from llguidance import LLMatcher
 from numpy.typing import NDArray
 
+from penstock.checkpoint import Checkpoint
 from penstock.engine.sampling.masks import NO_MASKS, TokenMasks, mask_words
 from penstock.engine.structured.compiler import GrammarCompiler
 from penstock.protocol.errors import EngineFailed, PenstockError
@@ -112,14 +113,14 @@ class Matchers:
         matcher, compiler = state.matcher, self._compiler
         assert matcher is not None
         if matcher.is_stopped() and not matcher.is_error():
-            state.mask_W = compiler.eos_W
+            state.mask_W = compiler.eos_mask
             return
         mask_W = np.zeros(compiler.mask_words, dtype=np.int32)
         matcher.unsafe_compute_mask_ptr(mask_W.ctypes.data, mask_W.nbytes)
         if matcher.is_error():
             state.error = EngineFailed(f"the grammar failed: {matcher.get_error()}")
             return
-        state.mask_W = mask_W & compiler.known_W
+        state.mask_W = mask_W & compiler.known_mask
 
 
 class MaskService:
@@ -133,6 +134,12 @@ class MaskService:
         self._matchers = Matchers(compiler)
         self._constrained: set[int] = set()
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="penstock-masks")
+
+    @classmethod
+    def from_checkpoint(
+        cls, checkpoint: Checkpoint, vocab_size: int, eos_token_ids: Sequence[int]
+    ) -> MaskService:
+        return cls(GrammarCompiler.from_checkpoint(checkpoint, vocab_size, eos_token_ids))
 
     def admit(self, slot: int, constraint: Constraint, output_ids: Sequence[int] = ()) -> None:
         """As `Matchers.admit`; compiling happens on the thread too."""
