@@ -1,8 +1,8 @@
 """What the scheduler decides, as plain data, and what the runner answers. No torch here.
 
-A batch is applied in the order of its fields: freed slots, admitted sequences, block maps, rows. The
-runner executes batches strictly in the order in which they were launched, so everything that step N
-does to a slot has happened before step N+1 touches it.
+A batch is applied in the order of its fields: freed slots, admitted sequences, block maps, rows.
+The runner executes batches strictly in the order in which they were launched, so everything that
+step N does to a slot has happened before step N+1 touches it.
 """
 
 from __future__ import annotations

@@ -1,0 +1,624 @@
+"""One token budget, no phases.
+
+Each sequence has tokens to compute and tokens computed, and every step lets the second catch up
+with the first. A prompt in chunks, a prefix found in the cache, a return after preemption and a
+migration from elsewhere differ only in where the two start.
+
+Overlap: `schedule` may be called again before earlier batches have been answered. Ids that are
+still to be sampled stand as placeholders; the runner fills them in by itself. A sequence that
+certainly ends with the ids in flight gets no further row; one that may end (by a stop token) does,
+and the surplus result is dropped.
+
+Why blocks and slots can be freed at any moment, although steps in flight still touch them: the
+runner executes batches strictly in order, and who gets the block next has rows only in batches
+launched later. What a step in flight still writes is overwritten before it is read. The cache is
+the exception, since a cached block is read as it is. Hence only *confirmed* KV is given a key
+(whole blocks whose every position was written by a step whose result is in), and a sequence never
+writes below its confirmed positions, so no step in flight writes to a block that has a key.
+
+After a failed step nothing of its batch need have happened, bookkeeping included: every sequence
+with a row in it ends, admissions and maps travel in the same batch as their sequence's row, and a
+slot is reset by its next admission.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import insort
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from penstock.engine.scheduler.batch import (
+    Batch,
+    BatchRow,
+    BlockMap,
+    NewSequence,
+    RowResult,
+    StepResult,
+)
+from penstock.engine.scheduler.block_pool import BlockPool
+from penstock.engine.scheduler.config import SchedulerConfig
+from penstock.engine.scheduler.queue import WaitingQueue
+from penstock.engine.scheduler.sequence import (
+    CLASSES,
+    Key,
+    Sequence,
+    SequenceUpdate,
+    State,
+)
+from penstock.engine.scheduler.stopping import check_stop
+from penstock.protocol.errors import (
+    ContextLengthExceeded,
+    EngineFailed,
+    ErrorInfo,
+    InvalidRequest,
+    Overloaded,
+    ProtocolError,
+)
+from penstock.protocol.kv import KEY_BYTES, KvChange
+from penstock.protocol.request import RequestClass, Submit
+from penstock.protocol.tokens import TokenLogprobs
+
+
+class DuplicateSubmit(ProtocolError):
+    """This attempt, or a newer one, is here already; the live sequence is untouched."""
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerStats:
+    """Counts of this moment, then totals since the start."""
+
+    waiting: dict[str, int]  # sequences by class
+    running: dict[str, int]
+    waiting_tokens: int  # known tokens of waiting sequences (some may be found in the cache)
+    running_tokens: int  # context of running sequences
+    kv_blocks_used: int
+    kv_blocks_cached: int  # reusable: they have a key and nobody holds them
+    kv_blocks_total: int
+    steps: int
+    scheduled_tokens: int
+    preemptions: int
+    prefix_hit_tokens: int
+    prefix_query_tokens: int
+
+
+@dataclass(slots=True)
+class _Plan:
+    """A batch in the making: how many tokens of which sequence, in order."""
+
+    budget: int
+    tokens: dict[Sequence, int] = field(default_factory=dict)
+    preempted: bool = False
+
+    def add(self, seq: Sequence, num_tokens: int) -> None:
+        self.tokens[seq] = num_tokens
+        self.budget -= num_tokens
+
+    def drop(self, seq: Sequence) -> None:
+        self.budget += self.tokens.pop(seq, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class _InFlight:
+    step: int
+    rows: list[tuple[Sequence, BatchRow, int]]  # with the sequence's `run` at launch
+
+
+class Scheduler:
+    """Decides what each step computes. Deterministic: no clock, no chance, no I/O."""
+
+    def __init__(self, config: SchedulerConfig, num_blocks: int) -> None:
+        self._config = config
+        self._pool = BlockPool(num_blocks)
+        #: No sequence may outgrow the pool, so whoever runs alone can always go on.
+        self.max_model_len = min(config.max_model_len, num_blocks * config.block_tokens)
+        self._eos = frozenset(config.eos_token_ids)
+        self._live: dict[Key, Sequence] = {}
+        self._queues: dict[RequestClass, WaitingQueue] = {c: WaitingQueue() for c in CLASSES}
+        self._running: list[Sequence] = []  # by rank
+        self._paused: set[str] = set()  # only asked, never iterated
+        self._computing: dict[bytes, Sequence] = {}  # keys that a running sequence will store
+        self._free_slots = list(range(config.max_num_seqs))  # a heap: the lowest goes first
+        self._freed_slots: list[int] = []
+        self._in_flight: deque[_InFlight] = deque()
+        self._arrivals = 0
+        self._steps = 0
+        self._scheduled_tokens = 0
+        self._preemptions = 0
+        self._prefix_hit_tokens = 0
+        self._prefix_query_tokens = 0
+
+    # ---- sequences come and go ------------------------------------------------------------
+
+    def add(self, submit: Submit) -> None:
+        """Queue a sequence.
+
+        A newer attempt replaces an older one, of which nothing more is heard. Raises
+        `ContextLengthExceeded` or `InvalidRequest` for what can never run here, `Overloaded` when
+        the queue is full, `DuplicateSubmit` for an attempt that is not newer than the live one.
+        """
+        older = self._live.get((submit.service, submit.request_id))
+        if older is not None and older.attempt >= submit.attempt:
+            raise DuplicateSubmit(
+                f"attempt {submit.attempt} of {submit.request_id} was submitted before"
+            )
+        self._validate(submit)
+        if older is not None:
+            self._finish(older)
+        elif sum(map(len, self._queues.values())) >= self._config.max_waiting:
+            raise Overloaded(f"{self._config.max_waiting} sequences are waiting already")
+        caching = self._config.enable_prefix_caching
+        seq = Sequence.of(submit, self._arrivals, self.max_model_len, caching)
+        self._arrivals += 1
+        self._live[seq.key] = seq
+        self._queues[seq.request_class].enter(seq)
+
+    def _validate(self, submit: Submit) -> None:
+        num_tokens = len(submit.prompt_ids) + len(submit.resumed_ids)
+        if not submit.prompt_ids:
+            raise InvalidRequest("the prompt is empty", param="prompt")
+        if num_tokens >= self.max_model_len:
+            raise ContextLengthExceeded(
+                f"the prompt has {num_tokens} tokens and leaves no room for output: "
+                f"at most {self.max_model_len} tokens fit, prompt and output together",
+                param="prompt",
+            )
+        if len(submit.resumed_ids) >= submit.sampling.max_tokens:
+            raise InvalidRequest(
+                f"max_tokens is {submit.sampling.max_tokens} and "
+                f"{len(submit.resumed_ids)} tokens have been generated: nothing is left to do",
+                param="max_tokens",
+            )
+        num_keys, remainder = divmod(len(submit.block_keys), KEY_BYTES)
+        if remainder or num_keys > num_tokens // self._config.block_tokens:
+            raise ProtocolError(
+                f"{len(submit.block_keys)} bytes of block keys do not fit {num_tokens} tokens in "
+                f"blocks of {self._config.block_tokens}"
+            )
+
+    def cancel(self, key: Key, attempt: int | None = None) -> SequenceUpdate | None:
+        """End a sequence at once, wherever it stands; its results in flight will be ignored.
+
+        Returns its terminal update, or None if it (this attempt of it) is not here.
+        """
+        seq = self._live.get(key)
+        if seq is None or attempt not in (None, seq.attempt):
+            return None
+        self._finish(seq)
+        return SequenceUpdate(seq, seq.num_output_tokens, finish="cancelled")
+
+    def drop_service(self, service: str) -> int:
+        """Free everything that belongs to `service`, without updates; returns how many ended."""
+        sequences = self.live(service)
+        for seq in sequences:
+            self._finish(seq)
+        self._paused.discard(service)
+        return len(sequences)
+
+    def pause(self, service: str) -> None:
+        """Give the service's sequences no further rows. They keep what they have, but are the
+        first to lose it when somebody needs it."""
+        self._paused.add(service)
+
+    def resume(self, service: str) -> None:
+        self._paused.discard(service)
+
+    def live(self, service: str | None = None) -> list[Sequence]:
+        """Unfinished sequences (of one service), in order of arrival."""
+        return [s for s in self._live.values() if service is None or s.service == service]
+
+    def has_work(self) -> bool:
+        """Is there any unfinished sequence, even if nothing can be scheduled right now?"""
+        return bool(self._live)
+
+    def _finish(self, seq: Sequence) -> None:
+        queue = self._queues[seq.request_class]
+        if seq.state is State.RUNNING:
+            self._leave_slot(seq, keep=seq.public)
+        else:
+            queue.take_out(seq)
+            # A preempted sequence's private blocks stay in the LRU until they are evicted.
+        queue.leave(seq)
+        seq.state = State.FINISHED
+        del self._live[seq.key]
+
+    def _leave_slot(self, seq: Sequence, keep: bool) -> None:
+        """Give up slot and blocks. `keep`: what has a key may serve later."""
+        self._pool.release(seq.blocks, keep)
+        self._stop_computing(seq)
+        self._running.remove(seq)
+        self._freed_slots.append(seq.slot)
+        heapq.heappush(self._free_slots, seq.slot)
+        seq.slot = -1
+        seq.blocks = []
+        seq.stale_maps = []
+        seq.num_computed = seq.num_confirmed = seq.num_keyed_blocks = 0
+        seq.run += 1
+        seq.is_new = seq.trusted = True
+
+    # ---- the loop -------------------------------------------------------------------------
+
+    def schedule(self) -> Batch | None:
+        """The next step, or None if there is nothing that can be computed now.
+
+        Online before offline; in each class decodes first, so that nobody's next token waits
+        behind a prompt, then prompts under way, then newcomers, as far as budget, slots and
+        blocks go. After a preemption no newcomer is let in during the same step.
+        """
+        plan = _Plan(self._config.max_num_batched_tokens)
+        for request_class in CLASSES:
+            running = [
+                s
+                for s in self._running
+                if s.request_class == request_class and s.service not in self._paused
+            ]
+            for seq in running:
+                if seq.num_to_compute == 1:
+                    self._continue(seq, plan)
+            for seq in running:
+                if seq.num_to_compute > 1:
+                    self._continue(seq, plan)
+            if not plan.preempted:
+                self._admit_waiting(self._queues[request_class], plan)
+        return self._emit(plan) if plan.tokens else None
+
+    def _continue(self, seq: Sequence, plan: _Plan) -> None:
+        """Plan the next tokens of a running sequence, preempting the last in rank for blocks."""
+        num_tokens = self._chunk(seq.num_to_compute, plan)
+        if seq.state is not State.RUNNING or not num_tokens:
+            return
+        missing = self._num_blocks(seq.num_computed + num_tokens) - len(seq.blocks)
+        while missing > self._pool.num_available:
+            victim = max(self._running, key=self._victim_rank)
+            self._preempt(victim, plan)
+            if victim is seq:
+                return
+        self._allocate(seq, missing)
+        plan.add(seq, num_tokens)
+
+    def _admit_waiting(self, queue: WaitingQueue, plan: _Plan) -> None:
+        """Let newcomers in, best first, up to the first one that does not fit: nobody overtakes
+        it with a smaller request for ever."""
+        if not len(queue):
+            return
+        admitted: list[Sequence] = []
+        for seq in queue.in_order():
+            if not plan.budget:
+                break
+            if seq.service in self._paused or seq.num_placeholders:
+                # After a preemption its last ids may still be in flight. It returns with them.
+                continue
+            hits = self._pool.match(seq.keys[: seq.max_reusable_blocks(self._config.block_tokens)])
+            if self._is_computed_elsewhere(seq, len(hits)):
+                continue
+            if not self._make_room(seq, hits, plan):
+                break
+            self._admit(seq, hits, queue)
+            admitted.append(seq)
+            num_tokens = self._chunk(seq.num_to_compute, plan)
+            self._allocate(seq, self._num_blocks(seq.num_computed + num_tokens) - len(hits))
+            plan.add(seq, num_tokens)
+        for seq in admitted:
+            queue.take_out(seq)
+
+    def _emit(self, plan: _Plan) -> Batch:
+        """Turn the plan into a batch and remember it until its result comes."""
+        batch = Batch(step=self._steps, rows=[], freed_slots=self._freed_slots)
+        self._freed_slots = []
+        flight = _InFlight(self._steps, [])
+        for seq, num_tokens in plan.tokens.items():
+            if seq.is_new:
+                batch.admitted.append(_new_sequence(seq))
+                seq.is_new = False
+            batch.maps.extend(BlockMap(seq.slot, i, seq.blocks[i]) for i in seq.stale_maps)
+            seq.stale_maps = []
+            start = seq.num_computed
+            sent = seq.num_prompt_logprobs_sent
+            row = BatchRow(
+                seq.slot,
+                start,
+                num_tokens,
+                samples=start + num_tokens == seq.num_tokens,
+                prompt_logprobs=sent is not None and start + 1 < seq.num_prompt_tokens,
+            )
+            batch.rows.append(row)
+            flight.rows.append((seq, row, seq.run))
+            seq.num_computed += num_tokens
+            if row.samples:
+                seq.num_placeholders += 1
+                self._queues[seq.request_class].charge(seq.flow, 1)
+        self._in_flight.append(flight)
+        self._steps += 1
+        self._scheduled_tokens += batch.num_tokens
+        return batch
+
+    # ---- room -----------------------------------------------------------------------------
+
+    def _make_room(self, seq: Sequence, hits: list[int], plan: _Plan) -> bool:
+        """Find a slot, and blocks for all known tokens of `seq`, given the cached ones in `hits`.
+
+        What running prompts still need is spoken for. Whoever is of a lower class, or paused, may
+        be preempted, but only if that suffices: nobody loses blocks in vain.
+        """
+        short = self._num_blocks(seq.num_tokens) - len(hits) + self._pool.num_reusable_in(hits)
+        short += sum(map(self._num_missing, self._running)) - self._pool.num_available
+        if short <= 0 and self._free_slots:
+            return True
+        victims = [s for s in self._running if s.service in self._paused or s.rank[0] > seq.rank[0]]
+        if short > sum(len(s.blocks) + self._num_missing(s) for s in victims):
+            return False  # an upper bound, and cheap: a blocked head is looked at in every step
+        victims.sort(key=self._victim_rank, reverse=True)
+        freed = self._pool.freed_by((s.blocks for s in victims), besides=hits)
+        for count, (victim, num_freed) in enumerate(zip(victims, freed), start=1):
+            short -= self._num_missing(victim)
+            if num_freed >= short:
+                for preempted in victims[:count]:
+                    self._preempt(preempted, plan)
+                return True
+        return False
+
+    def _preempt(self, seq: Sequence, plan: _Plan) -> None:
+        """Take slot and blocks away. Confirmed whole blocks stay in the cache, so that the return
+        is cheap while memory is not short; ids in flight still count."""
+        plan.drop(seq)
+        plan.preempted = True
+        self._leave_slot(seq, keep=True)
+        seq.state = State.WAITING
+        seq.num_preemptions += 1
+        self._preemptions += 1
+        self._queues[seq.request_class].put_back(seq)
+
+    def _admit(self, seq: Sequence, hits: list[int], queue: WaitingQueue) -> None:
+        block_tokens = self._config.block_tokens
+        for block in hits:
+            self._pool.share(block)
+        seq.state = State.RUNNING
+        seq.slot = heapq.heappop(self._free_slots)
+        seq.blocks = list(hits)
+        seq.stale_maps = list(range(len(hits)))
+        seq.num_keyed_blocks = len(hits)
+        seq.num_computed = seq.num_confirmed = len(hits) * block_tokens
+        insort(self._running, seq, key=lambda s: s.rank)
+        if seq.public:
+            for key in seq.keys[len(hits) :]:
+                self._computing[key] = seq
+        if seq.num_preemptions == 0:
+            queue.chosen(seq.flow)
+            queue.charge(seq.flow, seq.num_to_compute)
+            seq.cached_tokens = min(seq.num_computed, seq.num_prompt_tokens)
+            if seq.public:
+                self._prefix_hit_tokens += seq.cached_tokens
+                self._prefix_query_tokens += seq.num_prompt_tokens
+
+    def _is_computed_elsewhere(self, seq: Sequence, num_hits: int) -> bool:
+        """Is the next block that `seq` lacks about to be stored by a running sequence?
+
+        Then waiting is cheaper than computing it twice; this is how the choices of a request come
+        to share their prompt. One waits only for a sequence that is served no later than oneself
+        and is not paused, so whoever is waited for moves on; when it goes, so does its claim.
+        """
+        if not seq.public or num_hits >= seq.max_reusable_blocks(self._config.block_tokens):
+            return False
+        owner = self._computing.get(seq.keys[num_hits]) if num_hits < len(seq.keys) else None
+        return (
+            owner is not None
+            and owner.rank[:2] <= seq.rank[:2]
+            and owner.service not in self._paused
+        )
+
+    def _stop_computing(self, seq: Sequence) -> None:
+        for key in seq.keys[seq.num_keyed_blocks :]:
+            if self._computing.get(key) is seq:
+                del self._computing[key]
+
+    def _victim_rank(self, seq: Sequence) -> tuple[bool, tuple[int, int, int]]:
+        return seq.service in self._paused, seq.rank
+
+    def _chunk(self, num_to_compute: int, plan: _Plan) -> int:
+        return min(num_to_compute, plan.budget, self._config.max_chunk_tokens or plan.budget)
+
+    def _num_blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._config.block_tokens)
+
+    def _num_missing(self, seq: Sequence) -> int:
+        """Blocks that a running sequence needs for what it has to compute, and does not hold."""
+        return self._num_blocks(seq.num_computed + seq.num_to_compute) - len(seq.blocks)
+
+    def _allocate(self, seq: Sequence, num_blocks: int) -> None:
+        for _ in range(num_blocks):
+            seq.stale_maps.append(len(seq.blocks))
+            seq.blocks.append(self._pool.allocate())
+
+    # ---- results --------------------------------------------------------------------------
+
+    def apply(self, result: StepResult) -> list[SequenceUpdate]:
+        """Take in the result of the oldest batch in flight; says what changed for whom.
+
+        A failed step (`result.error`) ends every sequence that had a row in it.
+        """
+        flight = self._in_flight.popleft()
+        assert flight.step == result.step, "results come in the order of the batches"
+        if result.error is not None:
+            ended = [seq for seq, _, _ in flight.rows if seq.state is not State.FINISHED]
+            info = EngineFailed(f"step {result.step} failed: {result.error.message}").info()
+            return [self._end_with_error(seq, info) for seq in ended]
+        assert len(result.rows) == len(flight.rows), "one result for each row"
+        updates = []
+        for (seq, row, run), row_result in zip(flight.rows, result.rows):
+            assert row_result.slot == row.slot, "row results stand in the order of the rows"
+            if seq.state is not State.FINISHED:  # otherwise the row was surplus
+                update = self._apply_row(seq, row, run, row_result)
+                if update is not None:
+                    updates.append(update)
+        return updates
+
+    def _apply_row(
+        self, seq: Sequence, row: BatchRow, run: int, result: RowResult
+    ) -> SequenceUpdate | None:
+        if result.error is not None:
+            return self._end_with_error(seq, result.error)
+        if run == seq.run:
+            seq.num_confirmed = row.start + row.num_tokens
+            self._register_blocks(seq)
+        entries, entries_start = self._new_prompt_logprobs(seq, row, result)
+        if not row.samples:
+            if not entries:
+                return None
+            return SequenceUpdate(
+                seq,
+                seq.num_output_tokens,
+                prompt_logprobs=entries,
+                prompt_logprobs_start=entries_start,
+            )
+        assert len(result.ids) == 1, "a row that samples yields one id"
+        start = seq.num_output_tokens
+        seq.num_placeholders -= 1
+        seq.token_ids.extend(result.ids)
+        stop = check_stop(
+            seq.sampling,
+            self._eos,
+            result.ids[-1],
+            seq.num_output_tokens,
+            seq.max_total_tokens - len(seq.token_ids),
+        )
+        if stop is not None:
+            self._finish(seq)
+        cached_tokens = 0 if seq.cached_tokens_told else seq.cached_tokens
+        seq.cached_tokens_told = True
+        return SequenceUpdate(
+            seq,
+            start,
+            result.ids,
+            logprobs=result.logprobs,
+            prompt_logprobs=entries or None,
+            prompt_logprobs_start=entries_start,
+            finish=stop.reason if stop else None,
+            stop_token=stop.token if stop else None,
+            cached_tokens=cached_tokens,
+        )
+
+    def _end_with_error(self, seq: Sequence, info: ErrorInfo) -> SequenceUpdate:
+        self._finish(seq)
+        return SequenceUpdate(seq, seq.num_output_tokens, finish="error", error=info)
+
+    def _register_blocks(self, seq: Sequence) -> None:
+        """Name the whole blocks that have become confirmed. A block that another sequence stored
+        first is mapped in place of our own, which is released."""
+        block_tokens = self._config.block_tokens
+        if not seq.trusted:
+            return
+        for index in range(seq.num_keyed_blocks, seq.num_confirmed // block_tokens):
+            key = seq.block_key(index, block_tokens)
+            parent = seq.keys[index - 1] if index else b""
+            block = self._pool.register(seq.blocks[index], key, parent, seq.public)
+            if block != seq.blocks[index]:
+                seq.blocks[index] = block
+                seq.stale_maps.append(index)
+            if self._computing.get(key) is seq:
+                del self._computing[key]
+            seq.num_keyed_blocks = index + 1
+
+    @staticmethod
+    def _new_prompt_logprobs(
+        seq: Sequence, row: BatchRow, result: RowResult
+    ) -> tuple[list[TokenLogprobs], int]:
+        """The entries of this row that have not been sent, and the first one's prompt position.
+        (After a preemption positions may be computed, and reported, again.)"""
+        sent = seq.num_prompt_logprobs_sent
+        if sent is None or not result.prompt_logprobs:
+            return [], 0
+        assert row.start <= sent, "a gap in the prompt's logprobs"
+        entries = result.prompt_logprobs[sent - row.start :]
+        seq.num_prompt_logprobs_sent = sent + len(entries)
+        return entries, sent + 1
+
+    # ---- looking in -----------------------------------------------------------------------
+
+    def stable_steps(self) -> int:
+        """For how many further steps, if nothing is added or cancelled, every running sequence
+        has exactly one decode row: no prompt, no admission, no preemption, no certain end. Ends
+        by stop tokens are not foreseen (their surplus rows are dropped, as always). Never too
+        high."""
+        if not self._running or any(map(len, self._queues.values())) or self._paused:
+            return 0
+        if any(s.num_to_compute != 1 for s in self._running):
+            return 0
+        if len(self._running) > self._config.max_num_batched_tokens:
+            return 0
+        limits = min(s.max_total_tokens - s.num_tokens for s in self._running)
+        spare_blocks = self._pool.num_available // len(self._running)
+        return min(limits, spare_blocks * self._config.block_tokens)
+
+    @property
+    def stats(self) -> SchedulerStats:
+        waiting = [seq for queue in self._queues.values() for seq in queue]
+        return SchedulerStats(
+            waiting={c: len(self._queues[c]) for c in CLASSES},
+            running={c: sum(s.request_class == c for s in self._running) for c in CLASSES},
+            waiting_tokens=sum(len(s.token_ids) for s in waiting),
+            running_tokens=sum(s.num_tokens for s in self._running),
+            kv_blocks_used=self._pool.num_held,
+            kv_blocks_cached=self._pool.num_reusable,
+            kv_blocks_total=self._pool.num_blocks,
+            steps=self._steps,
+            scheduled_tokens=self._scheduled_tokens,
+            preemptions=self._preemptions,
+            prefix_hit_tokens=self._prefix_hit_tokens,
+            prefix_query_tokens=self._prefix_query_tokens,
+        )
+
+    def kv_keys(self) -> list[bytes]:
+        """Every key in the cache that others may match (for a `Snapshot`)."""
+        return self._pool.keys()
+
+    def take_kv_changes(self) -> list[KvChange]:
+        """What was stored and removed since the last call, in order."""
+        return self._pool.take_changes()
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all cached KV (the weights have changed). Sequences that hold KV go on with it,
+        but what builds on it is not named."""
+        self._pool.clear_keys()
+        self._computing.clear()
+        for seq in self._running:
+            seq.trusted = False
+
+    def check(self) -> None:
+        """Assert the invariants: every block, slot and sequence is accounted for once."""
+        self._pool.check([seq.blocks for seq in self._running])
+        slots = sorted([*self._free_slots, *(s.slot for s in self._running)])
+        assert slots == list(range(self._config.max_num_seqs)), "a slot is lost or taken twice"
+        assert self._running == sorted(self._running, key=lambda s: s.rank), "running by rank"
+        places = [*self._running, *self._waiting()]
+        assert sorted(s.arrival for s in places) == sorted(s.arrival for s in self.live()), (
+            "a sequence is lost or in two places"
+        )
+        for seq in self._running:
+            assert seq.state is State.RUNNING
+            assert seq.num_confirmed <= seq.num_computed < seq.num_tokens <= seq.max_total_tokens
+            assert len(seq.blocks) == self._num_blocks(seq.num_computed), "blocks held"
+        for seq in self._waiting():
+            assert seq.state is State.WAITING and not seq.blocks
+        flying = [(s, row) for flight in self._in_flight for s, row, _ in flight.rows]
+        in_flight = [s for s, row in flying if row.samples]
+        for seq in self.live():
+            assert in_flight.count(seq) == seq.num_placeholders, "placeholders without a step"
+        assert all(owner.state is State.RUNNING for owner in self._computing.values())
+
+    def _waiting(self) -> Iterator[Sequence]:
+        for queue in self._queues.values():
+            yield from queue
+
+
+def _new_sequence(seq: Sequence) -> NewSequence:
+    submit = seq.submit
+    return NewSequence(
+        slot=seq.slot,
+        token_ids=list(seq.token_ids),
+        num_prompt_tokens=seq.num_prompt_tokens,
+        sampling=submit.sampling,
+        choice=submit.choice,
+        constraint=submit.constraint,
+        adapter=submit.adapter,
+    )

@@ -1,0 +1,168 @@
+"""One sequence as the scheduler sees it: tokens to compute and tokens computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from penstock.protocol.errors import ErrorInfo
+from penstock.protocol.kv import next_key, root_key, split_keys
+from penstock.protocol.request import RequestClass, SamplingParams, Submit
+from penstock.protocol.tokens import FinishReason, TokenLogprobs
+
+Key = tuple[str, str]  # (service, request_id)
+Flow = tuple[str, str]  # (service, cache_salt): between whom tokens are shared fairly
+
+#: In the order in which they are served.
+CLASSES: tuple[RequestClass, ...] = ("online", "offline")
+
+
+class State(Enum):
+    WAITING = "waiting"
+    RUNNING = "running"  # has a slot
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Counters are in tokens and only the scheduler writes them.
+
+    0 <= num_confirmed <= num_computed < num_tokens:
+
+    - `num_confirmed`: KV written by steps whose results have been applied,
+    - `num_computed`: KV written, or to be written by a step in flight,
+    - `num_tokens`: known ids and, after them, `num_placeholders` ids that steps in flight sample.
+
+    `run` counts residences: it grows when the sequence loses its blocks, so that a late result of
+    an earlier residence is not taken for KV of this one (its sampled ids are still good).
+    """
+
+    submit: Submit
+    arrival: int
+    max_total_tokens: int  # prompt + output may not grow beyond
+    public: bool  # its keys are the service's: others may match them
+    keys: list[bytes]  # of the whole blocks, as far as they have been named
+    token_ids: list[int]
+    num_prompt_logprobs_sent: int | None  # prompt positions 1 ... n are out; None: not wanted
+    state: State = State.WAITING
+    num_confirmed: int = 0
+    num_computed: int = 0
+    num_placeholders: int = 0
+    num_keyed_blocks: int = 0  # leading blocks registered in (or taken from) the prefix cache
+    blocks: list[int] = field(default_factory=list)
+    stale_maps: list[int] = field(default_factory=list)  # block indices the runner must (re)map
+    slot: int = -1
+    run: int = 0
+    is_new: bool = True  # the runner does not know this residence yet
+    trusted: bool = True  # its KV may be named (false after a cache reset, until recomputed)
+    num_preemptions: int = 0
+    cached_tokens: int = 0  # prompt tokens found in the cache at the first admission
+    cached_tokens_told: bool = False
+    key: Key = field(init=False)
+    flow: Flow = field(init=False)
+    rank: tuple[int, int, int] = field(init=False)  # lower is served first, preempted last
+
+    def __post_init__(self) -> None:
+        submit = self.submit
+        self.key = (submit.service, submit.request_id)
+        self.flow = (submit.service, submit.cache_salt)
+        self.rank = (CLASSES.index(submit.request_class), submit.priority, self.arrival)
+
+    @classmethod
+    def of(cls, submit: Submit, arrival: int, max_len: int, caching: bool) -> Sequence:
+        """`max_len`: total tokens one sequence may reach here; `caching`: may KV be shared."""
+        num_prompt = len(submit.prompt_ids)
+        wants_prompt_logprobs = submit.sampling.prompt_logprobs is not None
+        public = caching and bool(submit.block_keys)
+        return cls(
+            submit=submit,
+            arrival=arrival,
+            max_total_tokens=min(num_prompt + submit.sampling.max_tokens, max_len),
+            public=public,
+            keys=split_keys(submit.block_keys) if public else [],
+            token_ids=submit.prompt_ids + submit.resumed_ids,
+            # Who resumes with output has had the prompt's logprobs from an earlier attempt.
+            num_prompt_logprobs_sent=(
+                0 if wants_prompt_logprobs and not submit.resumed_ids else None
+            ),
+        )
+
+    @property
+    def service(self) -> str:
+        return self.submit.service
+
+    @property
+    def attempt(self) -> int:
+        return self.submit.attempt
+
+    @property
+    def request_class(self) -> RequestClass:
+        return self.submit.request_class
+
+    @property
+    def sampling(self) -> SamplingParams:
+        return self.submit.sampling
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.submit.prompt_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - len(self.submit.prompt_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids) + self.num_placeholders
+
+    @property
+    def num_to_compute(self) -> int:
+        """Zero when the ids in flight are certainly its last ones."""
+        num_tokens = len(self.token_ids) + self.num_placeholders
+        return num_tokens - self.num_computed if num_tokens < self.max_total_tokens else 0
+
+    def block_key(self, index: int, block_tokens: int) -> bytes:
+        """The key of whole block `index`; its ids, and those before it, are known.
+
+        Where the service gave no keys the chain hangs from a root that no other sequence has:
+        such blocks serve only this sequence's own return after a preemption.
+        """
+        while len(self.keys) <= index:
+            start = len(self.keys) * block_tokens
+            ids = self.token_ids[start : start + block_tokens]
+            assert len(ids) == block_tokens, "a key needs a whole block"
+            parent = self.keys[-1] if self.keys else root_key("private", salt=str(self.arrival))
+            self.keys.append(next_key(parent, ids))
+        return self.keys[index]
+
+    def max_reusable_blocks(self, block_tokens: int) -> int:
+        """How many leading blocks may come from the cache.
+
+        The last known token is always computed, as its logits are wanted. Prompt logprobs that
+        have not been reported yet need their positions computed, too.
+        """
+        limit = len(self.token_ids) - 1
+        if self.num_prompt_logprobs_sent is not None:
+            limit = min(limit, self.num_prompt_logprobs_sent)
+        return limit // block_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceUpdate:
+    """What a step (or a cancellation) changed for one sequence.
+
+    `start` is the index of `ids[0]` among the output tokens, resumed ones counted. `finish` is set
+    on the last update of the sequence and only there; with "error" comes `error`.
+    `prompt_logprobs` are of the prompt positions from `prompt_logprobs_start` on.
+    """
+
+    sequence: Sequence
+    start: int
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs_start: int = 0
+    finish: FinishReason | None = None
+    stop_token: int | None = None
+    cached_tokens: int = 0
+    error: ErrorInfo | None = None
