@@ -14,7 +14,7 @@ import msgspec
 
 from penstock.engine.cost import CostFitter
 from penstock.engine.scheduler.batch import Batch, StepResult
-from penstock.engine.scheduler.scheduler import Scheduler
+from penstock.engine.scheduler.scheduler import DuplicateSubmit, Scheduler
 from penstock.engine.scheduler.sequence import SequenceUpdate
 from penstock.protocol.codec import PROTOCOL_VERSION, Message
 from penstock.protocol.effects import Effect, Launch, Send, SetTimer, Stop
@@ -207,6 +207,8 @@ class InstanceCore:
             if submit.service != peer:
                 submit = msgspec.structs.replace(submit, service=peer)
             self.scheduler.add(submit)
+        except DuplicateSubmit:
+            return []  # the network has delivered it twice
         except PenstockError as exc:
             row = _terminal(submit.request_id, submit.attempt, len(submit.resumed_ids), exc)
             return self._send_rows(peer, [row], now)
@@ -278,7 +280,7 @@ class InstanceCore:
             LiveRequest(s.key[1], s.attempt, s.num_output_tokens)
             for s in self.scheduler.live(peer)
         ]
-        keys = b"".join(self.scheduler.cached_keys()) if link.kv_events else b""
+        keys = b"".join(self.scheduler.kv_keys()) if link.kv_events else b""
         card = self.card
         return [Send(peer, Snapshot(card.name, card.incarnation, live, link.kv_sent, keys))]
 

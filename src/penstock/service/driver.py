@@ -194,9 +194,17 @@ class ServiceDriver:
     def refuse_new(self) -> None:
         self._closing = True
 
-    def close(self, error: PenstockError) -> None:
-        """End whatever still lives with `error`; let go of the instances."""
+    @property
+    def closing(self) -> bool:
+        return self._closing
+
+    def end_all(self, error: PenstockError) -> None:
+        """Whatever still lives ends with `error`."""
         self._carry_out(self.core.close_all(error))
+
+    def close(self, error: PenstockError) -> None:
+        """`end_all`, and let go of the instances."""
+        self.end_all(error)
         if self._timer is not None:
             self._timer.cancel()
         for endpoint in self._endpoints.values():
