@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from penstock.engine.sampling import draw
+from penstock.engine.sampling.draw import CANDIDATES, Top, draw
 from penstock.engine.sampling.logprobs import LogprobTensors, gather_logprobs, prompt_logprobs
 from penstock.engine.sampling.masks import NO_MASKS, TokenMasks, apply_masks
 from penstock.engine.sampling.penalties import MinTokens, Shaper, shapers
@@ -99,7 +99,7 @@ class Sampler:
         self._eos_token_ids = tuple(eos_token_ids)
         # On the CPU reading a flag back is free, so a small candidate set with an exact fallback
         # pays. Elsewhere it would stall the loop, and a sort is cheap.
-        self._candidates = draw.CANDIDATES if self.device.type == "cpu" else vocab_size
+        self._candidates = CANDIDATES if self.device.type == "cpu" else vocab_size
         self._temperature = np.zeros(max_num_seqs)
         self._min_p = np.zeros(max_num_seqs)
         self._top_p = np.ones(max_num_seqs)
@@ -236,13 +236,10 @@ class Sampler:
             scaled_RV = (scaled_RV - top_R[rows.tolist()].unsqueeze(1)) / temperature_R.unsqueeze(1)
             uniform_R = self._to(uniform[rows])
             min_p_R = self._to(self._min_p[own], torch.float32) if self._min_p[own].any() else None
+            top = None
             if filtered[rows[0]]:
-                top_k_R, top_p_R = self._to(self._top_k[own]), self._to(self._top_p[own])
-                drawn_R = draw.draw_filtered(
-                    scaled_RV, min_p_R, top_k_R, top_p_R, uniform_R, self._candidates
-                )
-            else:
-                drawn_R = draw.draw_unfiltered(scaled_RV, min_p_R, uniform_R)
+                top = Top(self._to(self._top_k[own]), self._to(self._top_p[own]))
+            drawn_R = draw(scaled_RV, uniform_R, min_p_R, top, self._candidates)
             ids_R[rows.tolist()] = drawn_R
 
     def _to(self, values: np.ndarray, dtype: torch.dtype | None = None) -> Tensor:
