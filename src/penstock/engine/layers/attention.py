@@ -91,6 +91,11 @@ class LayeredAttention:
         self._distinct = list({id(backend): backend for backend in backend_of_layer}.values())
         self.name = self._distinct[0].name
 
+    @staticmethod
+    def unsupported(shape: AttentionShape, dtype: torch.dtype, device: torch.device) -> str | None:
+        """Each layer's backend has been asked when it was chosen."""
+        return None
+
     def plan(self, rows: list[AttentionRow]) -> None:
         for backend in self._distinct:
             backend.plan(rows)

@@ -146,4 +146,4 @@ def _tensor_info(entry: dict[str, Any], data_start: int) -> TensorInfo:
 
 
 def _bytes_of(flat: torch.Tensor) -> memoryview:
-    return memoryview(flat.view(torch.uint8).numpy())
+    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]

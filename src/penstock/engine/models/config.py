@@ -118,14 +118,14 @@ def base_config(
 ) -> ModelConfig:
     """Everything that is read in the same way for all families; full attention, no biases."""
     _refuse_unsupported(fields)
-    num_heads = fields.int("num_attention_heads", high=MAX_HEADS)
-    hidden_size = fields.int("hidden_size", high=MAX_WIDTH)
-    head_dim = fields.int("head_dim", default_head_dim or hidden_size // num_heads, high=1024)
+    num_heads = fields.integer("num_attention_heads", high=MAX_HEADS)
+    hidden_size = fields.integer("hidden_size", high=MAX_WIDTH)
+    head_dim = fields.integer("head_dim", default_head_dim or hidden_size // num_heads, high=1024)
     kv_heads_known = "num_key_value_heads" in fields or not kv_heads_required
     default_kv_heads = num_heads if kv_heads_known else None
-    num_kv_heads = fields.int("num_key_value_heads", default_kv_heads, high=MAX_HEADS)
-    num_layers = fields.int("num_hidden_layers", high=MAX_LAYERS)
-    max_positions = fields.int("max_position_embeddings", high=MAX_POSITIONS)
+    num_kv_heads = fields.integer("num_key_value_heads", default_kv_heads, high=MAX_HEADS)
+    num_layers = fields.integer("num_hidden_layers", high=MAX_LAYERS)
+    max_positions = fields.integer("max_position_embeddings", high=MAX_POSITIONS)
     if fields.get("head_dim") is None and default_head_dim is None and hidden_size % num_heads:
         raise CheckpointError(
             f"{fields.where}: hidden_size = {hidden_size} is no multiple of "
@@ -142,16 +142,16 @@ def base_config(
     default_len, rope_max_tokens = _context_tokens(rope, max_positions)
     return ModelConfig(
         family=family,
-        vocab_size=fields.int("vocab_size", high=MAX_VOCAB),
+        vocab_size=fields.integer("vocab_size", high=MAX_VOCAB),
         hidden_size=hidden_size,
-        intermediate_size=fields.int("intermediate_size", high=MAX_WIDTH),
+        intermediate_size=fields.integer("intermediate_size", high=MAX_WIDTH),
         num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         rope=rope,
-        rms_norm_eps=fields.float("rms_norm_eps", 1e-6),
-        tie_word_embeddings=fields.bool("tie_word_embeddings", False),
+        rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
+        tie_word_embeddings=fields.flag("tie_word_embeddings", False),
         max_model_len=default_len,
         rope_max_tokens=rope_max_tokens,
         dtype=_dtype(fields),
@@ -162,12 +162,12 @@ def base_config(
 def layer_windows(fields: Fields, num_layers: int) -> tuple[int | None, ...]:
     """Qwen's layers: sliding where `layer_types` says so, else from `max_window_layers` upwards,
     and nowhere unless `use_sliding_window`."""
-    window = fields.optional_int("sliding_window", 4096)
-    if not fields.bool("use_sliding_window", False):
+    window = fields.optional_integer("sliding_window", 4096)
+    if not fields.flag("use_sliding_window", False):
         window = None
     types = fields.strings("layer_types")
     if not types:
-        first = fields.int("max_window_layers", 28, low=0)
+        first = fields.integer("max_window_layers", 28, low=0)
         return tuple(window if i >= first else None for i in range(num_layers))
     if len(types) != num_layers:
         raise fields.wrong("layer_types", f"{len(types)} entries", f"{num_layers}, one a layer")
@@ -189,15 +189,15 @@ def _refuse_unsupported(fields: Fields) -> None:
         raise fields.unsupported(
             "quantization_config", method, "unquantized float32, bfloat16 and float16 weights"
         )
-    activation = fields.str("hidden_act", "silu")
+    activation = fields.text("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise fields.unsupported("hidden_act", activation, "silu")
-    if fields.bool("is_encoder_decoder", False):
+    if fields.flag("is_encoder_decoder", False):
         raise fields.unsupported("is_encoder_decoder", True, "decoder-only models")
 
 
 def _dtype(fields: Fields) -> str:
-    name = fields.str("dtype" if fields.get("dtype") else "torch_dtype", "float32")
+    name = fields.text("dtype" if fields.get("dtype") else "torch_dtype", "float32")
     name = name.removeprefix("torch.")
     if name not in DTYPE_BYTES:
         raise fields.unsupported("dtype", name, ", ".join(DTYPE_BYTES))
@@ -211,37 +211,42 @@ def _rope(fields: Fields, max_positions: int) -> RopeConfig:
     ):
         raise fields.unsupported("rope_parameters", "one set per layer type", "one set for all")
     for holder in (found, fields):
-        if holder.float("partial_rotary_factor", 1.0) != 1.0:
+        if holder.number("partial_rotary_factor", 1.0) != 1.0:
             raise holder.unsupported(
                 "partial_rotary_factor", holder.get("partial_rotary_factor"), "1.0"
             )
-    theta = found.float("rope_theta", fields.float("rope_theta", 10_000.0))
-    kind = found.str("rope_type", found.str("type", "default"))
-    original = found.int("original_max_position_embeddings", max_positions, high=MAX_POSITIONS)
-    original = fields.int("original_max_position_embeddings", original, high=MAX_POSITIONS)
+    theta = found.number("rope_theta", fields.number("rope_theta", 10_000.0))
+    kind = found.text("rope_type", found.text("type", "default"))
+    original = found.integer("original_max_position_embeddings", max_positions, high=MAX_POSITIONS)
+    original = fields.integer("original_max_position_embeddings", original, high=MAX_POSITIONS)
     if kind == "default":
         return RopeConfig(theta=theta, original_max_tokens=max_positions)
     if kind in ("linear", "dynamic"):
-        factor = found.float("factor")
+        factor = found.number("factor")
         return RopeConfig(kind, theta, factor, original_max_tokens=max_positions)
     if kind == "llama3":
-        low, high = found.float("low_freq_factor"), found.float("high_freq_factor")
+        low, high = found.number("low_freq_factor"), found.number("high_freq_factor")
         if high <= low:
             raise found.wrong("high_freq_factor", high, f"more than low_freq_factor = {low:g}")
         return RopeConfig(
-            kind, theta, found.float("factor"), original, low_freq_factor=low, high_freq_factor=high
+            kind,
+            theta,
+            found.number("factor"),
+            original,
+            low_freq_factor=low,
+            high_freq_factor=high,
         )
     if kind == "yarn":
-        factor = found.float("factor", max_positions / original)
+        factor = found.number("factor", max_positions / original)
         return RopeConfig(
             kind,
             theta,
             factor,
             original,
             attention_factor=_yarn_attention_factor(found, factor),
-            beta_fast=found.float("beta_fast", 32.0),
-            beta_slow=found.float("beta_slow", 1.0),
-            truncate=found.bool("truncate", True),
+            beta_fast=found.number("beta_fast", 32.0),
+            beta_slow=found.number("beta_slow", 1.0),
+            truncate=found.flag("truncate", True),
         )
     raise UnsupportedModel(
         f"{fields.where}: rope type {kind!r} is not supported; supported: default, linear, "
@@ -253,13 +258,13 @@ def _yarn_attention_factor(found: Fields, factor: float) -> float:
     """YaRN (arXiv:2309.00071, section 3.4) scales queries and keys by 0.1 ln(factor) + 1; with
     DeepSeek's mscale and mscale_all_dim by the ratio of two such terms."""
     if found.get("attention_factor") is not None:
-        return found.float("attention_factor")
+        return found.number("attention_factor")
 
     def scale(weight: float) -> float:
         return 0.1 * weight * math.log(factor) + 1.0 if factor > 1.0 else 1.0
 
-    mscale = found.float("mscale", 0.0, above=-1.0)
-    mscale_all_dim = found.float("mscale_all_dim", 0.0, above=-1.0)
+    mscale = found.number("mscale", 0.0, above=-1.0)
+    mscale_all_dim = found.number("mscale_all_dim", 0.0, above=-1.0)
     if mscale and mscale_all_dim:
         return scale(mscale) / scale(mscale_all_dim)
     return scale(1.0)

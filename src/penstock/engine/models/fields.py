@@ -7,6 +7,8 @@ from typing import Any
 
 from penstock.protocol.errors import CheckpointError, UnsupportedModel
 
+_ABSURD = 1e15
+
 
 class Fields:
     """Values of a JSON object. A field that is absent or null takes the default, if there is one.
@@ -24,43 +26,47 @@ class Fields:
     def get(self, name: str) -> Any:
         return self._values.get(name)
 
-    def int(
+    def integer(
         self, name: str, default: int | None = None, *, low: int = 1, high: int = 1 << 24
     ) -> int:
         value = self._or_default(name, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value):
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, int):
             raise self.wrong(name, value, "an integer")
         if not low <= value <= high:
             raise self.wrong(name, value, f"an integer from {low} to {high}")
-        return int(value)
+        return value
 
-    def float(self, name: str, default: float | None = None, *, above: float = 0.0) -> float:
+    def number(self, name: str, default: float | None = None, *, above: float = 0.0) -> float:
         value = self._or_default(name, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise self.wrong(name, value, "a number")
-        if not above < value < float("inf"):
-            raise self.wrong(name, value, f"a number above {above:g}")
+        if not above < value < _ABSURD:
+            raise self.wrong(name, value, f"a number above {above:g} and below {_ABSURD:g}")
         return float(value)
 
-    def bool(self, name: str, default: bool) -> bool:
+    def flag(self, name: str, default: bool) -> bool:
         value = self._or_default(name, default)
         if not isinstance(value, bool):
             raise self.wrong(name, value, "true or false")
         return value
 
-    def str(self, name: str, default: str | None = None) -> str:
+    def text(self, name: str, default: str | None = None) -> str:
         value = self._or_default(name, default)
         if not isinstance(value, str):
             raise self.wrong(name, value, "a string")
         return value
 
-    def optional_int(self, name: str, default: int | None = None, *, low: int = 1) -> int | None:
+    def optional_integer(
+        self, name: str, default: int | None = None, *, low: int = 1
+    ) -> int | None:
         """Here an absent field takes the default, but null means None."""
         if name in self._values and self._values[name] is None:
             return None
         if name not in self._values and default is None:
             return None
-        return self.int(name, default, low=low)
+        return self.integer(name, default, low=low)
 
     def strings(self, name: str) -> list[str]:
         value = self._values.get(name)

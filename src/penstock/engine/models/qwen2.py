@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from penstock.engine.models.config import ModelConfig, base_config, layer_windows
 from penstock.engine.models.base import Family
+from penstock.engine.models.config import ModelConfig, base_config, layer_windows
 from penstock.engine.models.fields import Fields
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from penstock.engine.models.config import ModelConfig, base_config, layer_windows
 from penstock.engine.models.base import Family
+from penstock.engine.models.config import ModelConfig, base_config, layer_windows
 from penstock.engine.models.fields import Fields
 
 
 def parse(fields: Fields) -> ModelConfig:
     config = base_config("qwen3", fields, default_head_dim=128)
-    attention_bias = fields.bool("attention_bias", False)
+    attention_bias = fields.flag("attention_bias", False)
     return replace(
         config,
         qk_norm=True,

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from penstock.checkpoint import Checkpoint
 from penstock.engine.models import llama, mistral, qwen2, qwen3
-from penstock.engine.models.config import ModelConfig
 from penstock.engine.models.base import Family
+from penstock.engine.models.config import ModelConfig
 from penstock.engine.models.fields import Fields
 from penstock.protocol.errors import CheckpointError, UnsupportedModel
 
