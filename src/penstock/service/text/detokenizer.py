@@ -15,7 +15,7 @@ import codecs
 from collections.abc import Sequence, Set
 from typing import TYPE_CHECKING, Protocol
 
-from penstock.service.text.pieces import REPLACEMENT, DecodingRules, Piece, PieceTable
+from penstock.service.text.pieces import REPLACEMENT, DecodingRules, PieceTable
 
 if TYPE_CHECKING:
     from penstock.service.text.tokenizer import Tokenizer
@@ -67,7 +67,7 @@ class TableDetokenizer:
         if self._plain and len(ids) == 1:
             piece = self._table[ids[0]]
             if piece.__class__ is str:
-                return piece  # type: ignore[return-value]
+                return piece
         return self._push(ids)
 
     def finish(self) -> str:
@@ -84,7 +84,7 @@ class TableDetokenizer:
             if piece is None:
                 continue
             if piece.__class__ is str and not self._pending and not self._at_start:
-                out.append(piece)  # type: ignore[arg-type]
+                out.append(piece)
             else:
                 out.append(self._strip(self._text(piece)))
         self._plain = not (self._pending or self._at_start)
@@ -129,13 +129,12 @@ class TableDetokenizer:
         The start rule looks at the first tokens that show, a character in progress at the last
         three (UTF-8 has at most three bytes before the last one).
         """
-        if self._at_start:
-            for token_id in prompt_ids:
-                self._push((token_id,))
-                if not self._at_start:
-                    break
+        for token_id in prompt_ids:
+            if not self._at_start:
+                break
+            self._push((token_id,))
         self._decoder, self._pending, self._plain = None, False, not self._at_start
-        tail: list[Piece] = []
+        tail: list[bytes] = []
         for token_id in reversed(prompt_ids):
             piece = self._table[token_id]
             if piece is None:
@@ -144,7 +143,6 @@ class TableDetokenizer:
                 break
             tail.append(piece)
         for piece in reversed(tail):
-            assert isinstance(piece, bytes)
             self._text(piece)
         self._plain = not (self._pending or self._at_start)
 

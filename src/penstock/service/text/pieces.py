@@ -145,7 +145,8 @@ def _sentencepiece(stages: list[dict[str, Any]], kinds: list[str]) -> DecodingRu
         ["ByteFallback", "Fuse", "Strip"],
     ):
         return None
-    strip = stages[-1] if rest[-1:] == ["Strip"] else {"content": " ", "start": 0, "stop": 0}
+    no_strip: dict[str, Any] = {"content": " ", "start": 0, "stop": 0}
+    strip = stages[-1] if rest[-1:] == ["Strip"] else no_strip
     if strip["stop"]:
         return None
     return DecodingRules(

@@ -12,16 +12,19 @@ from penstock.service.text.stops import StopChecker
 from penstock.service.text.tokenizer import Tokenizer
 from penstock.service.text.tools import IdFactory, ToolParser
 
+#: How much of the prompt's end a reasoning parser gets to see.
+_PROMPT_END_TOKENS = 32
+
 
 @dataclass(frozen=True, slots=True)
 class OutputOptions:
     """What a request wants done with its text; names as in vLLM.
 
     Stop strings are not looked for in the first `min_tokens` tokens. The parsers are made anew for
-    each choice: `reasoning` from the prompt's text, `tools` from the choice's ids for calls.
+    each choice: `reasoning` from the prompt's end, `tools` from the choice's ids for calls.
     """
 
-    stop: tuple[str, ...] = ()
+    stops: tuple[str, ...] = ()
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     min_tokens: int = 0
@@ -29,26 +32,34 @@ class OutputOptions:
     tools: Callable[[IdFactory], ToolParser] | None = None
 
 
-class OutputPipeline:
-    """`push` each delta's ids; after the last, or once `stop_hit` is set, `finish`.
+_PLAIN_TEXT = OutputOptions()
 
-    `num_tokens` counts the tokens that belong to the answer: all pushed, up to and including the
-    one that completed a stop string. What is pushed after a hit is ignored.
+
+class OutputPipeline:
+    """`push` each delta's ids, `finish` after the last.
+
+    A push that completes a stop string sets `stop_string` and ends the text: it returns everything
+    up to there, and what is pushed after it is ignored. `num_tokens` counts the tokens of the
+    answer: all pushed, up to and including the one that completed the stop string.
     """
 
     def __init__(
         self,
         tokenizer: Tokenizer,
-        prompt_ids: Sequence[int],
-        options: OutputOptions,
+        prompt_ids: Sequence[int] = (),
+        options: OutputOptions = _PLAIN_TEXT,
         *,
-        prompt_text: str = "",
         new_call_id: IdFactory | None = None,
     ) -> None:
         self._stops = (
-            StopChecker(options.stop, options.include_stop_str_in_output) if options.stop else None
+            StopChecker(options.stops, options.include_stop_str_in_output)
+            if options.stops
+            else None
         )
-        self._reasoning = options.reasoning(prompt_text) if options.reasoning else None
+        self._reasoning: ReasoningParser | None = None
+        if options.reasoning is not None:
+            end = tokenizer.decode(prompt_ids[-_PROMPT_END_TOKENS:], skip_special_tokens=False)
+            self._reasoning = options.reasoning(end)
         self._tools: ToolParser | None = None
         if options.tools is not None:
             assert new_call_id is not None, "a tool parser needs ids for its calls"
@@ -57,8 +68,10 @@ class OutputPipeline:
         self._min_tokens = options.min_tokens
         self._plain = self._stops is None and self._reasoning is None and self._tools is None
         self._detokenizer = self._make_detokenizer(tokenizer, prompt_ids, options)
+        self._finished = False
         self.num_tokens = 0
-        self.stop_hit: str | None = None
+        #: The stop string that ended the text.
+        self.stop_string: str | None = None
 
     @property
     def num_tool_calls(self) -> int:
@@ -69,10 +82,11 @@ class OutputPipeline:
 
         It is left out of the text unless `include_stop_str_in_output`.
         """
-        if stop_token is not None:
+        if stop_token is not None and not self._include_stop_token:
             assert ids[-1] == stop_token, "a stop token is the last of its row"
-            if not self._include_stop_token:
-                return self._push_before_stop(ids[:-1])
+            events = self.push(ids[:-1])
+            self.num_tokens += self.stop_string is None
+            return events
         if self._plain:  # the hot path: nothing but text
             self.num_tokens += len(ids)
             text = self._detokenizer.push(ids)
@@ -80,15 +94,19 @@ class OutputPipeline:
         if self._stops is None:
             self.num_tokens += len(ids)
             return self._parse(self._detokenizer.push(ids))
-        return self._parse(self._up_to_stop(self._stops, ids))
+        events = self._parse(self._up_to_stop(self._stops, ids))
+        return events if self.stop_string is None else events + self.finish()
 
     def finish(self) -> list[OutputEvent]:
-        """Everything held back. Call once."""
+        """Everything held back. A second call, or one after a stop string, yields nothing."""
+        if self._finished:
+            return []
+        self._finished = True
         text = ""
-        if self.stop_hit is None:
+        if self.stop_string is None:
             text = self._detokenizer.finish()
             if self._stops is not None:
-                text, self.stop_hit = self._stops.push(text)
+                text, self.stop_string = self._stops.push(text)
                 text += self._stops.flush()
         events = self._parse(text)
         if self._reasoning is not None:
@@ -98,22 +116,16 @@ class OutputPipeline:
             events += self._tools.finish()
         return events
 
-    def _push_before_stop(self, ids: Sequence[int]) -> list[OutputEvent]:
-        events = self.push(ids)
-        if self.stop_hit is None:
-            self.num_tokens += 1
-        return events
-
     def _up_to_stop(self, stops: StopChecker, ids: Sequence[int]) -> str:
         """A token at a time, so that the one that completes a stop string is known."""
         out: list[str] = []
         for token_id in ids:
-            if self.stop_hit is not None:
+            if self.stop_string is not None:
                 break
             self.num_tokens += 1
             text = self._detokenizer.push((token_id,))
             if self.num_tokens > self._min_tokens:
-                text, self.stop_hit = stops.push(text)
+                text, self.stop_string = stops.push(text)
             out.append(text)
         return "".join(out)
 

@@ -1,4 +1,4 @@
-"""Finding tags in text that comes in pieces."""
+"""Finding tags in text that comes in pieces. A tag begins with `<`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ WHITESPACE = " \t\n\r"
 def partial_tag(text: str, tags: tuple[str, ...]) -> int:
     """Length of the longest suffix of `text` that begins a tag without completing it."""
     longest = 0
+    if "<" not in text[-max(map(len, tags)) :]:  # nearly always
+        return 0
     for tag in tags:
         for length in range(min(len(tag) - 1, len(text)), longest, -1):
             if text.endswith(tag[:length]):

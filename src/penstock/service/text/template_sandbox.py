@@ -95,8 +95,9 @@ class _Environment(ImmutableSandboxedEnvironment):
         tree = super()._parse(source, name, filename)
         metered = self.extensions[_Metered.identifier]
         for loop in list(tree.find_all(nodes.For)):
-            loop.iter = metered.call_method("count", [loop.iter], lineno=loop.lineno)
-        return _SizeConcat(metered).visit(tree)
+            loop.iter = metered.call_method("count", [_expr(loop.iter)], lineno=loop.lineno)
+        _SizeConcat(metered).visit(tree)
+        return tree
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
         _budget.get().spend(1)
@@ -113,6 +114,11 @@ class _Environment(ImmutableSandboxedEnvironment):
         return _checked_size(super().call_binop(context, operator, left, right))
 
 
+def _expr(node: nodes.Node) -> nodes.Expr:
+    assert isinstance(node, nodes.Expr)
+    return node
+
+
 class _SizeConcat(NodeTransformer):
     """`a ~ b` becomes `sized(a ~ b)`."""
 
@@ -121,7 +127,8 @@ class _SizeConcat(NodeTransformer):
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802
         self.generic_visit(node)
-        return self._metered.call_method("sized", [node], lineno=node.lineno)
+        sized: nodes.Node = self._metered.call_method("sized", [node], lineno=node.lineno)
+        return sized
 
 
 def _check_product(length: int, times: int) -> None:
