@@ -32,7 +32,9 @@ from penstock.sampling_params import SamplingParams
 from penstock.service.core import ServiceCore, ServiceCoreConfig
 from penstock.service.driver import ServiceDriver
 from penstock.service.generation import GenerationSpec, TokenDelta
-from penstock.service.text.texts import Texts
+from penstock.service.api.context import Texts
+from penstock.service.text.events import ContentDelta
+from penstock.service.text.pipeline import OutputOptions, OutputPipeline
 
 T = TypeVar("T")
 Prompt = str | list[int]
@@ -152,7 +154,7 @@ class LLM:
         conversations: list[Any] = [messages] if single else list(messages)
         prompts: list[Prompt] = []
         for conversation in conversations:
-            text = self._texts.render_chat(conversation, tools=tools)
+            text = self._texts.template.render(conversation, tools=tools)
             prompts.append(self._texts.tokenizer.encode(text, add_special_tokens=False))
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
@@ -272,11 +274,13 @@ class _Collector:
     def __init__(self, texts: Texts, job: _Job, choice: int) -> None:
         params = job.params
         self._texts = texts
-        self._pipeline = texts.pipeline(
-            stops=params.stops,
+        options = OutputOptions(
+            stop=params.stops,
             include_stop_str_in_output=params.include_stop_str_in_output,
             skip_special_tokens=params.skip_special_tokens,
+            min_tokens=params.min_tokens,
         )
+        self._pipeline = OutputPipeline(texts.tokenizer, job.spec.prompt_ids, options)
         self.output = CompletionOutput(choice)
         if params.logprobs is not None:
             self.output.logprobs = []
@@ -292,14 +296,14 @@ class _Collector:
             assert out.logprobs is not None and out.cumulative_logprob is not None
             out.logprobs.append(_logprob_dict(self._texts, entry))
             out.cumulative_logprob += entry.logprob
-        out.text += self._pipeline.push_text(delta.ids, delta.stop_token)
-        if self._pipeline.stop_hit is None and delta.finish is not None:
-            out.text += self._pipeline.finish_text()
+        events = self._pipeline.push(delta.ids, delta.stop_token)
+        if delta.finish is not None or self._pipeline.stop_hit is not None:
+            events += self._pipeline.finish()
             out.finish_reason, out.stop_reason = delta.finish, delta.stop_token
         if self._pipeline.stop_hit is not None:
             out.finish_reason, out.stop_reason = "stop", self._pipeline.stop_hit
-            return delta.finish is None
-        return False
+        out.text += "".join(e.text for e in events if isinstance(e, ContentDelta))
+        return self._pipeline.stop_hit is not None and delta.finish is None
 
 
 def _logprob_dict(texts: Texts, entry: TokenLogprobs) -> dict[int, Logprob]:

@@ -9,18 +9,20 @@ from dataclasses import dataclass
 import torch
 
 from penstock.checkpoint import Checkpoint, resolve
-from penstock.engine.config import EngineConfig, kv_blocks_cpu
+from penstock.engine.config import EngineConfig
 from penstock.engine.core import CoreConfig, InstanceCore
-from penstock.engine.loading.loader import load_model, model_digest
-from penstock.engine.memory.sizing import kv_layout
+from penstock.engine.layers.attention import build_attention
+from penstock.engine.loading.digest import model_digest
+from penstock.engine.loading.loader import load_model
+from penstock.engine.memory.sizing import KvSizing, blocks_for, choose_num_blocks
 from penstock.engine.platforms.select import platform_for
 from penstock.engine.runtime.executor import StepExecutor
 from penstock.engine.runtime.torch_runner import TorchRunner
 from penstock.engine.sampling.sampler import Sampler
-from penstock.engine.scheduler.scheduler import Scheduler, SchedulerConfig
+from penstock.engine.scheduler.config import SchedulerConfig
+from penstock.engine.scheduler.scheduler import Scheduler
 from penstock.engine.structured.matchers import MaskService
 from penstock.protocol.instance import InstanceCard
-from penstock.protocol.kv import BLOCK_TOKENS
 
 #: What this engine can do, as instance cards say it.
 CAPABILITIES = ("prefill", "decode", "logprobs", "prompt_logprobs", "structured", "prefix_cache")
@@ -50,23 +52,32 @@ def build_engine(
     assert config.max_num_seqs is not None and config.max_num_batched_tokens is not None
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    model, model_config = load_model(checkpoint, platform, config, progress=progress)
-    max_model_len = model_config.max_model_len
-    layout = kv_layout(
-        model_config.num_layers, model_config.num_kv_heads, model_config.head_dim, model.dtype
+    model, model_config = load_model(
+        checkpoint,
+        platform,
+        config.dtype,
+        config.max_model_len,
+        load_format=config.load_format,
+        seed=config.seed,
+        progress=progress,
     )
-    num_blocks = kv_blocks_cpu(
-        config,
-        block_bytes=layout.block_bytes,
+    max_model_len = model_config.max_model_len
+    layout = model_config.kv_layout()
+    num_blocks = choose_num_blocks(
+        layout,
         max_model_len=max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        sizing=KvSizing(kv_cache_bytes=config.kv_cache_bytes, num_blocks=config.num_blocks),
         available_bytes=platform.available_bytes(),
     )
-    blocks_per_slot = -(-max_model_len // BLOCK_TOKENS)
-    memory = platform.kv_memory(layout, num_blocks, config.max_num_seqs, blocks_per_slot)
-    attention = platform.attention(
-        model.attention_shape, memory, model.dtype, config.attention_backend
+    memory = platform.kv_memory(
+        layout, num_blocks, config.max_num_seqs, blocks_for(max_model_len, layout)
     )
-    eos = checkpoint.eos_token_ids
+    attention = build_attention(
+        model_config,
+        lambda shape: platform.attention(shape, memory, model.dtype, config.attention_backend),
+    )
+    eos = model_config.eos_token_ids
     executor = StepExecutor(
         model,
         memory,

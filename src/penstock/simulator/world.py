@@ -13,7 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from penstock.engine.core import CoreConfig, InstanceCore
-from penstock.engine.scheduler.scheduler import Scheduler, SchedulerConfig
+from penstock.engine.scheduler.config import SchedulerConfig
+from penstock.engine.scheduler.scheduler import Scheduler
 from penstock.protocol.codec import Message, decode, encode
 from penstock.protocol.effects import Effect, Launch, Reply, Send, SetTimer
 from penstock.protocol.errors import Overloaded

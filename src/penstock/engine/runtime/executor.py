@@ -61,24 +61,23 @@ class StepExecutor:
             return StepResult(batch.step, rows, time.perf_counter() - started_s, error.info())
 
     def _step(self, batch: Batch) -> list[RowResult]:
-        errors = self._apply(batch)
+        self._apply(batch)
         hidden_TH = self._forward(batch.rows)
         ends = np.cumsum([row.num_tokens for row in batch.rows])
-        results = [RowResult(row.slot, [], error=errors.get(row.slot)) for row in batch.rows]
+        results = [RowResult(row.slot, []) for row in batch.rows]
         for i, row in enumerate(batch.rows):
             if row.prompt_logprobs:
                 span_TH = hidden_TH[ends[i] - row.num_tokens : ends[i]]
                 entries = self._prompt_logprobs(row, span_TH)
                 results[i] = RowResult(row.slot, [], prompt_logprobs=entries)
-        drawn = [i for i, row in enumerate(batch.rows) if row.samples and not results[i].error]
+        drawn = [i for i, row in enumerate(batch.rows) if row.samples]
         if drawn:
             last = torch.as_tensor(ends[drawn] - 1, device=self._device)
             self._sample(batch.rows, drawn, hidden_TH[last], results)
         return results
 
-    def _apply(self, batch: Batch) -> dict[int, object]:
-        """Frees, admissions and maps, in this order. Returns errors by slot (bad constraints)."""
-        errors = {}
+    def _apply(self, batch: Batch) -> None:
+        """Frees, admissions and maps, in this order."""
         for slot in batch.freed_slots:
             self._memory.free_slot(slot)
             self._sampler.free(slot)
@@ -88,14 +87,11 @@ class StepExecutor:
             self._num_prompt_S[new.slot] = new.num_prompt_tokens
             self._sampler.admit(new)
             if new.constraint is not None:
-                try:
-                    output_ids = new.token_ids[new.num_prompt_tokens :]
-                    self._masks.admit(new.slot, new.constraint, output_ids)
-                except PenstockError as exc:
-                    errors[new.slot] = exc.info()
+                self._masks.admit(
+                    new.slot, new.constraint, new.token_ids[new.num_prompt_tokens :]
+                )
         for m in batch.maps:
             self._memory.map(m.slot, m.index, m.block)
-        return errors
 
     def _forward(self, rows: list[BatchRow]) -> torch.Tensor:
         ids = [self._tokens_SL[r.slot, r.start : r.start + r.num_tokens] for r in rows]
