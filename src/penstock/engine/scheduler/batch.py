@@ -83,7 +83,9 @@ class StepResult:
     """Answers one batch; `rows` stand in the order of `batch.rows`.
 
     `error` is set when the whole step failed: no row produced anything, and KV written by the step
-    must not be trusted.
+    must not be trusted. The batch's bookkeeping (freed slots, admissions, maps) is not part of what
+    may fail: rows of a batch launched meanwhile rely on it, or they would write to blocks that
+    belong to others by now. A runner that cannot do it is lost as a whole.
     """
 
     step: int

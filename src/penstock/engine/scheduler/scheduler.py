@@ -16,93 +16,32 @@ the exception, since a cached block is read as it is. Hence only *confirmed* KV 
 (whole blocks whose every position was written by a step whose result is in), and a sequence never
 writes below its confirmed positions, so no step in flight writes to a block that has a key.
 
-After a failed step nothing of its batch need have happened, bookkeeping included: every sequence
-with a row in it ends, admissions and maps travel in the same batch as their sequence's row, and a
-slot is reset by its next admission.
+A failed step ends every sequence that had a row in it; its KV was never given a key. Its
+bookkeeping (freed slots, admissions, maps) must have been done all the same, since rows of the next
+batch may stand on it already.
 """
 
 from __future__ import annotations
 
-import heapq
 from bisect import insort
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
-from penstock.engine.scheduler.batch import (
-    Batch,
-    BatchRow,
-    BlockMap,
-    NewSequence,
-    RowResult,
-    StepResult,
-)
+from penstock.engine.scheduler.batch import Batch, BatchRow, BlockMap, RowResult, StepResult
 from penstock.engine.scheduler.block_pool import BlockPool
 from penstock.engine.scheduler.config import SchedulerConfig
 from penstock.engine.scheduler.queue import WaitingQueue
-from penstock.engine.scheduler.sequence import (
-    CLASSES,
-    Key,
-    Sequence,
-    SequenceUpdate,
-    State,
-)
+from penstock.engine.scheduler.sequence import CLASSES, Key, Sequence, SequenceUpdate, State
+from penstock.engine.scheduler.step import Claims, InFlight, Plan, SchedulerStats, Slots
 from penstock.engine.scheduler.stopping import check_stop
-from penstock.protocol.errors import (
-    ContextLengthExceeded,
-    EngineFailed,
-    ErrorInfo,
-    InvalidRequest,
-    Overloaded,
-    ProtocolError,
-)
-from penstock.protocol.kv import KEY_BYTES, KvChange
+from penstock.engine.scheduler.validation import validate
+from penstock.protocol.errors import EngineFailed, ErrorInfo, Overloaded, ProtocolError
+from penstock.protocol.kv import KvChange
 from penstock.protocol.request import RequestClass, Submit
-from penstock.protocol.tokens import TokenLogprobs
 
 
 class DuplicateSubmit(ProtocolError):
     """This attempt, or a newer one, is here already; the live sequence is untouched."""
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerStats:
-    """Counts of this moment, then totals since the start."""
-
-    waiting: dict[str, int]  # sequences by class
-    running: dict[str, int]
-    waiting_tokens: int  # known tokens of waiting sequences (some may be found in the cache)
-    running_tokens: int  # context of running sequences
-    kv_blocks_used: int
-    kv_blocks_cached: int  # reusable: they have a key and nobody holds them
-    kv_blocks_total: int
-    steps: int
-    scheduled_tokens: int
-    preemptions: int
-    prefix_hit_tokens: int
-    prefix_query_tokens: int
-
-
-@dataclass(slots=True)
-class _Plan:
-    """A batch in the making: how many tokens of which sequence, in order."""
-
-    budget: int
-    tokens: dict[Sequence, int] = field(default_factory=dict)
-    preempted: bool = False
-
-    def add(self, seq: Sequence, num_tokens: int) -> None:
-        self.tokens[seq] = num_tokens
-        self.budget -= num_tokens
-
-    def drop(self, seq: Sequence) -> None:
-        self.budget += self.tokens.pop(seq, 0)
-
-
-@dataclass(frozen=True, slots=True)
-class _InFlight:
-    step: int
-    rows: list[tuple[Sequence, BatchRow, int]]  # with the sequence's `run` at launch
 
 
 class Scheduler:
@@ -118,10 +57,9 @@ class Scheduler:
         self._queues: dict[RequestClass, WaitingQueue] = {c: WaitingQueue() for c in CLASSES}
         self._running: list[Sequence] = []  # by rank
         self._paused: set[str] = set()  # only asked, never iterated
-        self._computing: dict[bytes, Sequence] = {}  # keys that a running sequence will store
-        self._free_slots = list(range(config.max_num_seqs))  # a heap: the lowest goes first
-        self._freed_slots: list[int] = []
-        self._in_flight: deque[_InFlight] = deque()
+        self._claims = Claims()
+        self._slots = Slots(config.max_num_seqs)
+        self._in_flight: deque[InFlight] = deque()
         self._arrivals = 0
         self._steps = 0
         self._scheduled_tokens = 0
@@ -143,7 +81,7 @@ class Scheduler:
             raise DuplicateSubmit(
                 f"attempt {submit.attempt} of {submit.request_id} was submitted before"
             )
-        self._validate(submit)
+        validate(submit, self.max_model_len, self._config.block_tokens)
         if older is not None:
             self._finish(older)
         elif sum(map(len, self._queues.values())) >= self._config.max_waiting:
@@ -153,29 +91,6 @@ class Scheduler:
         self._arrivals += 1
         self._live[seq.key] = seq
         self._queues[seq.request_class].enter(seq)
-
-    def _validate(self, submit: Submit) -> None:
-        num_tokens = len(submit.prompt_ids) + len(submit.resumed_ids)
-        if not submit.prompt_ids:
-            raise InvalidRequest("the prompt is empty", param="prompt")
-        if num_tokens >= self.max_model_len:
-            raise ContextLengthExceeded(
-                f"the prompt has {num_tokens} tokens and leaves no room for output: "
-                f"at most {self.max_model_len} tokens fit, prompt and output together",
-                param="prompt",
-            )
-        if len(submit.resumed_ids) >= submit.sampling.max_tokens:
-            raise InvalidRequest(
-                f"max_tokens is {submit.sampling.max_tokens} and "
-                f"{len(submit.resumed_ids)} tokens have been generated: nothing is left to do",
-                param="max_tokens",
-            )
-        num_keys, remainder = divmod(len(submit.block_keys), KEY_BYTES)
-        if remainder or num_keys > num_tokens // self._config.block_tokens:
-            raise ProtocolError(
-                f"{len(submit.block_keys)} bytes of block keys do not fit {num_tokens} tokens in "
-                f"blocks of {self._config.block_tokens}"
-            )
 
     def cancel(self, key: Key, attempt: int | None = None) -> SequenceUpdate | None:
         """End a sequence at once, wherever it stands; its results in flight will be ignored.
@@ -226,16 +141,10 @@ class Scheduler:
     def _leave_slot(self, seq: Sequence, keep: bool) -> None:
         """Give up slot and blocks. `keep`: what has a key may serve later."""
         self._pool.release(seq.blocks, keep)
-        self._stop_computing(seq)
+        self._claims.settle(seq, seq.keys[seq.num_keyed_blocks :])
         self._running.remove(seq)
-        self._freed_slots.append(seq.slot)
-        heapq.heappush(self._free_slots, seq.slot)
-        seq.slot = -1
-        seq.blocks = []
-        seq.stale_maps = []
-        seq.num_computed = seq.num_confirmed = seq.num_keyed_blocks = 0
-        seq.run += 1
-        seq.is_new = seq.trusted = True
+        self._slots.give_back(seq.slot)
+        seq.lose_slot()
 
     # ---- the loop -------------------------------------------------------------------------
 
@@ -246,7 +155,7 @@ class Scheduler:
         behind a prompt, then prompts under way, then newcomers, as far as budget, slots and
         blocks go. After a preemption no newcomer is let in during the same step.
         """
-        plan = _Plan(self._config.max_num_batched_tokens)
+        plan = Plan(self._config.max_num_batched_tokens)
         for request_class in CLASSES:
             running = [
                 s
@@ -263,7 +172,7 @@ class Scheduler:
                 self._admit_waiting(self._queues[request_class], plan)
         return self._emit(plan) if plan.tokens else None
 
-    def _continue(self, seq: Sequence, plan: _Plan) -> None:
+    def _continue(self, seq: Sequence, plan: Plan) -> None:
         """Plan the next tokens of a running sequence, preempting the last in rank for blocks."""
         num_tokens = self._chunk(seq.num_to_compute, plan)
         if seq.state is not State.RUNNING or not num_tokens:
@@ -277,7 +186,7 @@ class Scheduler:
         self._allocate(seq, missing)
         plan.add(seq, num_tokens)
 
-    def _admit_waiting(self, queue: WaitingQueue, plan: _Plan) -> None:
+    def _admit_waiting(self, queue: WaitingQueue, plan: Plan) -> None:
         """Let newcomers in, best first, up to the first one that does not fit: nobody overtakes
         it with a smaller request for ever."""
         if not len(queue):
@@ -302,26 +211,17 @@ class Scheduler:
         for seq in admitted:
             queue.take_out(seq)
 
-    def _emit(self, plan: _Plan) -> Batch:
+    def _emit(self, plan: Plan) -> Batch:
         """Turn the plan into a batch and remember it until its result comes."""
-        batch = Batch(step=self._steps, rows=[], freed_slots=self._freed_slots)
-        self._freed_slots = []
-        flight = _InFlight(self._steps, [])
+        batch = Batch(self._steps, rows=[], freed_slots=self._slots.take_freed())
+        flight = InFlight(self._steps)
         for seq, num_tokens in plan.tokens.items():
             if seq.is_new:
-                batch.admitted.append(_new_sequence(seq))
+                batch.admitted.append(seq.new_sequence())
                 seq.is_new = False
             batch.maps.extend(BlockMap(seq.slot, i, seq.blocks[i]) for i in seq.stale_maps)
             seq.stale_maps = []
-            start = seq.num_computed
-            sent = seq.num_prompt_logprobs_sent
-            row = BatchRow(
-                seq.slot,
-                start,
-                num_tokens,
-                samples=start + num_tokens == seq.num_tokens,
-                prompt_logprobs=sent is not None and start + 1 < seq.num_prompt_tokens,
-            )
+            row = seq.next_row(num_tokens)
             batch.rows.append(row)
             flight.rows.append((seq, row, seq.run))
             seq.num_computed += num_tokens
@@ -335,7 +235,7 @@ class Scheduler:
 
     # ---- room -----------------------------------------------------------------------------
 
-    def _make_room(self, seq: Sequence, hits: list[int], plan: _Plan) -> bool:
+    def _make_room(self, seq: Sequence, hits: list[int], plan: Plan) -> bool:
         """Find a slot, and blocks for all known tokens of `seq`, given the cached ones in `hits`.
 
         What running prompts still need is spoken for. Whoever is of a lower class, or paused, may
@@ -343,7 +243,7 @@ class Scheduler:
         """
         short = self._num_blocks(seq.num_tokens) - len(hits) + self._pool.num_reusable_in(hits)
         short += sum(map(self._num_missing, self._running)) - self._pool.num_available
-        if short <= 0 and self._free_slots:
+        if short <= 0 and len(self._slots):
             return True
         victims = [s for s in self._running if s.service in self._paused or s.rank[0] > seq.rank[0]]
         if short > sum(len(s.blocks) + self._num_missing(s) for s in victims):
@@ -358,7 +258,7 @@ class Scheduler:
                 return True
         return False
 
-    def _preempt(self, seq: Sequence, plan: _Plan) -> None:
+    def _preempt(self, seq: Sequence, plan: Plan) -> None:
         """Take slot and blocks away. Confirmed whole blocks stay in the cache, so that the return
         is cheap while memory is not short; ids in flight still count."""
         plan.drop(seq)
@@ -374,15 +274,14 @@ class Scheduler:
         for block in hits:
             self._pool.share(block)
         seq.state = State.RUNNING
-        seq.slot = heapq.heappop(self._free_slots)
+        seq.slot = self._slots.take()
         seq.blocks = list(hits)
         seq.stale_maps = list(range(len(hits)))
         seq.num_keyed_blocks = len(hits)
         seq.num_computed = seq.num_confirmed = len(hits) * block_tokens
         insort(self._running, seq, key=lambda s: s.rank)
         if seq.public:
-            for key in seq.keys[len(hits) :]:
-                self._computing[key] = seq
+            self._claims.claim(seq, seq.keys[len(hits) :])
         if seq.num_preemptions == 0:
             queue.chosen(seq.flow)
             queue.charge(seq.flow, seq.num_to_compute)
@@ -400,22 +299,17 @@ class Scheduler:
         """
         if not seq.public or num_hits >= seq.max_reusable_blocks(self._config.block_tokens):
             return False
-        owner = self._computing.get(seq.keys[num_hits]) if num_hits < len(seq.keys) else None
+        owner = self._claims.owner(seq.keys[num_hits]) if num_hits < len(seq.keys) else None
         return (
             owner is not None
             and owner.rank[:2] <= seq.rank[:2]
             and owner.service not in self._paused
         )
 
-    def _stop_computing(self, seq: Sequence) -> None:
-        for key in seq.keys[seq.num_keyed_blocks :]:
-            if self._computing.get(key) is seq:
-                del self._computing[key]
-
     def _victim_rank(self, seq: Sequence) -> tuple[bool, tuple[int, int, int]]:
         return seq.service in self._paused, seq.rank
 
-    def _chunk(self, num_to_compute: int, plan: _Plan) -> int:
+    def _chunk(self, num_to_compute: int, plan: Plan) -> int:
         return min(num_to_compute, plan.budget, self._config.max_chunk_tokens or plan.budget)
 
     def _num_blocks(self, num_tokens: int) -> int:
@@ -461,7 +355,7 @@ class Scheduler:
         if run == seq.run:
             seq.num_confirmed = row.start + row.num_tokens
             self._register_blocks(seq)
-        entries, entries_start = self._new_prompt_logprobs(seq, row, result)
+        entries, entries_start = seq.unsent_prompt_logprobs(row, result.prompt_logprobs)
         if not row.samples:
             if not entries:
                 return None
@@ -515,23 +409,8 @@ class Scheduler:
             if block != seq.blocks[index]:
                 seq.blocks[index] = block
                 seq.stale_maps.append(index)
-            if self._computing.get(key) is seq:
-                del self._computing[key]
+            self._claims.settle(seq, [key])
             seq.num_keyed_blocks = index + 1
-
-    @staticmethod
-    def _new_prompt_logprobs(
-        seq: Sequence, row: BatchRow, result: RowResult
-    ) -> tuple[list[TokenLogprobs], int]:
-        """The entries of this row that have not been sent, and the first one's prompt position.
-        (After a preemption positions may be computed, and reported, again.)"""
-        sent = seq.num_prompt_logprobs_sent
-        if sent is None or not result.prompt_logprobs:
-            return [], 0
-        assert row.start <= sent, "a gap in the prompt's logprobs"
-        entries = result.prompt_logprobs[sent - row.start :]
-        seq.num_prompt_logprobs_sent = sent + len(entries)
-        return entries, sent + 1
 
     # ---- looking in -----------------------------------------------------------------------
 
@@ -580,14 +459,14 @@ class Scheduler:
         """Forget all cached KV (the weights have changed). Sequences that hold KV go on with it,
         but what builds on it is not named."""
         self._pool.clear_keys()
-        self._computing.clear()
+        self._claims.clear()
         for seq in self._running:
             seq.trusted = False
 
     def check(self) -> None:
         """Assert the invariants: every block, slot and sequence is accounted for once."""
         self._pool.check([seq.blocks for seq in self._running])
-        slots = sorted([*self._free_slots, *(s.slot for s in self._running)])
+        slots = sorted([*self._slots.free(), *(s.slot for s in self._running)])
         assert slots == list(range(self._config.max_num_seqs)), "a slot is lost or taken twice"
         assert self._running == sorted(self._running, key=lambda s: s.rank), "running by rank"
         places = [*self._running, *self._waiting()]
@@ -604,21 +483,8 @@ class Scheduler:
         in_flight = [s for s, row in flying if row.samples]
         for seq in self.live():
             assert in_flight.count(seq) == seq.num_placeholders, "placeholders without a step"
-        assert all(owner.state is State.RUNNING for owner in self._computing.values())
+        assert all(owner.state is State.RUNNING for owner in self._claims.owners())
 
     def _waiting(self) -> Iterator[Sequence]:
         for queue in self._queues.values():
             yield from queue
-
-
-def _new_sequence(seq: Sequence) -> NewSequence:
-    submit = seq.submit
-    return NewSequence(
-        slot=seq.slot,
-        token_ids=list(seq.token_ids),
-        num_prompt_tokens=seq.num_prompt_tokens,
-        sampling=submit.sampling,
-        choice=submit.choice,
-        constraint=submit.constraint,
-        adapter=submit.adapter,
-    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+from penstock.engine.scheduler.batch import BatchRow, NewSequence
 from penstock.protocol.errors import ErrorInfo
 from penstock.protocol.kv import next_key, root_key, split_keys
 from penstock.protocol.request import RequestClass, SamplingParams, Submit
@@ -134,6 +135,53 @@ class Sequence:
             parent = self.keys[-1] if self.keys else root_key("private", salt=str(self.arrival))
             self.keys.append(next_key(parent, ids))
         return self.keys[index]
+
+    def lose_slot(self) -> None:
+        """Without its blocks nothing is computed any more; ids in flight still count."""
+        self.slot = -1
+        self.blocks = []
+        self.stale_maps = []
+        self.num_computed = self.num_confirmed = self.num_keyed_blocks = 0
+        self.run += 1
+        self.is_new = self.trusted = True
+
+    def new_sequence(self) -> NewSequence:
+        """What the runner must know when the sequence takes its slot."""
+        return NewSequence(
+            slot=self.slot,
+            token_ids=list(self.token_ids),
+            num_prompt_tokens=self.num_prompt_tokens,
+            sampling=self.sampling,
+            choice=self.submit.choice,
+            constraint=self.submit.constraint,
+            adapter=self.submit.adapter,
+        )
+
+    def next_row(self, num_tokens: int) -> BatchRow:
+        end = self.num_computed + num_tokens
+        return BatchRow(
+            self.slot,
+            self.num_computed,
+            num_tokens,
+            samples=end == self.num_tokens,
+            prompt_logprobs=(
+                self.num_prompt_logprobs_sent is not None
+                and self.num_computed + 1 < self.num_prompt_tokens
+            ),
+        )
+
+    def unsent_prompt_logprobs(
+        self, row: BatchRow, entries: list[TokenLogprobs] | None
+    ) -> tuple[list[TokenLogprobs], int]:
+        """Those of a row's `entries` that have not been sent (after a preemption, positions may
+        be computed and reported again), and the prompt position of the first."""
+        sent = self.num_prompt_logprobs_sent
+        if sent is None or not entries:
+            return [], 0
+        assert row.start <= sent, "a gap in the prompt's logprobs"
+        entries = entries[sent - row.start :]
+        self.num_prompt_logprobs_sent = sent + len(entries)
+        return entries, sent + 1
 
     def max_reusable_blocks(self, block_tokens: int) -> int:
         """How many leading blocks may come from the cache.
