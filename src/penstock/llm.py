@@ -205,9 +205,12 @@ class LLM:
             advance(sum(len(o.token_ids) for o in output.outputs))
             return output
 
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(run(job)) for job in jobs]
-        return [task.result() for task in tasks]
+        tasks = [asyncio.create_task(run(job)) for job in jobs]
+        try:
+            return list(await asyncio.gather(*tasks))
+        finally:
+            for task in tasks:  # one has failed, or the caller gave up: the rest is not wanted
+                task.cancel()
 
     async def _run(self, job: _Job) -> RequestOutput:
         stream = self._driver.submit(job.spec)
@@ -275,7 +278,7 @@ class _Collector:
         params = job.params
         self._texts = texts
         options = OutputOptions(
-            stop=params.stops,
+            stops=params.stops,
             include_stop_str_in_output=params.include_stop_str_in_output,
             skip_special_tokens=params.skip_special_tokens,
             min_tokens=params.min_tokens,
@@ -297,13 +300,13 @@ class _Collector:
             out.logprobs.append(_logprob_dict(self._texts, entry))
             out.cumulative_logprob += entry.logprob
         events = self._pipeline.push(delta.ids, delta.stop_token)
-        if delta.finish is not None or self._pipeline.stop_hit is not None:
+        if delta.finish is not None or self._pipeline.stop_string is not None:
             events += self._pipeline.finish()
             out.finish_reason, out.stop_reason = delta.finish, delta.stop_token
-        if self._pipeline.stop_hit is not None:
-            out.finish_reason, out.stop_reason = "stop", self._pipeline.stop_hit
+        if self._pipeline.stop_string is not None:
+            out.finish_reason, out.stop_reason = "stop", self._pipeline.stop_string
         out.text += "".join(e.text for e in events if isinstance(e, ContentDelta))
-        return self._pipeline.stop_hit is not None and delta.finish is None
+        return self._pipeline.stop_string is not None and delta.finish is None
 
 
 def _logprob_dict(texts: Texts, entry: TokenLogprobs) -> dict[int, Logprob]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from penstock.engine.core import CoreConfig, InstanceCore
 from penstock.engine.layers.attention import build_attention
 from penstock.engine.loading.digest import model_digest
 from penstock.engine.loading.loader import load_model
+from penstock.engine.memory.contiguous import ContiguousMemory
 from penstock.engine.memory.sizing import KvSizing, blocks_for, choose_num_blocks
 from penstock.engine.platforms.select import platform_for
 from penstock.engine.runtime.executor import StepExecutor
@@ -67,10 +69,11 @@ def build_engine(
         layout,
         max_model_len=max_model_len,
         max_num_seqs=config.max_num_seqs,
-        sizing=KvSizing(kv_cache_bytes=config.kv_cache_bytes, num_blocks=config.num_blocks),
+        sizing=_sizing(config),
         available_bytes=platform.available_bytes(),
     )
-    memory = platform.kv_memory(
+    make_memory = ContiguousMemory if config.kv_memory == "plain" else platform.kv_memory
+    memory = make_memory(
         layout, num_blocks, config.max_num_seqs, blocks_for(max_model_len, layout)
     )
     attention = build_attention(
@@ -117,6 +120,18 @@ def build_engine(
         kernels=platform.kernels() | {"attention": attention.name},
     )
     return Engine(InstanceCore(card, scheduler, core_config), TorchRunner(executor))
+
+
+def _sizing(config: EngineConfig) -> KvSizing:
+    if config.device == "cuda":
+        # Weights are in already: what is left of the share is for KV.
+        return KvSizing(
+            config.kv_cache_bytes,
+            config.num_blocks,
+            share=config.gpu_memory_utilization,
+            default_cap_bytes=sys.maxsize,
+        )
+    return KvSizing(config.kv_cache_bytes, config.num_blocks)
 
 
 def _digest(checkpoint: Checkpoint, config: EngineConfig) -> str:

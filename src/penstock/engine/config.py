@@ -10,7 +10,7 @@ from penstock.protocol.kv import BLOCK_TOKENS
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Device = Literal["auto", "cpu", "cuda"]
-LoadFormat = Literal["auto", "dummy"]
+LoadFormat = Literal["auto", "safetensors", "dummy"]
 
 GIB = 1 << 30
 
@@ -50,9 +50,8 @@ class EngineConfig:
     #: Of the random weights of load_format "dummy"; requests bring seeds of their own.
     seed: int = 0
     attention_backend: str = "auto"
-    kv_memory: Literal["auto", "xtensor", "plain"] = "auto"
-    #: torch.compile of the decoder blocks (CPU) and CUDA graphs; `enforce_eager` turns both off.
-    enforce_eager: bool = False
+    #: "plain": contiguous tensors in place of mapped memory (CPU only; the oracle of its tests).
+    kv_memory: Literal["auto", "plain"] = "auto"
     num_threads: int | None = None
 
     def __post_init__(self) -> None:
