@@ -1,0 +1,135 @@
+"""The engine's flags, shared by every command that starts one, and their way to a worker."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+
+from penstock.cli.parser import Parser, count
+from penstock.engine.config import (
+    DEFAULT_MAX_NUM_BATCHED_TOKENS,
+    DEFAULT_MAX_NUM_SEQS,
+    EngineConfig,
+)
+
+LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
+_DTYPES = {"half": "float16", "float": "float32"}  # vLLM's short names
+
+
+def _dtype(text: str) -> str:
+    return _DTYPES.get(text, text)
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="a checkpoint folder (Hugging Face layout), a hub id, or `toy`, the carried model",
+    )
+    # vLLM takes the model either way.
+    parser.add_argument("--model", dest="model_flag", metavar="MODEL", help=argparse.SUPPRESS)
+
+
+def add_engine_flags(parser: argparse.ArgumentParser) -> None:
+    """The destinations are the names of `EngineConfig`'s fields."""
+    group = parser.add_argument_group("engine")
+    add = group.add_argument
+    boolean = argparse.BooleanOptionalAction
+    add("--revision", help="branch, tag or commit on the hub")
+    add(
+        "--dtype",
+        type=_dtype,
+        choices=("auto", "bfloat16", "float16", "float32"),
+        help="of weights, activations and KV; auto takes the checkpoint's, if fast here",
+    )
+    add("--device", choices=("auto", "cpu", "cuda"), help="auto takes a GPU if there is one")
+    add(
+        "--max-model-len",
+        type=count,
+        metavar="TOKENS",
+        help="prompt and output together; the model's own limit by default",
+    )
+    add(
+        "--max-num-seqs",
+        type=count,
+        metavar="N",
+        help="sequences that run at once "
+        f"(cpu {DEFAULT_MAX_NUM_SEQS['cpu']}, cuda {DEFAULT_MAX_NUM_SEQS['cuda']})",
+    )
+    add(
+        "--max-num-batched-tokens",
+        type=count,
+        metavar="TOKENS",
+        help="tokens computed in one step (cpu "
+        f"{DEFAULT_MAX_NUM_BATCHED_TOKENS['cpu']}, cuda "
+        f"{DEFAULT_MAX_NUM_BATCHED_TOKENS['cuda']})",
+    )
+    add(
+        "--kv-cache-memory-bytes",
+        dest="kv_cache_bytes",
+        type=count,
+        metavar="BYTES",
+        help="size of the KV cache, such as 4G",
+    )
+    add(
+        "--num-gpu-blocks-override",
+        dest="num_blocks",
+        type=count,
+        metavar="BLOCKS",
+        help="the same in blocks of 16 tokens, on any device",
+    )
+    add(
+        "--gpu-memory-utilization",
+        type=float,
+        metavar="SHARE",
+        help="of a GPU's memory for weights and KV (0.9)",
+    )
+    add("--enable-prefix-caching", action=boolean, help="share the KV of common prefixes (on)")
+    add(
+        "--load-format",
+        choices=("auto", "safetensors", "dummy"),
+        type=str,
+        help="dummy: random weights, config.json is enough",
+    )
+    add("--seed", type=int, help="of random weights, and of requests that bring none")
+    add("--attention-backend", metavar="NAME", help="auto takes the fastest that can")
+    add("--kv-memory", choices=("auto", "xtensor", "plain"), help="plain: without mapped memory")
+    add("--enforce-eager", action=boolean, help="no graphs, no compilation (off)")
+    add("--num-threads", type=count, metavar="N", help="threads of the CPU's kernels")
+
+
+def add_log_level(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--log-level", choices=LOG_LEVELS, help="info; debug shows tracebacks")
+
+
+def model_of(parser: Parser, options: argparse.Namespace, default: str | None = None) -> str:
+    found = getattr(options, "model", None) or getattr(options, "model_flag", None) or default
+    if found is None:
+        parser.error("which model? Give a checkpoint folder, a hub id, or toy")
+    assert found is not None
+    return str(found)
+
+
+def engine_config(model: str, options: argparse.Namespace) -> EngineConfig:
+    """What `options` says, and defaults for the rest. Raises `ConfigError`."""
+    names = {field.name for field in fields(EngineConfig)} - {"model"}
+    return EngineConfig(model, **{k: v for k, v in vars(options).items() if k in names})
+
+
+def engine_arguments(config: EngineConfig) -> tuple[str, ...]:
+    """The words that make `worker` parse this very configuration again."""
+    words = [config.model]
+    parser = Parser("worker", "")
+    add_engine_flags(parser)
+    flags = {action.dest: action.option_strings for action in parser._actions}
+    for field in fields(EngineConfig):
+        value = getattr(config, field.name)
+        if field.name == "model" or value == field.default:
+            continue
+        positive, *negative = flags[field.name]
+        if isinstance(value, bool):
+            words.append(positive if value else negative[0])
+        else:
+            words.append(f"{positive}={value}")
+    return tuple(words)

@@ -1,0 +1,80 @@
+"""`penstock`: finds the command, runs it, and turns errors into one line and an exit code."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+
+from penstock import PROJECT, __version__
+from penstock.protocol.errors import ConfigError, PenstockError
+
+#: Command -> (module with `run(arguments) -> exit code`, what it does). Modules are imported when
+#: their command runs, so that `penstock --help` imports next to nothing.
+COMMANDS = {
+    "serve": ("penstock.cli.serve", "serve MODEL over HTTP, OpenAI's API"),
+    "chat": ("penstock.cli.chat", "talk to a model in the terminal"),
+    "doctor": ("penstock.cli.doctor", "check a checkpoint and this machine, say what will happen"),
+    "bench": ("penstock.cli.bench", "put a small load on a running server and measure it"),
+    "worker": ("penstock.cli.worker", "run one engine instance (started by `serve`)"),
+    "version": ("penstock.cli.version", "print versions"),
+}
+
+EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(arguments)
+    except PenstockError as exc:
+        if "debug" in arguments:  # --log-level debug
+            traceback.print_exc()
+        print(f"{PROJECT}: {exc.message}", file=sys.stderr)
+        return EXIT_USAGE if isinstance(exc, ConfigError) else EXIT_FAILURE
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has enough. Python must not try to flush it once more at exit.
+        sys.stdout = None  # type: ignore[assignment]
+        return EXIT_FAILURE
+
+
+def _run(arguments: list[str]) -> int:
+    match arguments:
+        case [] | ["help"] | ["-h", *_] | ["--help", *_]:
+            print(_help())
+            return 0
+        case ["help", command, *_]:
+            arguments = [command, "--help"]
+        case ["--version" | "-V", *_]:
+            print(f"{PROJECT} {__version__}")
+            return 0
+    command, *rest = arguments
+    if command not in COMMANDS:
+        from penstock.cli.parser import nearest
+
+        raise ConfigError(
+            f"there is no command {command!r}{nearest(command, COMMANDS)}: see {PROJECT} --help"
+        )
+    code = import_module(COMMANDS[command][0]).run(rest)
+    assert isinstance(code, int)
+    return code
+
+
+def _help() -> str:
+    lines = [f"  {name:<9}{text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(
+        [
+            f"usage: {PROJECT} COMMAND ...",
+            "",
+            *lines,
+            "",
+            f"{PROJECT} COMMAND --help says more. To begin: {PROJECT} serve toy",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

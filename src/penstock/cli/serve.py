@@ -1,0 +1,177 @@
+"""`penstock serve MODEL`: the service and its engine in one go."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from penstock.checkpoint import resolve
+from penstock.cli import logs, ports, process
+from penstock.cli.config_file import parse_with_file
+from penstock.cli.flags import (
+    add_engine_flags,
+    add_log_level,
+    add_model,
+    engine_arguments,
+    engine_config,
+    model_of,
+)
+from penstock.cli.parser import Parser, count, seconds
+from penstock.engine.config import EngineConfig, WorkerConfig
+from penstock.protocol.errors import ConfigError
+from penstock.service.config import RestartPolicy, ServeConfig
+
+_DESCRIPTION = "Serve MODEL over HTTP with OpenAI's API: the service and its engine in one go."
+_EPILOG = """Flags carry vLLM's names where they mean the same; others are answered with what
+does the same here. Sizes: 4k is 4000, 4K is 4096."""
+#: Where keys are looked for; the first is ours, the second what vLLM calls it.
+KEY_VARIABLES = ("PENSTOCK_API_KEY", "VLLM_API_KEY")
+
+_IN_PROCESS_ADDRESS = "memory://engine-0"
+
+
+def make_parser() -> Parser:
+    parser = Parser("serve", _DESCRIPTION, _EPILOG)
+    add_model(parser)
+    _add_server_flags(parser)
+    add_log_level(parser)
+    add_engine_flags(parser)
+    return parser
+
+
+def _add_server_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("server").add_argument
+    boolean = argparse.BooleanOptionalAction
+    add("--config", metavar="FILE", help="these flags in YAML, TOML or JSON; the command line wins")
+    add("--host", help="address to listen on (127.0.0.1; 0.0.0.0 for all)")
+    add("--port", type=int, help="8000")
+    add("--uds", metavar="PATH", help="a Unix socket instead of host and port")
+    add(
+        "--served-model-name",
+        dest="served_model_names",
+        nargs="+",
+        metavar="NAME",
+        help="what requests call the model; the first is what responses say",
+    )
+    add(
+        "--api-key",
+        dest="api_keys",
+        nargs="+",
+        action="extend",
+        metavar="KEY",
+        help="require one of these keys; other users may see a command line, so better "
+        f"--api-key-file or ${KEY_VARIABLES[0]}",
+    )
+    add("--api-key-file", metavar="FILE", help="one key a line; # begins a comment")
+    add("--chat-template", metavar="FILE|TEMPLATE", help="instead of the checkpoint's")
+    add("--tool-call-parser", metavar="NAME", help="the model's own format by default")
+    add("--reasoning-parser", metavar="NAME", help="splits thinking from the answer")
+    add("--enable-auto-tool-choice", action="store_true", help="always on; accepted")
+    add("--max-queue", type=count, metavar="N", help="waiting requests before 429 (1024)")
+    add("--max-body-bytes", type=count, metavar="BYTES", help="largest request (32M)")
+    add(
+        "--drain-timeout",
+        dest="drain_timeout_s",
+        type=seconds,
+        metavar="SECONDS",
+        help="from SIGTERM to the end (30)",
+    )
+    add("--in-process", action=boolean, help="engine and service in one process, for debugging")
+    add(
+        "--engine-address",
+        dest="engine_addresses",
+        nargs="+",
+        action="extend",
+        metavar="ADDRESS",
+        help="attach to `penstock worker`s that listen there instead of starting one",
+    )
+    add("--restart", action=boolean, help="start an engine again that died (on)")
+    add("--enable-log-requests", dest="log_requests", action=boolean, help="one line a request")
+    add("--disable-log-requests", dest="log_requests", action="store_false", help=argparse.SUPPRESS)
+    add("--banner", action=boolean, help="print what to try, once ready (on)")
+    add("--stop-with-parent", action="store_true", help=argparse.SUPPRESS)
+
+
+def parse(
+    arguments: list[str], environment: Mapping[str, str] = os.environ
+) -> tuple[ServeConfig, EngineConfig]:
+    """Raises `ConfigError`."""
+    parser = make_parser()
+    options = parse_with_file(parser, arguments)
+    model = model_of(parser, options)
+    engine = engine_config(model, options)
+    plain = ("host", "port", "uds", "tool_call_parser", "reasoning_parser", "seed",
+             "max_queue", "max_body_bytes", "drain_timeout_s", "in_process", "log_level",
+             "log_requests", "banner", "revision", "chat_template")  # fmt: skip
+    said = vars(options)
+    if said.get("in_process") and said.get("engine_addresses"):
+        raise ConfigError("--in-process starts an engine, --engine-address attaches to one: choose")
+    config = ServeConfig(
+        model=model,
+        served_model_names=tuple(said.get("served_model_names", (model,))),
+        engine_addresses=tuple(said.get("engine_addresses", ())),
+        api_keys=_api_keys(options, environment),
+        restart=RestartPolicy(enabled=said.get("restart", True)),
+        worker_args=worker_arguments(engine, said.get("log_level", "info")),
+        **{name: said[name] for name in plain if name in said},
+    )
+    return config, engine
+
+
+def worker_arguments(engine: EngineConfig, log_level: str) -> tuple[str, ...]:
+    return (*engine_arguments(engine), f"--log-level={log_level}")
+
+
+def run(arguments: list[str]) -> int:
+    config, engine = parse(arguments)
+    if "--stop-with-parent" in arguments:
+        process.stop_with_parent()
+    logs.set_up(config.log_level, name=config.name)
+    if config.uds is None:
+        ports.require_free(config.host, config.port)
+
+    # Fetched once, here, rather than by service and engine side by side.
+    checkpoint = resolve(config.model, revision=config.revision)
+    engine = replace(engine, model=str(checkpoint.path))
+    config = replace(config, worker_args=worker_arguments(engine, config.log_level))
+
+    from penstock.cli.banner import Banner
+    from penstock.service.app import serve
+
+    banner = Banner(config, checkpoint)
+    if not config.in_process:
+        return serve(config, on_ready=banner.show)
+
+    from penstock.engine.instance import EngineThread
+
+    thread = EngineThread(WorkerConfig(engine=engine, address=_IN_PROCESS_ADDRESS))
+    try:
+        attached = replace(config, engine_addresses=(_IN_PROCESS_ADDRESS,))
+        return serve(attached, on_ready=banner.show)
+    finally:
+        thread.close()
+
+
+def _api_keys(options: argparse.Namespace, environment: Mapping[str, str]) -> tuple[str, ...]:
+    """From all places at once, in order and without doubles. Raises `ConfigError`."""
+    keys = list(getattr(options, "api_keys", []))
+    if file := getattr(options, "api_key_file", None):
+        keys += _keys_in(Path(file))
+    keys += [environment[name] for name in KEY_VARIABLES if environment.get(name)]
+    if any(not key.strip() for key in keys):
+        raise ConfigError("an API key is empty: leave the flag out to serve without keys")
+    return tuple(dict.fromkeys(keys))
+
+
+def _keys_in(file: Path) -> list[str]:
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"--api-key-file {file} cannot be read: {exc}") from exc
+    keys = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if not keys:
+        raise ConfigError(f"--api-key-file {file} holds no key: one a line")
+    return keys
