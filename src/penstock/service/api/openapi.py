@@ -1,0 +1,112 @@
+"""The OpenAPI document, from the very structs that parse requests and write answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import msgspec
+
+from penstock import __version__
+from penstock.service.api.auth import is_open
+from penstock.service.api.errors import ErrorResponse
+
+_GENERATION_ERRORS = ("400", "404", "413", "429", "499", "500", "503")
+_REASONS = {
+    "400": "The request cannot be served as it is; `param` names the field",
+    "401": "No API key, or a wrong one",
+    "404": "No such model",
+    "413": "The body is over the limit",
+    "429": "Too many requests wait already; see Retry-After",
+    "499": "The client, or the server's drain, cancelled it",
+    "500": "The engine failed",
+    "503": "No engine is ready",
+}
+
+
+class Described(Protocol):
+    @property
+    def method(self) -> str: ...
+    @property
+    def path(self) -> str: ...
+    @property
+    def summary(self) -> str: ...
+    @property
+    def answers(self) -> Any: ...
+    @property
+    def takes(self) -> Any: ...
+    @property
+    def streams(self) -> Any: ...
+
+
+def document(apis: Sequence[Described], keys: bool) -> dict[str, Any]:
+    types = [
+        found
+        for api in apis
+        for found in (api.answers, api.takes, api.streams)
+        if found is not None and found is not str
+    ]
+    types = list(dict.fromkeys([*types, ErrorResponse]))
+    references, components = msgspec.json.schema_components(
+        types, ref_template="#/components/schemas/{name}"
+    )
+    schemas = dict(zip(types, references))
+    paths: dict[str, dict[str, Any]] = {}
+    for api in apis:
+        path = api.path.replace(":path}", "}")
+        paths.setdefault(path, {})[api.method.lower()] = _operation(api, path, schemas, keys)
+    found: dict[str, Any] = {
+        "openapi": "3.1.0",
+        "info": {"title": "Penstock", "version": __version__},
+        "paths": paths,
+        "components": {"schemas": components},
+    }
+    if keys:
+        found["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    return found
+
+
+def _operation(
+    api: Described, path: str, schemas: dict[Any, dict[str, Any]], keys: bool
+) -> dict[str, Any]:
+    errors = _GENERATION_ERRORS if api.takes is not None else ()
+    if "{model_id}" in path:
+        errors = ("404",)
+    guarded = keys and not is_open(path)
+    if guarded:
+        errors = (*errors, "401")
+    responses: dict[str, Any] = {"200": _answer(api, schemas)}
+    for status in sorted(errors):
+        content = {"application/json": {"schema": schemas[ErrorResponse]}}
+        responses[status] = {"description": _REASONS[status], "content": content}
+    if path.startswith("/health"):
+        responses["503"] = {**responses["200"], "description": "Not ready; `reason` says why"}
+    operation: dict[str, Any] = {
+        "summary": api.summary,
+        "operationId": path.strip("/").replace("/", "_").replace("{", "").replace("}", ""),
+        "responses": responses,
+    }
+    if guarded:
+        operation["security"] = [{"key": []}]
+    if "{model_id}" in path:
+        operation["parameters"] = [
+            {"name": "model_id", "in": "path", "required": True, "schema": {"type": "string"}}
+        ]
+    if api.takes is not None:
+        body = {"application/json": {"schema": schemas[api.takes]}}
+        operation["requestBody"] = {"required": True, "content": body}
+    return operation
+
+
+def _answer(api: Described, schemas: dict[Any, dict[str, Any]]) -> dict[str, Any]:
+    if api.answers is str:
+        content: dict[str, Any] = {"text/plain": {"schema": {"type": "string"}}}
+    else:
+        content = {"application/json": {"schema": schemas[api.answers]}}
+    if api.streams is not None:
+        # Each event's data is such a document, the last one "[DONE]".
+        content["text/event-stream"] = {
+            "schema": {"type": "string"},
+            "x-event-data": schemas[api.streams],
+        }
+    return {"description": api.summary, "content": content}
