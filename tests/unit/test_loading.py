@@ -15,9 +15,12 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tests.helpers.checkpoints import FAMILIES, make_checkpoint
 
 from penstock.checkpoint import Checkpoint
+from penstock.engine.layers.rotary import inverse_frequencies
 from penstock.engine.loading.digest import model_digest
 from penstock.engine.loading.loader import choose_dtype, load_model, weights_bytes
 from penstock.engine.loading.safetensors_file import STAGING_BYTES, SafetensorsFile
@@ -103,15 +106,20 @@ class Capture(Platform):
     def __init__(self) -> None:
         super().__init__("cpu")
         self.packed: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+        self.tied: list[torch.Tensor] = []
 
     def available_bytes(self) -> int:
         return 1 << 40
 
     def make_linear(
-        self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None = None, *, shared: bool = False
+        self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None = None, **settings: Any
     ) -> Any:
         self.packed.append((weight_NK, bias_N))
-        return super().make_linear(weight_NK, bias_N, shared=shared)
+        return super().make_linear(weight_NK, bias_N, **settings)
+
+    def make_tied_embedding(self, weight_VE: torch.Tensor) -> Any:
+        self.tied.append(weight_VE)
+        return super().make_tied_embedding(weight_VE)
 
 
 _MEASURE = """
@@ -119,6 +127,8 @@ import sys
 from pathlib import Path
 
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from penstock.checkpoint import Checkpoint
 from penstock.engine.loading.loader import load_model, weights_bytes
@@ -135,9 +145,11 @@ def kibibytes(field):
     return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
+big, small, dtype = sys.argv[1:]
+load_model(Checkpoint(Path(small)), Plain(), dtype)  # what a first use of torch costs
 Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
 before = kibibytes("VmRSS:")
-model, config = load_model(Checkpoint(Path(sys.argv[1])), Plain(), sys.argv[2])
+model, config = load_model(Checkpoint(Path(big)), Plain(), dtype)
 print(weights_bytes(config), (kibibytes("VmHWM:") - before) * 1024)
 """
 
@@ -192,15 +204,14 @@ class TestIntoPlace:
         assert torch.equal(out, stored.float())
 
     def test_tied_embeddings_are_held_once(self, tmp_path: Path) -> None:
-        folder = make_checkpoint(tmp_path, "qwen3", tie_word_embeddings=True)
+        tied = make_checkpoint(tmp_path / "tied", "qwen3", tie_word_embeddings=True)
+        untied = make_checkpoint(tmp_path / "untied", "qwen3")
         platform = Capture()
-        model, config = load_model(Checkpoint(folder), platform, "float32")
-        held = {tensor.data_ptr() for tensor, _ in platform.packed}
-        assert model._embedding_VE.data_ptr() in held
-        untied = ModelConfig.from_checkpoint(
-            Checkpoint(make_checkpoint(tmp_path / "untied", "qwen3"))
-        )
-        assert weights_bytes(untied) - weights_bytes(config) == 384 * 64 * 4
+        _, config = load_model(Checkpoint(tied), platform, "float32")
+        assert [weight.shape for weight in platform.tied] == [(384, 64)]
+        assert all(weight.shape[0] != 384 for weight, _ in platform.packed)
+        other = ModelConfig.from_checkpoint(Checkpoint(untied))
+        assert weights_bytes(other) - weights_bytes(config) == 384 * 64 * 4
 
     def test_each_byte_is_read_once_and_progress_ends_at_one(self, sharded: Path) -> None:
         seen: list[float] = []
@@ -214,14 +225,14 @@ class TestIntoPlace:
         assert len(seen) == len(names)
 
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-    def test_no_second_copy(self, tmp_path: Path, dtype: str) -> None:
+    def test_no_second_copy(self, made: Path, tmp_path: Path, dtype: str) -> None:
         """The process's peak of memory, by the kernel's count, around a load that keeps 47 MB (or
-        half of it): the weights, a staging buffer, and what a first use of torch costs."""
+        half of it): the weights, and a staging buffer."""
         folder = make_checkpoint(
             tmp_path, "llama", num_hidden_layers=12, hidden_size=256, intermediate_size=1024
         )
         found = subprocess.run(
-            [sys.executable, "-c", _MEASURE, str(folder), dtype],
+            [sys.executable, "-c", _MEASURE, str(folder), str(made), dtype],
             env=os.environ | {"PYTHONPATH": "src", "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
@@ -440,6 +451,33 @@ class TestBrokenFiles:
         assert "config.json is missing" in refusal(CheckpointError, tmp_path)
 
 
+CONFIG_FIELDS = """
+    architectures hidden_size num_attention_heads num_key_value_heads head_dim vocab_size
+    num_hidden_layers intermediate_size rms_norm_eps rope_parameters rope_scaling dtype torch_dtype
+    layer_types sliding_window use_sliding_window max_window_layers tie_word_embeddings
+    eos_token_id max_position_embeddings hidden_act quantization_config
+    original_max_position_embeddings
+""".split()  # noqa: SIM905
+ROPE_FIELDS = """
+    type rope_type rope_theta factor low_freq_factor high_freq_factor beta_fast beta_slow
+    original_max_position_embeddings attention_factor mscale mscale_all_dim truncate
+    partial_rotary_factor
+""".split()  # noqa: SIM905
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 600)
+    | st.integers()
+    | st.floats()
+    | st.sampled_from(["silu", "bfloat16", ""])
+)
+ROPES = st.fixed_dictionaries(
+    {"rope_type": st.sampled_from(["default", "linear", "dynamic", "llama3", "yarn"])},
+    optional={name: SCALARS for name in ROPE_FIELDS if name != "rope_type"},
+)
+ANY_JSON = SCALARS | ROPES | st.lists(SCALARS, max_size=3)
+
+
 class TestConfig:
     """What config.json may hold."""
 
@@ -467,6 +505,8 @@ class TestConfig:
             ({"tie_word_embeddings": "no"}, "expected true or false"),
             ({"rope_parameters": [1]}, "expected an object"),
             ({"rope_parameters": {"rope_type": "linear"}}, "factor is missing"),
+            ({"rope_parameters": {"rope_type": "linear", "factor": 0.5}}, "a number from 1"),
+            ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}, "number above 1"),
             ({"rope_parameters": {"rope_type": 3}}, "expected a string"),
             ({"rope_parameters": {"rope_theta": 10**400}}, "expected a number"),
             ({"layer_types": ["full_attention"]}, "expected 2, one a layer"),
@@ -537,3 +577,20 @@ class TestConfig:
         assert ModelConfig.from_checkpoint(Checkpoint(folder)).windows == (None, None)
         set_config(folder, sliding_window=...)  # absent is transformers' default, null is none
         assert ModelConfig.from_checkpoint(Checkpoint(folder)).windows == (4096, 4096)
+
+    @given(name=st.sampled_from(CONFIG_FIELDS), value=ANY_JSON)
+    @settings(max_examples=400, deadline=None)
+    def test_no_value_ends_in_a_traceback(self, made: Path, name: str, value: Any) -> None:
+        """Read or refused in one line; and what was read can be declared and rotated."""
+        checkpoint = Checkpoint(made)
+        checkpoint.config = json.loads(json.dumps(checkpoint.config | {name: value}))
+        checkpoint.generation_config = {}
+        try:
+            config = ModelConfig.from_checkpoint(checkpoint)
+        except (CheckpointError, ConfigError) as exc:
+            assert "\n" not in str(exc)
+            return
+        if config.num_layers < 10:
+            assert weights_bytes(config) > 0
+        frequencies = inverse_frequencies(config.rope, config.head_dim, config.max_model_len)
+        assert frequencies.isfinite().all()

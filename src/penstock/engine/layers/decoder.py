@@ -7,6 +7,9 @@ R rows whose logits are wanted. Tensor names are Hugging Face's.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch.nn import functional
 
@@ -15,6 +18,7 @@ from penstock.engine.layers.attention import SelfAttention, Step
 from penstock.engine.layers.rotary import Rotary
 from penstock.engine.layers.weights import Weights
 from penstock.engine.models.config import ModelConfig
+from penstock.engine.platforms.base import Linear
 
 
 class GatedMlp:
@@ -56,7 +60,7 @@ class DecoderLayer:
 class Decoder:
     """Takes its tensors from `weights` in the order in which they are used.
 
-    With tied embeddings one matrix serves both ends, in the checkpoint's layout.
+    With tied embeddings one matrix serves both ends.
     """
 
     def __init__(self, config: ModelConfig, weights: Weights) -> None:
@@ -67,12 +71,17 @@ class Decoder:
             config.rope, config.head_dim, config.max_model_len, weights.platform.device
         )
         vocab, hidden = config.vocab_size, config.hidden_size
-        self._embedding_VE = weights.matrix("model.embed_tokens.weight", vocab, hidden)
+        embedding_VE = weights.matrix("model.embed_tokens.weight", vocab, hidden)
+        self._embed: Callable[[torch.Tensor], torch.Tensor]
+        self._head: Linear
+        if config.tie_word_embeddings:
+            tied = weights.platform.make_tied_embedding(embedding_VE)
+            self._embed, self._head = tied.embed, tied.head
+        else:
+            self._embed = partial(functional.embedding, weight=embedding_VE)
         self._layers = [DecoderLayer(config, i, weights) for i in range(config.num_layers)]
         self._norm_E = weights.vector("model.norm.weight", hidden)
-        if config.tie_word_embeddings:
-            self._head = weights.platform.make_linear(self._embedding_VE, shared=True)
-        else:
+        if not config.tie_word_embeddings:
             self._head = weights.linear(hidden, {"lm_head": vocab}, bias=False)
 
     def forward(
@@ -85,7 +94,7 @@ class Decoder:
         by `build_attention`; positions are int64 and count from the start of each sequence."""
         cos_TD, sin_TD = self._rotary.cos_sin(positions_T)
         step = Step(cos_TD, sin_TD, attention)
-        hidden_TE = functional.embedding(input_ids_T, self._embedding_VE)
+        hidden_TE = self._embed(input_ids_T)
         for layer in self._layers:
             hidden_TE = layer(hidden_TE, step)
         return self._platform.rms_norm(hidden_TE, self._norm_E, self.config.rms_norm_eps)

@@ -136,8 +136,8 @@ def base_config(
             f"{fields.where}: num_attention_heads = {num_heads} is no multiple of "
             f"num_key_value_heads = {num_kv_heads}"
         )
-    if head_dim % 2:
-        raise fields.wrong("head_dim", head_dim, "an even number (rotary embeddings pair them)")
+    if head_dim % 2 or head_dim < 4:
+        raise fields.wrong("head_dim", head_dim, "an even number from 4")
     rope = _rope(fields, max_positions)
     default_len, rope_max_tokens = _context_tokens(rope, max_positions)
     return ModelConfig(
@@ -215,15 +215,14 @@ def _rope(fields: Fields, max_positions: int) -> RopeConfig:
             raise holder.unsupported(
                 "partial_rotary_factor", holder.get("partial_rotary_factor"), "1.0"
             )
-    theta = found.number("rope_theta", fields.number("rope_theta", 10_000.0))
+    theta = found.number("rope_theta", fields.number("rope_theta", 10_000.0, above=1.0), above=1.0)
     kind = found.text("rope_type", found.text("type", "default"))
     original = found.integer("original_max_position_embeddings", max_positions, high=MAX_POSITIONS)
     original = fields.integer("original_max_position_embeddings", original, high=MAX_POSITIONS)
     if kind == "default":
         return RopeConfig(theta=theta, original_max_tokens=max_positions)
     if kind in ("linear", "dynamic"):
-        factor = found.number("factor")
-        return RopeConfig(kind, theta, factor, original_max_tokens=max_positions)
+        return RopeConfig(kind, theta, _factor(found), original_max_tokens=max_positions)
     if kind == "llama3":
         low, high = found.number("low_freq_factor"), found.number("high_freq_factor")
         if high <= low:
@@ -231,13 +230,13 @@ def _rope(fields: Fields, max_positions: int) -> RopeConfig:
         return RopeConfig(
             kind,
             theta,
-            found.number("factor"),
+            _factor(found),
             original,
             low_freq_factor=low,
             high_freq_factor=high,
         )
     if kind == "yarn":
-        factor = found.number("factor", max_positions / original)
+        factor = _factor(found, max_positions / original)
         return RopeConfig(
             kind,
             theta,
@@ -252,6 +251,13 @@ def _rope(fields: Fields, max_positions: int) -> RopeConfig:
         f"{fields.where}: rope type {kind!r} is not supported; supported: default, linear, "
         "dynamic, llama3, yarn"
     )
+
+
+def _factor(found: Fields, default: float | None = None) -> float:
+    factor = found.number("factor", default)
+    if factor < 1.0:
+        raise found.wrong("factor", factor, "a number from 1: contexts are stretched, not shrunk")
+    return factor
 
 
 def _yarn_attention_factor(found: Fields, factor: float) -> float:
