@@ -85,9 +85,7 @@ _HISTOGRAMS = {
 class Metrics(Collector):
     """One for each service process."""
 
-    def __init__(
-        self, model_name: str, status: Callable[[], ServiceStatus] | None = None
-    ) -> None:
+    def __init__(self, model_name: str, status: Callable[[], ServiceStatus] | None = None) -> None:
         self.model_name = model_name
         self.waiting = 0
         self.running = 0
@@ -241,7 +239,7 @@ class RequestMetrics:
         metrics.running += 1
         self._first_s[choice] = now_s
         metrics.histograms["time_to_first_token_seconds"].observe(now_s - self._arrived_s)
-        prompt, k = divmod(choice, self._n)
+        prompt = choice // self._n
         if not any(self._num_tokens[prompt * self._n : (prompt + 1) * self._n]):
             metrics.prompt_tokens += self._prompt_tokens[prompt]
         metrics.histograms["request_prompt_tokens"].observe(self._prompt_tokens[prompt])

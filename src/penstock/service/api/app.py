@@ -64,9 +64,7 @@ def create_app(generator: Generator, texts: Texts, config: ApiConfig) -> FastAPI
     `app.state.context` holds the metrics and what else the endpoints share.
     """
     context = Context(generator, texts, config)
-    app = FastAPI(
-        title="Penstock", version=__version__, redirect_slashes=False, redoc_url=None
-    )
+    app = FastAPI(title="Penstock", version=__version__, redirect_slashes=False, redoc_url=None)
     app.state.context = context
     table = _table(context)
     document = openapi.document(table, keys=bool(config.api_keys))

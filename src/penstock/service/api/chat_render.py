@@ -92,7 +92,7 @@ class ChatRenderer:
 
     def _chunks(self, update: Update, collected: _Collected) -> bytes:
         index = update.choice.index
-        logprobs = self._logprobs(update.logprobs)
+        logprobs = self._logprobs(update.logprobs or None)
         deltas = [_delta(event) for event in merged_events(update.events)]
         collected.called |= any(isinstance(event, ToolCallStart) for event in update.events)
         if logprobs is not None and not deltas:
@@ -128,21 +128,11 @@ class ChatRenderer:
         before, _, after = event.partition(_json.encode(mark))
         return before, after
 
-    def _event(
-        self, choices: list[ChatChunkChoice], usage: Usage | None | UnsetType
-    ) -> bytes:
-        envelope = self._envelope
-        chunk = ChatCompletionChunk(
-            envelope.id,
-            envelope.created,
-            envelope.model,
-            envelope.system_fingerprint,
-            choices,
-            usage=usage,
-        )
+    def _event(self, choices: list[ChatChunkChoice], usage: Usage | UnsetType | None) -> bytes:
+        chunk = ChatCompletionChunk(**self._envelope, choices=choices, usage=usage)
         return b"data: " + _json.encode(chunk) + b"\n\n"
 
-    def _running_usage(self) -> Usage | None | UnsetType:
+    def _running_usage(self) -> Usage | UnsetType | None:
         """On every chunk: vLLM's running count, OpenAI's null, or nothing."""
         if self._every_usage:
             return self._run.usage()
@@ -157,7 +147,7 @@ class ChatRenderer:
         collected.prompt_logprobs += update.prompt_logprobs or ()
 
     def whole(self) -> bytes:
-        envelope, run = self._envelope, self._run
+        run = self._run
         choices = [self._choice(choice) for choice in run.choices]
         prompt: list[PromptLogprob] | UnsetType = UNSET
         if self._num_prompt_top is not None:
@@ -165,13 +155,7 @@ class ChatRenderer:
             prompt = prompt_logprobs(entries, self._num_prompt_top, self._tokenizer)
         return _json.encode(
             ChatCompletion(
-                envelope.id,
-                envelope.created,
-                envelope.model,
-                choices,
-                run.usage(),
-                envelope.system_fingerprint,
-                prompt_logprobs=prompt,
+                **self._envelope, choices=choices, usage=run.usage(), prompt_logprobs=prompt
             )
         )
 
@@ -224,7 +208,7 @@ def _message(events: list[OutputEvent]) -> ChatMessageOut:
         elif isinstance(event, ReasoningDelta):
             reasoning.append(event.text)
         elif isinstance(event, ToolCallStart):
-            calls.append(ToolCallOut(event.id, FunctionOut(event.name, "")))
+            calls.append(ToolCallOut(id=event.id, function=FunctionOut(event.name, "")))
         elif isinstance(event, ToolCallDelta):
             calls[event.index].function.arguments += event.arguments
     text = "".join(content)

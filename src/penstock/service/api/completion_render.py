@@ -105,10 +105,10 @@ class CompletionRenderer:
         before, _, after = event.partition(_json.encode(mark))
         return before, after
 
-    def _event(self, choices: list[CompletionChoice], usage: Usage | None | UnsetType) -> bytes:
+    def _event(self, choices: list[CompletionChoice], usage: Usage | UnsetType | None) -> bytes:
         return b"data: " + _json.encode(self._document(choices, usage)) + b"\n\n"
 
-    def _running_usage(self) -> Usage | None | UnsetType:
+    def _running_usage(self) -> Usage | UnsetType | None:
         if self._every_usage:
             return self._run.usage()
         return None if self._include_usage else UNSET
@@ -145,9 +145,7 @@ class CompletionRenderer:
 
     # --- both ---
 
-    def _gain(
-        self, update: Update, collected: _Collected
-    ) -> tuple[str, CompletionLogprobs | None]:
+    def _gain(self, update: Update, collected: _Collected) -> tuple[str, CompletionLogprobs | None]:
         """New text and logprobs; with the first of a choice comes the echo of its prompt."""
         text = _text(update.events)
         parts: list[CompletionLogprobs] = []
@@ -162,17 +160,9 @@ class CompletionRenderer:
         return text, joined(parts) if parts else None
 
     def _document(
-        self, choices: list[CompletionChoice], usage: Usage | None | UnsetType
+        self, choices: list[CompletionChoice], usage: Usage | UnsetType | None
     ) -> Completion:
-        envelope = self._envelope
-        return Completion(
-            envelope.id,
-            envelope.created,
-            envelope.model,
-            envelope.system_fingerprint,
-            choices,
-            usage=usage,
-        )
+        return Completion(**self._envelope, choices=choices, usage=usage)
 
 
 def _finish_reason(choice: Choice) -> CompletionFinish:

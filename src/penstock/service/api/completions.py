@@ -22,6 +22,7 @@ from penstock.service.api.sse import respond
 from penstock.service.generation import GenerationSpec
 from penstock.service.text.pipeline import OutputPipeline
 
+
 class Prompt(NamedTuple):
     """`text` is what an echo shows."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from penstock.protocol.errors import InvalidRequest
 from penstock.protocol.request import Constraint
 from penstock.service.api.requests import GenerationRequest
 

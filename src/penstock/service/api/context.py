@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from dataclasses import dataclass
+from typing import TypedDict
 
 from penstock import __version__
 from penstock.protocol.errors import EngineUnavailable, ModelNotFound, UnsupportedFeature
@@ -61,11 +61,15 @@ class Context:
 
     def envelope(self, prefix: str, model: str, card: InstanceCard) -> Envelope:
         fingerprint = f"fp_{__version__}_{card.model_digest[:10]}"
-        return Envelope(f"{prefix}-{uuid.uuid4().hex}", int(time.time()), model, fingerprint)
+        return Envelope(
+            id=f"{prefix}-{uuid.uuid4().hex}",
+            created=int(time.time()),
+            model=model,
+            system_fingerprint=fingerprint,
+        )
 
 
-@dataclass(frozen=True, slots=True)
-class Envelope:
+class Envelope(TypedDict):
     """What all chunks of one answer repeat."""
 
     id: str

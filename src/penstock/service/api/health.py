@@ -51,7 +51,7 @@ class OperatorEndpoints:
 
     async def models(self, _: Request) -> Response:
         names = self._context.config.served_model_names
-        return json_response(ModelList([self._card(name) for name in names]))
+        return json_response(ModelList(data=[self._card(name) for name in names]))
 
     async def model(self, http: Request) -> Response:
         return json_response(self._card(self._context.model(http.path_params["model_id"])))
@@ -60,8 +60,8 @@ class OperatorEndpoints:
         context = self._context
         card = context.generator.card
         return ModelCard(
-            name,
-            context.created_s,
-            context.config.served_model_names[0],
-            None if card is None else card.max_model_len,
+            id=name,
+            created=context.created_s,
+            root=context.config.served_model_names[0],
+            max_model_len=None if card is None else card.max_model_len,
         )

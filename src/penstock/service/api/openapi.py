@@ -69,7 +69,7 @@ def document(apis: Sequence[Described], keys: bool) -> dict[str, Any]:
 def _operation(
     api: Described, path: str, schemas: dict[Any, dict[str, Any]], keys: bool
 ) -> dict[str, Any]:
-    errors = _GENERATION_ERRORS if api.takes is not None else ()
+    errors: tuple[str, ...] = _GENERATION_ERRORS if api.takes is not None else ()
     if "{model_id}" in path:
         errors = ("404",)
     guarded = keys and not is_open(path)

@@ -46,15 +46,15 @@ class FunctionOut(Struct):
     arguments: str
 
 
-class ToolCallOut(Struct):
+class ToolCallOut(Struct, kw_only=True):
     id: str
-    function: FunctionOut
     type: Literal["function"] = "function"
+    function: FunctionOut
 
 
-class ChatMessageOut(Struct):
-    content: str | None
+class ChatMessageOut(Struct, kw_only=True):
     role: Literal["assistant"] = "assistant"
+    content: str | None
     refusal: str | None = None
     reasoning_content: str | UnsetType = UNSET
     tool_calls: list[ToolCallOut] | UnsetType = UNSET
@@ -68,15 +68,14 @@ class ChatChoice(Struct):
     stop_reason: int | str | None = None
 
 
-class ChatCompletion(Struct):
+class ChatCompletion(Struct, kw_only=True):
     id: str
+    object: Literal["chat.completion"] = "chat.completion"
     created: int
     model: str
+    system_fingerprint: str
     choices: list[ChatChoice]
     usage: Usage
-    system_fingerprint: str | None
-    object: Literal["chat.completion"] = "chat.completion"
-    service_tier: str | None = None
     prompt_logprobs: list[PromptLogprob] | UnsetType = UNSET
 
 
@@ -94,8 +93,8 @@ class ToolCallDeltaOut(Struct):
 
 class ChatDelta(Struct):
     role: Literal["assistant"] | UnsetType = UNSET
-    content: str | None | UnsetType = UNSET
-    refusal: None | UnsetType = UNSET
+    content: str | UnsetType | None = UNSET
+    refusal: UnsetType | None = UNSET
     reasoning_content: str | UnsetType = UNSET
     tool_calls: list[ToolCallDeltaOut] | UnsetType = UNSET
 
@@ -105,17 +104,17 @@ class ChatChunkChoice(Struct):
     delta: ChatDelta
     logprobs: ChatLogprobs | None = None
     finish_reason: ChatFinish | None = None
-    stop_reason: int | str | None | UnsetType = UNSET
+    stop_reason: int | str | UnsetType | None = UNSET
 
 
-class ChatCompletionChunk(Struct):
+class ChatCompletionChunk(Struct, kw_only=True):
     id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     created: int
     model: str
-    system_fingerprint: str | None
+    system_fingerprint: str
     choices: list[ChatChunkChoice]
-    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    usage: Usage | None | UnsetType = UNSET
+    usage: Usage | UnsetType | None = UNSET
 
 
 class CompletionLogprobs(Struct):
@@ -136,29 +135,29 @@ class CompletionChoice(Struct):
     prompt_logprobs: list[PromptLogprob] | UnsetType = UNSET
 
 
-class Completion(Struct):
+class Completion(Struct, kw_only=True):
     id: str
+    object: Literal["text_completion"] = "text_completion"
     created: int
     model: str
-    system_fingerprint: str | None
+    system_fingerprint: str
     choices: list[CompletionChoice]
-    object: Literal["text_completion"] = "text_completion"
-    usage: Usage | None | UnsetType = UNSET
+    usage: Usage | UnsetType | None = UNSET
 
 
-class ModelCard(Struct):
+class ModelCard(Struct, kw_only=True):
     id: str
-    created: int
-    root: str
-    max_model_len: int | None
     object: Literal["model"] = "model"
+    created: int
     owned_by: str = "penstock"
+    root: str
     parent: None = None
+    max_model_len: int | None
 
 
-class ModelList(Struct):
-    data: list[ModelCard]
+class ModelList(Struct, kw_only=True):
     object: Literal["list"] = "list"
+    data: list[ModelCard]
 
 
 class TokenizeResponse(Struct):

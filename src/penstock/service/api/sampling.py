@@ -32,9 +32,7 @@ def check_common(request: GenerationRequest) -> None:
     if request.store:
         raise UnsupportedFeature("'store' is not supported: nothing is kept here", param="store")
     if request.stream_options is not None and not request.stream:
-        raise InvalidRequest(
-            "'stream_options' needs 'stream': true", param="stream_options"
-        )
+        raise InvalidRequest("'stream_options' needs 'stream': true", param="stream_options")
     if request.stream and request.prompt_logprobs is not None:
         raise InvalidRequest(
             "'prompt_logprobs' cannot be streamed: leave 'stream' out", param="prompt_logprobs"
@@ -75,7 +73,9 @@ def make_sampling(
     seed: int,
 ) -> SamplingParams:
     """Raises `ContextLengthExceeded` or `InvalidRequest`; `seed` is for a request without one."""
-    max_tokens = fit_context(max_tokens, prompt_tokens, card.max_model_len, max_tokens_param, prompt_param)
+    max_tokens = fit_context(
+        max_tokens, prompt_tokens, card.max_model_len, max_tokens_param, prompt_param
+    )
     min_tokens = request.min_tokens or 0
     if min_tokens > max_tokens:
         raise InvalidRequest(
@@ -83,8 +83,8 @@ def make_sampling(
             param="min_tokens",
         )
     given = {name: getattr(request, name) for name in DEFAULTED}
-    chosen = {k: defaults.get(k) if v is None else v for k, v in given.items()}
-    chosen = {k: v for k, v in chosen.items() if v is not None}
+    found = {k: defaults.get(k) if v is None else v for k, v in given.items()}
+    chosen: dict[str, Any] = {k: v for k, v in found.items() if v is not None}
     if chosen.get("top_k") == -1:
         chosen["top_k"] = 0
     stop_ids = tuple(request.stop_token_ids or ())

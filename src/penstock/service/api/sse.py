@@ -1,7 +1,7 @@
 """The two ways an answer leaves: as server-sent events, or whole.
 
-Streams are sent by our own ASGI response: one `send` for all chunks that are ready, awaited, so that
-a slow reader holds back its own request and nobody else's.
+Streams are sent by our own ASGI response: one `send` for all chunks that are ready, awaited, so
+that a slow reader holds back its own request and nobody else's.
 """
 
 from __future__ import annotations
@@ -89,9 +89,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await send(
-                {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-            )
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             last = await self._send_chunks(send)
         except ClientDisconnected:
             return
