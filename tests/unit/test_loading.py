@@ -308,7 +308,7 @@ class TestDigest:
         set_config(copy, rope_parameters={"rope_type": "default", "rope_theta": 5.0})
         changed = model_digest(Checkpoint(copy))
         assert changed != original
-        rewrite(copy, lambda tensors: tensors["lm_head.weight"].mul_(1.01))
+        rewrite(copy, lambda tensors: tensors["model.layers.1.self_attn.k_proj.bias"][:1].add_(1))
         assert model_digest(Checkpoint(copy)) != changed
 
     def test_dummy(self, copy: Path) -> None:
