@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import torch
 
 from penstock.engine.attention.base import AttentionBackend, AttentionShape
+from penstock.engine.attention.cpu_native import NativeCpuAttention
 from penstock.engine.attention.reference import ReferenceAttention
 from penstock.protocol.errors import ConfigError
 
 #: Fastest first; the last one takes everything.
-BACKENDS: Sequence[type[AttentionBackend]] = (ReferenceAttention,)
+BACKENDS: Sequence[type[AttentionBackend]] = (NativeCpuAttention, ReferenceAttention)
 
 
 def refusals(

@@ -17,6 +17,21 @@ from penstock.protocol.kv import KvLayout
 Linear = Callable[[torch.Tensor], torch.Tensor]
 
 
+class TiedEmbedding:
+    """One matrix [V, E] that is both token embedding and output head, held once."""
+
+    def __init__(self, weight_VE: torch.Tensor) -> None:
+        self._weight_VE = weight_VE
+
+    def embed(self, ids_T: torch.Tensor) -> torch.Tensor:
+        """Rows ids_T of the matrix, [T, E]."""
+        return functional.embedding(ids_T, self._weight_VE)
+
+    def head(self, x_TE: torch.Tensor) -> torch.Tensor:
+        """x @ matrix.T, [T, V]."""
+        return functional.linear(x_TE, self._weight_VE)
+
+
 class Platform:
     """One device kind: its memory, its kernels, and the choice among them."""
 
@@ -36,6 +51,10 @@ class Platform:
         embedding that is also the output head.
         """
         return lambda x_TK: functional.linear(x_TK, weight_NK, bias_N)
+
+    def make_tied_embedding(self, weight_VE: torch.Tensor) -> TiedEmbedding:
+        """Embedding and head over one copy of the weight. The caller drops its reference."""
+        return TiedEmbedding(weight_VE)
 
     def rms_norm(self, x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor:
         """Over the last dimension, in float32, with transformers' order of roundings."""

@@ -1,0 +1,175 @@
+"""Compiles the C++ kernels for this machine at first use and keeps them in a cache.
+
+A plain C interface called by ctypes, which releases the interpreter lock during calls. The library
+links against the OpenMP runtime that torch brings, so that both share one pool of threads. Without
+a compiler there is one warning, and everything runs on torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+_HERE = Path(__file__).parent
+_SOURCES = ("attention.cpp", "small_ops.cpp")
+_HEADERS = ("common.h", "attention.h", "decode.h", "prefill.h")
+_FLAGS = (
+    "-std=c++17 -O3 -fPIC -fopenmp -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wno-psabi"
+).split()
+_COMPILE_TIMEOUT_S = 120
+
+
+class CompileFailed(Exception):
+    """Why there are no native kernels; the message is for the log and for `doctor`."""
+
+
+@functools.cache
+def load() -> ctypes.CDLL | None:
+    """The kernels, compiled if need be; None (after one warning) where that is impossible.
+
+    PENSTOCK_NATIVE=0 asks for torch's operations alone.
+    """
+    if os.environ.get("PENSTOCK_NATIVE") == "0":
+        return None
+    try:
+        return open_library(build())
+    except CompileFailed as exc:
+        logger.warning("no native CPU kernels, torch's operations are used: %s", exc)
+        return None
+
+
+def build(march: str = "native", cache: Path | None = None) -> Path:
+    """Path of the shared library, from the cache or compiled. Raises `CompileFailed`."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        raise CompileFailed("no C++ compiler (g++) on the PATH")
+    cache = cache or cache_folder()
+    library = cache / f"kernels-{_key(compiler, march)}.so"
+    if _intact(library):
+        return library
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as scratch:
+            built = _compile(compiler, march, Path(scratch))
+            _seal(built)
+            built.replace(library)  # atomic: another process sees all of it or nothing
+    except OSError as exc:
+        raise CompileFailed(f"{cache} cannot be used: {exc}") from exc
+    return library
+
+
+def cache_folder() -> Path:
+    """$PENSTOCK_CACHE, or the user's cache folder."""
+    if found := os.environ.get("PENSTOCK_CACHE"):
+        return Path(found)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "penstock"
+
+
+def open_library(path: Path) -> ctypes.CDLL:
+    """Load a built library and declare its functions. Raises `CompileFailed`."""
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as exc:
+        raise CompileFailed(f"{path} does not load: {exc}") from exc
+    pointer, count, real, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+    signatures = {
+        "tile_queries": [],
+        "store_kv": [pointer, flag],
+        "attend": [pointer, flag],
+        "rms_norm": [pointer] * 3 + [count] * 5 + [real] + [flag] * 2,
+        "silu_mul": [pointer] * 2 + [count] * 3 + [flag] * 2,
+        "rope": [pointer] + [count] * 5 + [pointer] * 2 + [flag] * 2,
+    }
+    for name, argtypes in signatures.items():
+        function = getattr(library, f"penstock_{name}")
+        function.argtypes = argtypes
+        function.restype = flag if name in ("attend", "tile_queries") else None
+    return library
+
+
+def _compile(compiler: str, march: str, scratch: Path) -> Path:
+    """The sources side by side, then one link."""
+
+    def compile_one(source: str) -> Path:
+        out = scratch / f"{source}.o"
+        _run([compiler, *_FLAGS, f"-march={march}", "-c", str(_HERE / source), "-o", str(out)])
+        return out
+
+    with ThreadPoolExecutor(len(_SOURCES)) as pool:
+        objects = list(pool.map(compile_one, _SOURCES))
+    library = scratch / "kernels.so"
+    _run([compiler, "-shared", *map(str, objects), *_openmp(), "-o", str(library)])
+    return library
+
+
+def _run(command: list[str]) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_TIMEOUT_S)
+    except subprocess.TimeoutExpired as exc:
+        raise CompileFailed(f"{command[0]} took longer than {_COMPILE_TIMEOUT_S} s") from exc
+    except OSError as exc:
+        raise CompileFailed(f"{command[0]} cannot be run: {exc}") from exc
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines()
+        reason = next((line for line in lines if "error" in line), lines[-1] if lines else "")
+        raise CompileFailed(f"{command[0]} failed: {reason}")
+
+
+def _openmp() -> list[str]:
+    """torch's own OpenMP runtime where it brings one, else the system's."""
+    bundled = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
+    bundled += sorted((Path(torch.__file__).parent.parent / "torch.libs").glob("libgomp*.so*"))
+    return [str(bundled[0])] if bundled else ["-fopenmp"]
+
+
+def _key(compiler: str, march: str) -> str:
+    """Everything that decides the binary."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
+    digest = hashlib.sha256()
+    parts = [(_HERE / name).read_bytes() for name in (*_SOURCES, *_HEADERS)]
+    parts += [version, " ".join((*_FLAGS, march, *_openmp())).encode(), _cpu_flags()]
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()[:24]
+
+
+def _cpu_flags() -> bytes:
+    """What -march=native depends on: a cache may be shared by different machines."""
+    wanted = ("flags", "Features", "model name", "CPU part")
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    found = dict.fromkeys(line for line in lines if line.startswith(wanted))
+    return "\n".join([platform.machine(), *found]).encode()
+
+
+_SEAL_BYTES = 32
+
+
+def _seal(library: Path) -> None:
+    """Append a digest of the file to itself; loaders do not look past the last section."""
+    content = library.read_bytes()
+    library.write_bytes(content + hashlib.sha256(content).digest())
+
+
+def _intact(library: Path) -> bool:
+    """A file that was cut short or changed is compiled again rather than loaded."""
+    try:
+        content = library.read_bytes()
+    except OSError:
+        return False
+    return hashlib.sha256(content[:-_SEAL_BYTES]).digest() == content[-_SEAL_BYTES:]
