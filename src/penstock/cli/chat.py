@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -24,7 +25,7 @@ from penstock.cli.flags import (
 )
 from penstock.cli.parser import Parser, count
 from penstock.cli.serve import KEY_VARIABLES
-from penstock.protocol.errors import ConfigError, InvalidRequest, PenstockError, StartupError
+from penstock.protocol.errors import ConfigError, PenstockError, StartupError
 
 _HELP = """/reset forgets the conversation, /system TEXT sets the instructions (and forgets),
 /exit or Ctrl-D leaves, Ctrl-C stops an answer."""
@@ -156,8 +157,6 @@ class Terminal:
         from rich.console import Console
 
         if interactive:
-            import contextlib
-
             with contextlib.suppress(ImportError):
                 import readline  # noqa: F401  arrow keys and history in input()
         self._interactive = interactive
@@ -184,11 +183,8 @@ class Terminal:
             pieces.close()  # type: ignore[attr-defined]
             self.say(" [stopped]")
             return
-        except InvalidRequest as exc:
-            self._console.print(exc.message, style="red", markup=False)
-            return
         except PenstockError as exc:
-            self._console.print(f"{exc.message}", style="red", markup=False)
+            self._console.print(exc.message, style="red", markup=False)
             return
         self._console.print()
 

@@ -33,8 +33,8 @@ KEY_VARIABLES = ("PENSTOCK_API_KEY", "VLLM_API_KEY")
 _IN_PROCESS_ADDRESS = "memory://engine-0"
 
 
-def make_parser() -> Parser:
-    parser = Parser("serve", _DESCRIPTION, _EPILOG)
+def make_parser(command: str = "serve", description: str = _DESCRIPTION) -> Parser:
+    parser = Parser(command, description, _EPILOG)
     add_model(parser)
     _add_server_flags(parser)
     add_log_level(parser)
@@ -95,11 +95,10 @@ def _add_server_flags(parser: argparse.ArgumentParser) -> None:
     add("--stop-with-parent", action="store_true", help=argparse.SUPPRESS)
 
 
-def parse(
-    arguments: list[str], environment: Mapping[str, str] = os.environ
+def config_of(
+    parser: Parser, arguments: list[str], environment: Mapping[str, str] = os.environ
 ) -> tuple[ServeConfig, EngineConfig]:
-    """Raises `ConfigError`."""
-    parser = make_parser()
+    """What a parser with the flags of `make_parser` reads. Raises `ConfigError`."""
     options = parse_with_file(parser, arguments)
     model = model_of(parser, options)
     engine = engine_config(model, options)
@@ -126,7 +125,7 @@ def worker_arguments(engine: EngineConfig, log_level: str) -> tuple[str, ...]:
 
 
 def run(arguments: list[str]) -> int:
-    config, engine = parse(arguments)
+    config, engine = config_of(make_parser(), arguments)
     if "--stop-with-parent" in arguments:
         process.stop_with_parent()
     logs.set_up(config.log_level, name=config.name)
