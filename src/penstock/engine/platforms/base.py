@@ -75,10 +75,15 @@ class Platform:
         cos and sin are the tokens' rows [T, D], whose two halves are equal.
         """
         for x_THD in (q_THD, k_TGD):
-            x = x_THD.float()
-            left, right = x.chunk(2, dim=-1)
-            rotated = torch.cat((-right, left), dim=-1)
-            x_THD.copy_(x * cos_TD.float()[:, None] + rotated * sin_TD.float()[:, None])
+            self.rotate_(x_THD, cos_TD, sin_TD)
+
+    @staticmethod
+    def rotate_(x_THD: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor) -> None:
+        """`rope_` for one of the two, in torch."""
+        x = x_THD.float()
+        left, right = x.chunk(2, dim=-1)
+        rotated = torch.cat((-right, left), dim=-1)
+        x_THD.copy_(x * cos_TD.float()[:, None] + rotated * sin_TD.float()[:, None])
 
     def kv_memory(
         self, layout: KvLayout, num_blocks: int, num_slots: int, max_blocks_per_slot: int

@@ -12,89 +12,185 @@
 
 namespace penstock {
 
-constexpr int kTokens = kLanes;  // keys handled at a time: one vector of scores per query
+constexpr int kFoldTokens = kLanes;  // keys handled at a time: one vector of scores
+constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
 
-template <int NV> struct Query {  // one query head of one token, NV vectors wide
+// One query of head_dim = NV * kLanes and what it has gathered so far.
+template <typename T, int NV, bool Paired> struct Gathered {
     Vec q[NV], acc[NV];
-    float top, total;
+
+    void start(const T* query) {
+        for (int i = 0; i < NV; i++) {
+            q[i] = load(query + i * kLanes);
+            acc[i] = Vec{};
+        }
+    }
+    // Products with a key, still to be summed over the lanes.
+    Vec products(const T* key) const {
+        Vec out = q[0] * load(key);
+        for (int i = 1; i < NV; i++) out += q[i] * load(key + i * kLanes);
+        return out;
+    }
+    // Two tokens' values by their weights.
+    void add(const T* value, float weight, const T* next_value, float next_weight) {
+        for (int i = 0; i < NV; i++)
+            acc[i] += load(value + i * kLanes) * weight + load(next_value + i * kLanes) * next_weight;
+    }
+    void write(float* to) const {
+        for (int i = 0; i < NV; i++) store(to + i * kLanes, acc[i]);
+    }
+};
+
+#ifdef __AVX512BF16__
+// The same with products of bfloat16 pairs: along the dimension for keys, across two tokens for
+// values. Interleaving two values leaves each accumulator with every other run of four dimensions.
+template <int NV> struct Gathered<BFloat16, NV, true> {
+    __m512bh q[NV / 2];
+    Vec acc[NV];
+
+    static __m512i read(const BFloat16* p) { return _mm512_loadu_si512(p); }
+    static Vec dot(Vec acc, __m512i a, __m512bh b) {
+        return (Vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, b);
+    }
+    void start(const BFloat16* query) {
+        for (int i = 0; i < NV / 2; i++) q[i] = (__m512bh)read(query + i * 32);
+        for (int i = 0; i < NV; i++) acc[i] = Vec{};
+    }
+    Vec products(const BFloat16* key) const {
+        Vec even{}, odd{};
+        for (int i = 0; i < NV / 2; i += 2) even = dot(even, read(key + i * 32), q[i]);
+        for (int i = 1; i < NV / 2; i += 2) odd = dot(odd, read(key + i * 32), q[i]);
+        return even + odd;
+    }
+    void add(const BFloat16* value, float weight, const BFloat16* next_value, float next_weight) {
+        const uint32_t low = from_float<BFloat16>(weight).bits;
+        const uint32_t high = from_float<BFloat16>(next_weight).bits;
+        const __m512bh weights = (__m512bh)_mm512_set1_epi32(int(low | high << 16));
+        for (int i = 0; i < NV; i += 2) {
+            const __m512i a = read(value + i * kLanes), b = read(next_value + i * kLanes);
+            acc[i] = dot(acc[i], _mm512_unpacklo_epi16(a, b), weights);
+            acc[i + 1] = dot(acc[i + 1], _mm512_unpackhi_epi16(a, b), weights);
+        }
+    }
+    void write(float* to) const {
+        for (int i = 0; i < NV; i += 2)
+            for (int d = 0; d < 2 * kLanes; d++)
+                to[i * kLanes + d] = acc[i + d / 4 % 2][d / 8 * 4 + d % 4];
+    }
+};
+#endif
+
+template <typename T, int NV> struct Query {
+    Gathered<T, NV, sizeof(T) == 2 && NV % 2 == 0> gathered;
+    Vec total;  // sums of weights, lane by lane
+    float top;
     int64_t first_key, last_key;  // what it may see
 };
 
-template <typename T, int NV> inline void load_query(const Call& call, const T* from, Query<NV>& to) {
-    for (int i = 0; i < NV; i++) {
-        to.q[i] = load(from + i * kLanes) * call.scale;
-        to.acc[i] = Vec{};
+// Sums neighbours: a's in the lower half of the lanes, b's in the upper.
+inline Vec fold_pairs(Vec a, Vec b) {
+    VecI32 even, odd;
+    for (int i = 0; i < kLanes; i++) {
+        even[i] = 2 * i;
+        odd[i] = 2 * i + 1;
     }
-    to.top = -std::numeric_limits<float>::infinity();
-    to.total = 0;
+    return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, odd);
 }
 
-// Folds keys [first, first + count), count <= kTokens and all in one block, into one query.
-template <typename T, int NV>
-inline void fold(Query<NV>& query, const T* keys, const T* values, int64_t first, int count) {
-    const float kHidden = -std::numeric_limits<float>::infinity();
-    float raw[kTokens];
-    for (int t = 0; t < count; t++) {
-        const T* key = keys + t * NV * kLanes;
-        Vec dot = query.q[0] * load(key);
-        for (int i = 1; i < NV; i++) dot += query.q[i] * load(key + i * kLanes);
-        raw[t] = sum(dot);
+template <int Num> struct Scores {
+    Vec of[Num];
+};
+
+// The scores of Num queries with Count keys from `first` on (in the first lanes when complete).
+// Keys past the last one are read as the last one: `fold` hides them.
+template <int Count, int Num, typename T, int NV>
+inline Scores<Num> raw_scores(const Query<T, NV>* queries, const T* keys, int first, int last) {
+    Scores<Num> out;
+    if constexpr (Count == 1) {
+        const T* key = keys + std::min(first, last) * NV * kLanes;
+        for (int i = 0; i < Num; i++) out.of[i] = queries[i].gathered.products(key);
+    } else {
+        const auto a = raw_scores<Count / 2, Num>(queries, keys, first, last);
+        const auto b = raw_scores<Count / 2, Num>(queries, keys, first + Count / 2, last);
+        for (int i = 0; i < Num; i++) out.of[i] = fold_pairs(a.of[i], b.of[i]);
     }
-    for (int t = count; t < kTokens; t++) raw[t] = kHidden;
-    for (int t = 0; t < count; t++)
-        if (first + t > query.last_key || first + t < query.first_key) raw[t] = kHidden;
-    Vec scores = load(raw);
-    const float top = std::max(query.top, max(scores));
-    if (top == kHidden) return;  // nothing visible yet
-    const float keep = std::exp(query.top - top);
-    const Vec weights = exp(scores - top);
-    query.top = top;
-    query.total = query.total * keep + sum(weights);
-    Vec acc[NV];
-    for (int i = 0; i < NV; i++) acc[i] = query.acc[i] * keep;
-    for (int t = 0; t < count; t++) {
+    return out;
+}
+
+// Folds keys [first, first + count), count <= kFoldTokens and all in one block, into Num queries.
+template <int Num, typename T, int NV>
+inline void fold(Query<T, NV>* queries, const T* keys, const T* values, int64_t first, int count,
+                 float scale) {
+    const auto raw = raw_scores<kFoldTokens, Num>(queries, keys, 0, count - 1);
+    float weights[Num][kFoldTokens];
+    VecI32 lane;
+    for (int i = 0; i < kLanes; i++) lane[i] = i;
+    for (int i = 0; i < Num; i++) {
+        Query<T, NV>& query = queries[i];
+        const int end = int(std::min<int64_t>(count, query.last_key + 1 - first));
+        const int begin = int(std::max<int64_t>(0, query.first_key - first));
+        const VecI32 visible = (lane >= begin) & (lane < end);
+        const Vec scores = visible ? raw.of[i] * scale : splat(kMinusInf);
+        const float top = std::max(query.top, max(scores));
+        if (top > query.top) {
+            const float keep = std::exp(query.top - top);
+            for (int j = 0; j < NV; j++) query.gathered.acc[j] *= keep;
+            query.total *= keep;
+            query.top = top;
+        }
+        // Nothing visible yet: the difference of two infinities is not a number, so pick 0 by hand.
+        const Vec found = visible ? exp(scores - top) : Vec{};
+        query.total += found;
+        store(weights[i], found);
+    }
+    for (int t = 0; t < count; t += 2) {
         const T* value = values + t * NV * kLanes;
-        const Vec weight = splat(weights[t]);
-        for (int i = 0; i < NV; i++) acc[i] += weight * load(value + i * kLanes);
+        const T* next = t + 1 < count ? value + NV * kLanes : value;
+        for (int i = 0; i < Num; i++)
+            queries[i].gathered.add(value, weights[i][t], next, weights[i][t + 1]);
     }
-    for (int i = 0; i < NV; i++) query.acc[i] = acc[i];
 }
 
 constexpr int kQueries = 8;  // queries that share one pass over the keys
 
+template <typename T, int NV>
+inline void fold_all(Query<T, NV>* queries, int num, const T* keys, const T* values, int64_t first,
+                     int count, float scale) {
+    int i = 0;
+    for (; i + 2 <= num; i += 2) fold<2>(queries + i, keys, values, first, count, scale);
+    if (i < num) fold<1>(queries + i, keys, values, first, count, scale);
+}
+
 template <typename T, int NV> void attend_item(const Call& call, const int64_t* item) {
     const Row row = row_of(call, item[0]);
     const int64_t head = item[1], first_key = item[2], end_key = item[3];
-    const int64_t group = call.num_heads / call.num_kv_heads;
-    const int64_t num_queries = row.num_tokens * group;
+    const int64_t group = group_of(call), num_queries = row.num_tokens * group;
     float* partial = call.partials + item[4] * (2 + NV * kLanes);
-    Query<NV> queries[kQueries];
+    Query<T, NV> queries[kQueries];
     for (int64_t done = 0; done < num_queries; done += kQueries) {
-        const int count = int(std::min<int64_t>(kQueries, num_queries - done));
-        for (int i = 0; i < count; i++) {
-            const int64_t token = (done + i) / group, q_head = head * group + (done + i) % group;
-            load_query<T, NV>(call,
-                              static_cast<const T*>(call.q) +
-                                  (row.first + token) * call.q_token_stride + q_head * NV * kLanes,
-                              queries[i]);
-            queries[i].last_key = row.start + token;
-            queries[i].first_key =
-                call.sliding_window ? queries[i].last_key - call.sliding_window + 1 : 0;
+        const int num = int(std::min<int64_t>(kQueries, num_queries - done));
+        for (int i = 0; i < num; i++) {
+            Query<T, NV>& query = queries[i];
+            query.gathered.start(query_at(call, static_cast<const T*>(call.q), call.q_token_stride,
+                                          row, head, done + i));
+            query.total = Vec{};
+            query.top = kMinusInf;
+            query.last_key = row.start + (done + i) / group;
+            query.first_key = call.sliding_window ? query.last_key - call.sliding_window + 1 : 0;
         }
         for (int64_t key = first_key; key < end_key;) {
             const int64_t block = key / call.block_tokens, offset = key % call.block_tokens;
-            const int tokens = int(std::min<int64_t>(
-                {kTokens, call.block_tokens - offset, end_key - key}));
+            const int count = int(
+                std::min<int64_t>({kFoldTokens, call.block_tokens - offset, end_key - key}));
             const T* keys = keys_of<T>(call, row, block, head) + offset * NV * kLanes;
-            const T* values = keys + values_offset(call);
-            for (int i = 0; i < count; i++) fold<T, NV>(queries[i], keys, values, key, tokens);
-            key += tokens;
+            fold_all(queries, num, keys, keys + values_offset(call), key, count, call.scale);
+            key += count;
         }
-        for (int i = 0; i < count; i++) {
+        for (int i = 0; i < num; i++) {
             float* to = partial + (done + i) * (2 + NV * kLanes);
             to[0] = queries[i].top;
-            to[1] = queries[i].total;
-            for (int j = 0; j < NV; j++) store(to + 2 + j * kLanes, queries[i].acc[j]);
+            to[1] = sum(queries[i].total);
+            queries[i].gathered.write(to + 2);
         }
     }
 }
@@ -102,11 +198,10 @@ template <typename T, int NV> void attend_item(const Call& call, const int64_t* 
 // Puts the stretches of one row and kv head together and writes the output.
 template <typename T, int NV> void join(const Call& call, const int64_t* which) {
     const Row row = row_of(call, which[0]);
-    const int64_t group = call.num_heads / call.num_kv_heads, width = 2 + NV * kLanes;
-    const int64_t num_queries = row.num_tokens * group;
+    const int64_t width = 2 + NV * kLanes, num_queries = row.num_tokens * group_of(call);
     for (int64_t query = 0; query < num_queries; query++) {
         const float* from = call.partials + (which[2] + query) * width;
-        float top = -std::numeric_limits<float>::infinity();
+        float top = kMinusInf;
         for (int64_t s = 0; s < which[3]; s++) top = std::max(top, from[s * num_queries * width]);
         Vec acc[NV] = {};
         float total = 0;
@@ -116,8 +211,8 @@ template <typename T, int NV> void join(const Call& call, const int64_t* which) 
             total += part[1] * keep;
             for (int i = 0; i < NV; i++) acc[i] += load(part + 2 + i * kLanes) * keep;
         }
-        T* out = static_cast<T*>(call.out) + (row.first + query / group) * call.out_token_stride +
-                 (which[1] * group + query % group) * NV * kLanes;
+        T* out = query_at(call, static_cast<T*>(call.out), call.out_token_stride, row, which[1],
+                          query);
         for (int i = 0; i < NV; i++) store(out + i * kLanes, acc[i] / total);
     }
 }

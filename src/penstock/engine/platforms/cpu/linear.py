@@ -96,7 +96,9 @@ class Panels:
         self._panel = panel
         num_bytes = torch.ops.mkldnn._nbytes(packed)
         address = torch.ops.mkldnn.data_ptr(packed)
-        words = torch.frombuffer((ctypes.c_char * num_bytes).from_address(address), dtype=torch.int32)
+        words = torch.frombuffer(
+            (ctypes.c_char * num_bytes).from_address(address), dtype=torch.int32
+        )
         num_panels = -(-packed.shape[0] // panel)
         self._words = words.view(num_panels, -1, panel)
 

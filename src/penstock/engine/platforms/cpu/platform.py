@@ -1,18 +1,58 @@
-"""The CPU as a platform."""
+"""The CPU as a platform: mapped KV memory, re-ordered weights, kernels made for this machine."""
 
 from __future__ import annotations
+
+import torch
 
 from penstock.engine.memory.base import KvMemory
 from penstock.engine.memory.sizing import available_memory_bytes
 from penstock.engine.memory.xtensor import XTensorMemory
-from penstock.engine.platforms.base import Platform
+from penstock.engine.platforms.base import Linear, Platform, TiedEmbedding
+from penstock.engine.platforms.cpu import kernels, linear
+from penstock.engine.platforms.cpu.small_ops import SmallOps
 from penstock.protocol.kv import KvLayout
 
 
 class CpuPlatform(Platform):
-    """Mapped KV memory, and kernels compiled for this machine where a compiler is at hand."""
+    """The native kernels are compiled (or found in the cache) when the platform is made."""
 
     name = "cpu"
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        super().__init__(device)
+        library = kernels.load()
+        self._small_ops = SmallOps(library) if library is not None else None
+
+    def make_linear(
+        self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None = None, *, shared: bool = False
+    ) -> Linear:
+        if shared:
+            return super().make_linear(weight_NK, bias_N, shared=True)
+        return linear.make_linear(weight_NK, bias_N)
+
+    def make_tied_embedding(self, weight_VE: torch.Tensor) -> TiedEmbedding:
+        return linear.make_tied_embedding(weight_VE)
+
+    def rms_norm(self, x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor:
+        if self._small_ops is not None:
+            out_TH = self._small_ops.rms_norm(x_TH, weight_H, eps)
+            if out_TH is not None:
+                return out_TH
+        return super().rms_norm(x_TH, weight_H, eps)
+
+    def silu_mul(self, gate_up_T2I: torch.Tensor) -> torch.Tensor:
+        if self._small_ops is not None:
+            out_TI = self._small_ops.silu_mul(gate_up_T2I)
+            if out_TI is not None:
+                return out_TI
+        return super().silu_mul(gate_up_T2I)
+
+    def rope_(
+        self, q_THD: torch.Tensor, k_TGD: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor
+    ) -> None:
+        for x_THD in (q_THD, k_TGD):
+            if self._small_ops is None or not self._small_ops.rope_(x_THD, cos_TD, sin_TD):
+                self.rotate_(x_THD, cos_TD, sin_TD)
 
     def kv_memory(
         self, layout: KvLayout, num_blocks: int, num_slots: int, max_blocks_per_slot: int
@@ -21,3 +61,11 @@ class CpuPlatform(Platform):
 
     def available_bytes(self) -> int:
         return available_memory_bytes()
+
+    def kernels(self) -> dict[str, str]:
+        refusal = linear.cannot_pack(self.default_dtype)
+        small = "torch" if self._small_ops is None else "native"
+        return {
+            "linear": "onednn re-ordered" if refusal is None else f"torch ({refusal})",
+            **dict.fromkeys(("rms_norm", "silu_mul", "rope"), small),
+        }
