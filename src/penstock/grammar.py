@@ -57,4 +57,6 @@ def _choice(text: str) -> str:
         raise ValueError("choice needs a list with at least one string")
     if not all(isinstance(choice, str) and choice for choice in choices):
         raise ValueError("every choice must be a string that is not empty")
-    return "start: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
+    # One terminal rather than one rule each: the parser then sees a single lexeme.
+    options = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
+    return f"start: CHOICE\nCHOICE: {options}"

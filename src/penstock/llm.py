@@ -32,9 +32,9 @@ from penstock.sampling_params import SamplingParams
 from penstock.service.core import ServiceCore, ServiceCoreConfig
 from penstock.service.driver import ServiceDriver
 from penstock.service.generation import GenerationSpec, TokenDelta
-from penstock.service.api.context import Texts
 from penstock.service.text.events import ContentDelta
 from penstock.service.text.pipeline import OutputOptions, OutputPipeline
+from penstock.service.text.texts import Texts
 
 T = TypeVar("T")
 Prompt = str | list[int]

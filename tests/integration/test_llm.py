@@ -60,9 +60,7 @@ def test_greedy_matches_transformers(llm: LLM, oracle: Any) -> None:
 
 def test_a_shared_prefix_is_found_and_changes_nothing(llm: LLM, oracle: Any) -> None:
     stem = [(13 * i) % 331 for i in range(100)]
-    first, second = (
-        llm.generate([[*stem, 40 + k]], GREEDY, use_tqdm=False)[0] for k in range(2)
-    )
+    first, second = (llm.generate([[*stem, 40 + k]], GREEDY, use_tqdm=False)[0] for k in range(2))
     assert first.num_cached_tokens == 0
     assert second.num_cached_tokens == 96  # six whole blocks of 16
     check_greedy(oracle, second.prompt_token_ids, second.outputs[0].token_ids)

@@ -73,9 +73,7 @@ def build_engine(
         available_bytes=platform.available_bytes(),
     )
     make_memory = ContiguousMemory if config.kv_memory == "plain" else platform.kv_memory
-    memory = make_memory(
-        layout, num_blocks, config.max_num_seqs, blocks_for(max_model_len, layout)
-    )
+    memory = make_memory(layout, num_blocks, config.max_num_seqs, blocks_for(max_model_len, layout))
     attention = build_attention(
         model_config,
         lambda shape: platform.attention(shape, memory, model.dtype, config.attention_backend),

@@ -1,7 +1,7 @@
 """InstanceCore: one engine instance as a state machine without I/O.
 
-Messages, finished steps and timers come in; effects go out. The driver (`engine/instance.py`) or the
-simulator carries them out. Time is whatever `now` says.
+Messages, finished steps and timers come in; effects go out. The driver (`engine/instance.py`) or
+the simulator carries them out. Time is whatever `now` says.
 """
 
 from __future__ import annotations
@@ -56,6 +56,8 @@ class CoreConfig:
     credit_window: int = 512
     #: How long a service may stay out of credit before its sequences are freed.
     stall_limit_s: float = 30.0
+    #: How long a service may be out of reach before it is taken for dead and its sequences freed.
+    service_lost_s: float = 3.0
     #: A step is prepared this long before its predecessor's predicted end (or right away if steps
     #: are shorter): late enough to take in new arrivals, early enough that the device never waits.
     prepare_ahead_s: float = 0.006
@@ -72,6 +74,7 @@ class _Link:
     acknowledged: int = 0
     kv_sent: int = 0
     stalled_since_s: float | None = None
+    unreachable_since_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +107,8 @@ class InstanceCore:
     # --- what comes in -------------------------------------------------------------------------
 
     def on_message(self, peer: str, message: Message, now: float) -> list[Effect]:
+        if (link := self._links.get(peer)) is not None:
+            link.unreachable_since_s = None
         match message:
             case Submit():
                 effects = self._submit(peer, message, now)
@@ -150,6 +155,13 @@ class InstanceCore:
             effects += self._beat(now)
             effects += self._expire(now)
         return self._settle(effects, now)
+
+    def on_send_failed(self, peer: str, now: float) -> None:
+        """The transport could not take a message for `peer`: its process may be gone. Heartbeats
+        make sure that this is noticed even if nothing else is sent."""
+        link = self._links.get(peer)
+        if link is not None and link.unreachable_since_s is None:
+            link.unreachable_since_s = now
 
     # --- one turn of the loop ------------------------------------------------------------------
 
@@ -198,9 +210,7 @@ class InstanceCore:
             refusal = ("stale_epoch", f"the plan is older than epoch {self.epoch} of this instance")
         if refusal:
             code, reason = refusal
-            return [
-                Send(peer, Refused("submit", reason, submit.request_id, submit.attempt, code))
-            ]
+            return [Send(peer, Refused("submit", reason, submit.request_id, submit.attempt, code))]
         try:
             _check_supported(submit)
             # The scheduler knows services by the name their transport gave them.
@@ -277,8 +287,7 @@ class InstanceCore:
         if link is None:
             return [Send(peer, Refused("resync", "attach first", code="not_attached"))]
         live = [
-            LiveRequest(s.key[1], s.attempt, s.num_output_tokens)
-            for s in self.scheduler.live(peer)
+            LiveRequest(s.key[1], s.attempt, s.num_output_tokens) for s in self.scheduler.live(peer)
         ]
         keys = b"".join(self.scheduler.kv_keys()) if link.kv_events else b""
         card = self.card
@@ -392,13 +401,15 @@ class InstanceCore:
                 error = EngineUnavailable("the request's time budget ran out before it finished")
                 effects += self._send_rows(key[0], [_terminal(key[1], attempt, 0, error)], now)
         for service, link in list(self._links.items()):
+            gone = link.unreachable_since_s
+            if gone is not None and now - gone >= self.config.service_lost_s:
+                self._forget(service)
+                continue
             stalled = link.stalled_since_s
             if stalled is None or now - stalled < self.config.stall_limit_s:
                 continue
             error = ProtocolError("the service did not take in its tokens; its requests were freed")
-            rows = [
-                _terminal(s.key[1], s.attempt, 0, error) for s in self.scheduler.live(service)
-            ]
+            rows = [_terminal(s.key[1], s.attempt, 0, error) for s in self.scheduler.live(service)]
             self.scheduler.drop_service(service)
             if rows:
                 effects += self._send_rows(service, rows, now)
@@ -436,5 +447,3 @@ def _check_supported(submit: Submit) -> None:
         raise UnsupportedFeature(f"inputs of kind {kinds} are not supported yet", param="inputs")
     if any(stage.stage == "encode" or stage.reservation for stage in submit.plan):
         raise UnsupportedFeature("disaggregated stages are not supported yet", param="plan")
-
-

@@ -1,8 +1,8 @@
 """The instance's own cost model: step time fitted online by recursive least squares.
 
-Features are those of `protocol.instance.CostModel`. Old steps are forgotten at a fixed rate, so the
-model follows a machine whose speed drifts. Recursive least squares with a forgetting factor: Haykin,
-Adaptive Filter Theory, chapter 10.
+Features are those of `protocol.instance.CostModel`. Old steps are forgotten at a fixed rate, so
+the model follows a machine whose speed drifts. Recursive least squares with a forgetting factor:
+Haykin, Adaptive Filter Theory, chapter 10.
 """
 
 from __future__ import annotations

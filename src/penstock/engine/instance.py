@@ -1,7 +1,7 @@
 """The driver of one engine instance: a real clock, a real wire, a real runner around the core.
 
-One thread does everything but compute: it waits for frames, finished steps and timers, hands them to
-the core and carries out what the core answers. Compute never starves it, so its heartbeats mean
+One thread does everything but compute: it waits for frames, finished steps and timers, hands them
+to the core and carries out what the core answers. Compute never starves it, so its heartbeats mean
 something.
 """
 
@@ -110,6 +110,7 @@ class InstanceDriver:
                         peer, encode(message)
                     ):
                         log.debug("%s did not take a %s", peer, type(message).__name__)
+                        self.core.on_send_failed(peer, self._clock())
                 case SetTimer(at_s=at_s):
                     self._timer_s = at_s
                 case Stop():

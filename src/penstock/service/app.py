@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import resource
 import signal
 import socket
@@ -75,7 +76,7 @@ class _Service:
         self._start_engines()  # first: they take longest, and load while the rest is set up
         core = ServiceCore(
             ServiceCoreConfig(
-                name=config.name,
+                name=config.name or f"{socket.gethostname()}-{os.getpid()}",
                 # Grows with each start of the same name, as engines expect of it.
                 incarnation=time.time_ns(),
                 max_queue=config.max_queue,

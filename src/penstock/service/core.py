@@ -447,5 +447,3 @@ class ServiceCore:
             assert len(mine) == len(instance.entries)
             assert instance.queued_tokens == sum(e.queued_tokens for e in mine)
             assert instance.running == sum(1 for e in mine if not e.queued_tokens)
-
-

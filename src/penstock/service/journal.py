@@ -56,9 +56,7 @@ class Entry:
         if (done + 1) * BLOCK_TOKENS <= self.num_tokens:
             ids = self.prompt_ids + self.emitted
             parent = bytes(self._keys[-KEY_BYTES:]) or root
-            for start in range(
-                done * BLOCK_TOKENS, len(ids) - BLOCK_TOKENS + 1, BLOCK_TOKENS
-            ):
+            for start in range(done * BLOCK_TOKENS, len(ids) - BLOCK_TOKENS + 1, BLOCK_TOKENS):
                 parent = next_key(parent, ids[start : start + BLOCK_TOKENS])
                 self._keys += parent
         return bytes(self._keys)

@@ -87,9 +87,7 @@ class StepExecutor:
             self._num_prompt_S[new.slot] = new.num_prompt_tokens
             self._sampler.admit(new)
             if new.constraint is not None:
-                self._masks.admit(
-                    new.slot, new.constraint, new.token_ids[new.num_prompt_tokens :]
-                )
+                self._masks.admit(new.slot, new.constraint, new.token_ids[new.num_prompt_tokens :])
         for m in batch.maps:
             self._memory.map(m.slot, m.index, m.block)
 

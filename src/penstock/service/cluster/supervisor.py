@@ -58,9 +58,7 @@ class Worker:
             *("--parent-pid", str(os.getpid()), *self._args),
         ]
         # A session of its own: Ctrl-C in the terminal is for the service, which then drains it.
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, start_new_session=True
-        )
+        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
         self._exited.clear()
         fd = os.pidfd_open(self._process.pid)
         asyncio.get_running_loop().add_reader(fd, self._ended, fd)
