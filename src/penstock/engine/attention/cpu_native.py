@@ -8,6 +8,7 @@ of queries. One parallel region computes both.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -157,7 +158,7 @@ class NativeCpuAttention:
         wanted = self._call.num_threads * _ITEMS_PER_THREAD
         return max(_MIN_STRETCH_TOKENS, -(-tokens * self._call.num_kv_heads // wanted))
 
-    def _keep(self, **lists: list[tuple[int, ...]]) -> None:
+    def _keep(self, **lists: Sequence[tuple[int, ...]]) -> None:
         """Hand the lists to the kernel as arrays that live until the next plan."""
         self._arrays = {name: np.array(found, dtype=np.int64) for name, found in lists.items()}
         for name, array in self._arrays.items():

@@ -62,15 +62,34 @@ inline Vec load(const BFloat16* p) {
     return out;
 }
 
-inline void store(float* p, Vec x) { std::memcpy(p, &x, sizeof x); }
-inline void store(BFloat16* p, Vec x) {
+// To bfloat16, to the nearest and then to even.
+inline VecU16 round_to_bf16(Vec x) {
+#ifdef __AVX512BF16__
+    return (VecU16)_mm512_cvtneps_pbh((__m512)x);
+#else
     VecU32 bits;
     std::memcpy(&bits, &x, sizeof bits);
-    VecU32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16;
     VecI32 is_nan = x != x;
+    VecU32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16;
     VecU32 quiet = (bits >> 16) | 0x40;
-    VecU16 half = __builtin_convertvector(is_nan ? quiet : rounded, VecU16);
+    return __builtin_convertvector(is_nan ? quiet : rounded, VecU16);
+#endif
+}
+
+inline void store(float* p, Vec x) { std::memcpy(p, &x, sizeof x); }
+inline void store(BFloat16* p, Vec x) {
+    VecU16 half = round_to_bf16(x);
     std::memcpy(p, &half, sizeof half);
+}
+
+// What would be read back after storing x as T.
+template <typename T> inline Vec rounded(Vec x);
+template <> inline Vec rounded<float>(Vec x) { return x; }
+template <> inline Vec rounded<BFloat16>(Vec x) {
+    VecU16 half = round_to_bf16(x);
+    BFloat16 as[kLanes];
+    std::memcpy(as, &half, sizeof half);
+    return load(as);
 }
 
 // x with its lanes moved down by `count`, for folding a vector in halves.

@@ -26,16 +26,10 @@ logger = logging.getLogger(__name__)
 _HERE = Path(__file__).parent
 _SOURCES = ("attention.cpp", "small_ops.cpp")
 _HEADERS = ("common.h", "attention.h", "decode.h", "prefill.h")
-_FLAGS = [
-    "-std=c++17",
-    "-O3",
-    "-fPIC",
-    "-fopenmp",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-ffp-contract=fast",
-    "-Wno-psabi",
-]
+_FLAGS = (
+    *("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-Wno-psabi"),
+    *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
+)
 _COMPILE_TIMEOUT_S = 120
 
 

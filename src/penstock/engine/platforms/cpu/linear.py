@@ -2,8 +2,8 @@
 
 oneDNN wants a weight in panels of output features, so that a product walks memory in order. torch's
 `linear` re-orders (or strides) at every call; doing it once is up to twice as fast at decode and
-never slower beyond tiny sizes (figures in docs/design/memory.md). The row-major original can be
-dropped then, except that a tied embedding must still find its rows: it reads them out of the panels.
+never slower beyond tiny sizes (figures in docs/design/memory.md). The row-major original is dropped
+then; a tied embedding, which must still find its rows, reads them out of the panels.
 """
 
 from __future__ import annotations

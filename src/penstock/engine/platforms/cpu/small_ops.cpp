@@ -33,10 +33,8 @@ void rms_norm(T* out, const T* x, const T* weight, Rows rows, float eps, int num
         for (; i < dim; i++) total += to_float(from[i]) * to_float(from[i]);
         const float factor = 1.0f / std::sqrt(total / float(dim) + eps);
         // transformers rounds to the dtype before it multiplies by the weight, and so do we.
-        for (i = 0; i + kLanes <= dim; i += kLanes) {
-            store(to + i, load(from + i) * factor);
-            store(to + i, load(to + i) * load(weight + i));
-        }
+        for (i = 0; i + kLanes <= dim; i += kLanes)
+            store(to + i, rounded<T>(load(from + i) * factor) * load(weight + i));
         for (; i < dim; i++) {
             const float normed = to_float(from_float<T>(to_float(from[i]) * factor));
             to[i] = from_float<T>(normed * to_float(weight[i]));
@@ -56,8 +54,7 @@ void silu_mul(T* out, const T* gate_up, int64_t num_tokens, int64_t dim, int64_t
             const Vec x = load(gate + i);
             // exp is exact enough up to 88; beyond, silu is 0 to every dtype's precision.
             const Vec minus = x < -80.0f ? splat(80.0f) : -x;
-            store(to + i, x / (exp(minus) + 1.0f));
-            store(to + i, load(to + i) * load(up + i));
+            store(to + i, rounded<T>(x / (exp(minus) + 1.0f)) * load(up + i));
         }
         for (; i < dim; i++) {
             const float x = to_float(gate[i]);
