@@ -154,5 +154,6 @@ def _rewrite_as_transformers4(file: Path) -> None:
     config["rope_theta"] = rope.pop("rope_theta")
     config["rope_scaling"] = None if rope.get("rope_type") == "default" else rope
     config["torch_dtype"] = config.pop("dtype")
+    config.pop("layer_types", None)  # derived from max_window_layers then
     config["transformers_version"] = "4.51.0"
     file.write_text(json.dumps(config, indent=2), encoding="utf-8")

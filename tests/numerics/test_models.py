@@ -13,12 +13,16 @@ import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.helpers.checkpoints import make_checkpoint
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from penstock.checkpoint import Checkpoint
 from penstock.engine.attention import select
 from penstock.engine.attention.base import AttentionRow
 from penstock.engine.layers.attention import attention_shape, build_attention
+from penstock.engine.layers.rotary import inverse_frequencies
 from penstock.engine.loading.loader import load_model
+from penstock.engine.models import llama
+from penstock.engine.models.fields import Fields
 from penstock.engine.platforms.base import Platform
 from penstock.engine.platforms.cpu.platform import CpuPlatform
 
@@ -40,7 +44,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama2": ("llama", {"num_key_value_heads": 4}),
-    "llama3": ("llama", {"rope_parameters": LLAMA3, "num_attention_heads": 8}),
+    "llama3": ("llama", {"rope_parameters": LLAMA3, "num_attention_heads": 8, "head_dim": 16}),
     "llama-biases-tied": (
         "llama",
         {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
@@ -308,10 +312,46 @@ def test_plain_platform(both: Any, variant: str) -> None:
     assert_same(engine.chunked(0, ids, 13), pair.expected(ids))
 
 
-@pytest.mark.parametrize("variant", ["llama3", "llama-linear", "qwen2-yarn", "qwen3"])
+@pytest.mark.parametrize(
+    "variant",
+    ["llama3", "llama-linear", "mistral-window", "qwen2-window-above", "qwen2-yarn", "qwen3"],
+)
 def test_transformers_4_layout(both: Any, tmp_path: Path, variant: str) -> None:
     family, overrides = VARIANTS[variant]
     folder = make_checkpoint(tmp_path, family, transformers4_layout=True, **overrides)
     assert "rope_parameters" not in (folder / "config.json").read_text()
     ids = prompt()
     assert_same(Engine(folder, "reference").step((0, 0, ids))[0], both(variant).expected(ids))
+
+
+#: As published: Llama 3.1 8B, Llama 3.2 1B, Qwen2.5 with its recommended scaling, and others.
+PUBLISHED_ROPES: list[tuple[int, int, dict[str, Any]]] = [
+    (128, 8192, {"rope_type": "default", "rope_theta": 500_000.0}),
+    (128, 131072, LLAMA3 | {"original_max_position_embeddings": 8192}),
+    (64, 131072, LLAMA3 | {"original_max_position_embeddings": 8192, "factor": 32.0}),
+    (128, 32768, YARN | {"rope_theta": 1e6, "original_max_position_embeddings": 32768}),
+    (128, 32768, YARN | {"rope_theta": 1e6, "truncate": False, "beta_fast": 16, "beta_slow": 2}),
+    (64, 4096, YARN | {"rope_theta": 1e4, "mscale": 1.0, "mscale_all_dim": 0.8}),
+    (64, 4096, YARN | {"rope_theta": 1e4, "attention_factor": 1.25}),
+    (128, 4096, {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}),
+    (128, 4096, {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
+]
+
+
+@pytest.mark.parametrize(("head_dim", "max_positions", "rope"), PUBLISHED_ROPES)
+def test_frequencies(head_dim: int, max_positions: int, rope: dict[str, Any]) -> None:
+    """To the last bit, at sizes that no tiny model has."""
+    settings = {
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": 8,
+        "hidden_size": 2 * head_dim,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": max_positions,
+    }
+    ours = llama.parse(Fields(settings | {"rope_parameters": dict(rope)}))
+    theirs = LlamaRotaryEmbedding(transformers.LlamaConfig(**settings, rope_parameters=dict(rope)))
+    found = inverse_frequencies(ours.rope, head_dim, ours.max_model_len)
+    torch.testing.assert_close(found, theirs.inv_freq, rtol=0, atol=0)
+    assert ours.rope.attention_factor == pytest.approx(theirs.attention_scaling, rel=1e-12)
