@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from zlib import crc32
 
 from penstock.engine.scheduler.batch import Batch, BatchRow, RowResult, StepResult
 from penstock.engine.scheduler.config import SchedulerConfig
@@ -52,7 +53,7 @@ def submit(
 ) -> Submit:
     """A Submit with defaults. An int for `prompt` asks for that many tokens nobody else has."""
     if isinstance(prompt, int):
-        first = sum(map(ord, request_id)) * 100_000
+        first = crc32(request_id.encode()) % 40_000 * 100_000
         prompt = range(first, first + prompt)
     ids = [*prompt, *resumed]
     known: dict[str, object] = {"attempt": 0, "service": "s", "service_incarnation": 1}
@@ -156,9 +157,7 @@ class ContentRunner:
     @staticmethod
     def _prompt_logprobs(slot: _Slot, row: BatchRow) -> list[TokenLogprobs]:
         end = min(row.start + row.num_tokens + 1, slot.num_prompt_tokens)
-        return [
-            TokenLogprobs(slot.ids[p], float(-p), 1, [], []) for p in range(row.start + 1, end)
-        ]
+        return [TokenLogprobs(slot.ids[p], float(-p), 1, [], []) for p in range(row.start + 1, end)]
 
 
 class Harness:
