@@ -28,6 +28,7 @@ from penstock.protocol.errors import TemplateFailed
 
 MAX_STEPS = 1_000_000
 MAX_CHARS = 16 << 20
+MAX_BITS = 4096
 _WIDTHS = re.compile(r"\d+")
 
 
@@ -51,6 +52,8 @@ _budget: ContextVar[_Budget] = ContextVar("chat_template_budget")
 
 
 def _checked_size(value: Any) -> Any:
+    if isinstance(value, int) and value.bit_length() > MAX_BITS:
+        raise _TooMuch(f"the template makes a number of more than {MAX_BITS} bits")
     if isinstance(value, (str, list, tuple)) and len(value) > MAX_CHARS:
         raise _TooMuch(f"the template builds more than {MAX_CHARS} characters")
     return value
@@ -212,6 +215,26 @@ def _tojson(
     )
 
 
+class _Namespace(jinja2.utils.Namespace):
+    """No names that Python itself gives a meaning to: a template could dress up as any object."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:
+        self, *rest = args
+        attributes = dict(*rest, **kwargs)
+        for name in attributes:
+            _check_public(name)
+        jinja2.utils.Namespace.__init__(self, attributes)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_public(name)
+        super().__setitem__(name, value)
+
+
+def _check_public(name: object) -> None:
+    if str(name).startswith("_"):
+        raise SecurityError(f"a namespace cannot hold {name!r}")
+
+
 def _raise_exception(message: object) -> None:
     raise TemplateError(str(message))
 
@@ -227,6 +250,7 @@ def _environment() -> _Environment:
     for name, check in _FILTER_CHECKS.items():
         environment.filters[name] = _guarded(environment.filters[name], check)
     environment.filters["tojson"] = _tojson
+    environment.globals["namespace"] = _Namespace
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
     return environment

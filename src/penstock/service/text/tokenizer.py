@@ -42,13 +42,14 @@ class Tokenizer:
         backend: tokenizers.Tokenizer,
         special_tokens: dict[str, str] | None = None,
         eos_token_ids: Sequence[int] = (),
+        more_special_tokens: Sequence[str] = (),
     ) -> None:
         self._backend = backend
         backend.no_truncation()
         backend.no_padding()
         #: "bos_token" etc. to their text, as chat templates see them.
         self.special_tokens = dict(special_tokens or {})
-        self._mark_special(self.special_tokens.values())
+        self._mark_special([*self.special_tokens.values(), *more_special_tokens])
         #: One more than the highest id. A model's own vocabulary may be padded beyond it.
         self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
         self.rules: DecodingRules | None = rules_of(backend.decoder)
@@ -66,11 +67,9 @@ class Tokenizer:
         listed = sorted((config.get("added_tokens_decoder") or {}).items(), key=lambda i: int(i[0]))
         absent = [t for _, t in listed if backend.token_to_id(t["content"]) is None]
         backend.add_tokens([AddedToken(**token) for token in absent])
-        named, extra = _special_tokens(checkpoint, config)
+        named, more = _special_tokens(checkpoint, config)
         has_model = (checkpoint.path / "config.json").is_file()
-        tokenizer = cls(backend, named, checkpoint.eos_token_ids if has_model else ())
-        tokenizer._mark_special(extra)
-        return tokenizer
+        return cls(backend, named, checkpoint.eos_token_ids if has_model else (), more)
 
     # --- text to ids ---
 
@@ -178,14 +177,14 @@ class Tokenizer:
     def _special_ids(self) -> frozenset[int]:
         return frozenset(i for i, token in self._added.items() if token.special)
 
-    def _mark_special(self, tokens: Any) -> None:
-        """Named tokens are special even where tokenizer.json forgot to say so."""
-        known = {t.content for t in self._backend.get_added_tokens_decoder().values() if t.special}
+    def _mark_special(self, tokens: Sequence[str]) -> None:
+        """Add the tokens that only the configuration names.
+
+        One that tokenizer.json itself adds as an ordinary token stays that, as in transformers.
+        """
+        known = {token.content for token in self._backend.get_added_tokens_decoder().values()}
         missing = [AddedToken(t, special=True, normalized=False) for t in tokens if t not in known]
-        if missing:
-            self._backend.add_special_tokens(missing)
-            self.__dict__.pop("_added", None)
-            self.__dict__.pop("_special_ids", None)
+        self._backend.add_special_tokens(missing)
 
 
 def _load_backend(checkpoint: Checkpoint, config: dict[str, Any]) -> tokenizers.Tokenizer:

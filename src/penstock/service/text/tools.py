@@ -241,12 +241,13 @@ class _Call:
         if self._streams:
             self._streams, self._has_arguments = False, True
         elif self._key in _ARGUMENT_KEYS:
-            self._arguments_done(json.loads("".join(self._value)))
+            self._arguments_done("".join(self._value))
         elif self._key == "name":
-            self._name_done(json.loads("".join(self._value)))
+            self._name_done("".join(self._value))
 
-    def _name_done(self, name: object) -> None:
-        if not isinstance(name, str) or not name:
+    def _name_done(self, value: str) -> None:
+        name = json.loads(value) if value.startswith('"') else ""
+        if not name:
             self.failed = True
             return
         self.started = True
@@ -254,10 +255,10 @@ class _Call:
         if self._waiting:
             self._emit("".join(self._waiting))
 
-    def _arguments_done(self, value: object) -> None:
+    def _arguments_done(self, value: str) -> None:
         """Arguments that are no object: null for none, or the object once more inside a string."""
-        text = "{}" if value is None else value
-        if not isinstance(text, str) or not _is_object(text):
+        text = json.loads(value) if value.startswith('"') else "{}"
+        if not (value == "null" or value.startswith('"')) or not _is_object(text):
             self.failed = True
             return
         self._has_arguments = True
