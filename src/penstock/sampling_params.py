@@ -74,10 +74,9 @@ class SamplingParams:
             for name in WireParams.__struct_fields__
             if name not in ("max_tokens", "top_k", "stop_token_ids", "seed")
         }
+        max_tokens = room_tokens if self.max_tokens is None else self.max_tokens
         return WireParams(
-            max_tokens=room_tokens
-            if self.max_tokens is None
-            else min(self.max_tokens, room_tokens),
+            max_tokens=min(max_tokens, room_tokens),
             top_k=max(0, self.top_k),
             stop_token_ids=tuple(self.stop_token_ids),
             seed=secrets.randbits(63) if self.seed is None else self.seed,

@@ -134,7 +134,7 @@ async def test_a_stopped_engine_is_an_error_within_the_bound_and_then_serves_aga
         assert waited_s < 30.0  # the bound is 3 + 4 s; the rest is for a machine under load
         server.wait_ready()
         # The woken engine must not add to what was answered, and takes new work.
-        text, ends = await collect(client, server.url, body(4))
+        _, ends = await collect(client, server.url, body(4))
         assert ends == ["length"]
     settle(server)
 

@@ -1,4 +1,4 @@
-"""Two instances and a service on a virtual clock, with a kill, a restart, lost and doubled frames."""
+"""Two instances and a service on a virtual clock: kills, restarts, lost and doubled frames."""
 
 from __future__ import annotations
 

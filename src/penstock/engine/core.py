@@ -19,7 +19,6 @@ from penstock.engine.scheduler.sequence import SequenceUpdate
 from penstock.protocol.codec import PROTOCOL_VERSION, Message
 from penstock.protocol.effects import Effect, Launch, Send, SetTimer, Stop
 from penstock.protocol.errors import (
-    EngineFailed,
     EngineUnavailable,
     PenstockError,
     ProtocolError,
@@ -154,6 +153,7 @@ class InstanceCore:
             self._next_beat_s = now + self.config.heartbeat_s
             effects += self._beat(now)
             effects += self._expire(now)
+            effects += self._free_the_deaf(now)
         return self._settle(effects, now)
 
     def on_send_failed(self, peer: str, now: float) -> None:
@@ -259,7 +259,7 @@ class InstanceCore:
         if link is None or attach.incarnation > link.incarnation:
             self._forget(peer)
             self._links[peer] = _Link(attach.incarnation, attach.kv_events)
-        card = replace_cost(self.card, self.cost)
+        card = msgspec.structs.replace(self.card, cost=self.cost.model())
         attached = Attached(card, PROTOCOL_VERSION, self.role, self.epoch)
         self._next_beat_s = now  # a first heartbeat follows at once
         return [Send(peer, attached)]
@@ -392,7 +392,7 @@ class InstanceCore:
         )
 
     def _expire(self, now: float) -> list[Effect]:
-        """Requests past their budget end with an error; services that never read lose theirs."""
+        """Requests past their time budget end with an error."""
         effects: list[Effect] = []
         due = [(k, attempt) for k, (at_s, attempt) in self._deadlines.items() if at_s <= now]
         for key, attempt in due:
@@ -400,38 +400,23 @@ class InstanceCore:
             if self.scheduler.cancel(key, attempt):
                 error = EngineUnavailable("the request's time budget ran out before it finished")
                 effects += self._send_rows(key[0], [_terminal(key[1], attempt, 0, error)], now)
-        for service, link in list(self._links.items()):
-            gone = link.unreachable_since_s
-            if gone is not None and now - gone >= self.config.service_lost_s:
-                self._forget(service)
-                continue
-            stalled = link.stalled_since_s
-            if stalled is None or now - stalled < self.config.stall_limit_s:
-                continue
-            error = ProtocolError("the service did not take in its tokens; its requests were freed")
-            rows = [_terminal(s.key[1], s.attempt, 0, error) for s in self.scheduler.live(service)]
-            self.scheduler.drop_service(service)
-            if rows:
-                effects += self._send_rows(service, rows, now)
-            link.stalled_since_s = now
         return effects
 
-    def fail(self, reason: str) -> list[Effect]:
-        """The runner is gone for good: every live sequence ends with an error, exactly once."""
+    def _free_the_deaf(self, now: float) -> list[Effect]:
+        """Services that are gone, or never read, lose their sequences: others need the room."""
         effects: list[Effect] = []
-        for service in list(self._links):
-            rows = [
-                _terminal(s.key[1], s.attempt, 0, EngineFailed(reason))
-                for s in self.scheduler.live(service)
-            ]
-            self.scheduler.drop_service(service)
-            if rows:
-                effects += self._send_rows(service, rows, 0.0)
+        for service, link in list(self._links.items()):
+            gone_s, stalled_s = link.unreachable_since_s, link.stalled_since_s
+            if gone_s is not None and now - gone_s >= self.config.service_lost_s:
+                self._forget(service)
+            elif stalled_s is not None and now - stalled_s >= self.config.stall_limit_s:
+                link.stalled_since_s = now
+                error = ProtocolError("the service did not take in its tokens: requests freed")
+                live = self.scheduler.live(service)
+                rows = [_terminal(s.key[1], s.attempt, 0, error) for s in live]
+                self.scheduler.drop_service(service)
+                effects += self._send_rows(service, rows, now) if rows else []
         return effects
-
-
-def replace_cost(card: InstanceCard, cost: CostFitter) -> InstanceCard:
-    return msgspec.structs.replace(card, cost=cost.model())
 
 
 def _terminal(request_id: str, attempt: int, start: int, error: PenstockError) -> TokenRow:

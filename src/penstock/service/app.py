@@ -1,4 +1,4 @@
-"""One service process: core, engine processes, HTTP server, and how they start and stop together."""
+"""One service process: core, engine processes, HTTP server, how they start and stop together."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ class ServeConfig:
     #: No heartbeat for this long (a predicted long step aside): the instance is suspect, then lost.
     heartbeat_timeout_s: float = 3.0
     restart: RestartPolicy = RestartPolicy()
-    #: What engines know it by; empty: host and process id, since two of one name push each other out.
+    #: What engines know it by; empty: host and process id (two of one name push each other out).
     name: str = ""
     log_level: str = "info"
     log_requests: bool = True

@@ -166,7 +166,7 @@ class ServiceDriver:
             del self._streams[request_id]
 
     def status(self) -> ServiceStatus:
-        instances = [
+        instances: list[dict[str, object]] = [
             {
                 "name": i.name,
                 "state": i.state,

@@ -1,8 +1,8 @@
 """A whole deployment on a virtual clock: the production cores, a network with faults, no threads.
 
 One seed gives one history: events happen in the order of (time, number), all randomness comes from
-one generator, and nothing depends on hash order. `history` records every message that was delivered,
-every fault and every reply.
+one generator, and nothing depends on hash order. `history` records every message that was
+delivered, every fault and every reply.
 """
 
 from __future__ import annotations

@@ -115,10 +115,11 @@ class StepExecutor:
             slot, token, error = slots[j], sampled.ids[j], sampled.errors.get(j)
             if error is None:
                 self._tokens_SL[slot, at[j]] = token
+            logprobs = sampled.logprobs[j]
             results[i] = RowResult(
                 slot,
                 [] if error else [token],
-                None if error or sampled.logprobs[j] is None else [sampled.logprobs[j]],
+                None if error or logprobs is None else [logprobs],
                 results[i].prompt_logprobs,
                 error,
             )
