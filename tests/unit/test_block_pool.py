@@ -115,7 +115,7 @@ def test_how_much_a_preemption_would_free() -> None:
 @given(
     num_blocks=st.integers(1, 12),
     ops=st.lists(
-        st.tuples(st.sampled_from(["store", "scratch", "release"]), st.integers(0, 60)),
+        st.tuples(st.sampled_from(["store", "private", "scratch", "release"]), st.integers(0, 60)),
         max_size=60,
     ),
 )
@@ -125,18 +125,23 @@ def test_every_block_is_accounted_for_whatever_happens(
 ) -> None:
     pool = BlockPool(num_blocks)
     held: list[list[int]] = []
-    for op, number in ops:
-        if op == "release" and held:
-            pool.release(held.pop(number % len(held)), keep=number % 3 > 0)
+    private: list[list[int]] = []
+    for step, (op, number) in enumerate(ops):
+        if op == "release" and number % 2 and private:
+            pool.release(private.pop(), keep=number % 3 > 0)
+        elif op == "release" and held:
+            pool.release(held.pop(number % len(held)))
         elif op == "scratch" and pool.num_available:
             held.append([pool.allocate()])
+        elif op == "private" and pool.num_available > number % 4:
+            private.append(store(pool, [100 + step] * (1 + number % 4), public=False))
         elif op == "store":
             ids = [int(digit) for digit in f"{number:06b}"[: 1 + number % 6]]
             hits = pool.match(keys_of(ids))
             if len(ids) - len(hits) + pool.num_reusable_in(hits) <= pool.num_available:
                 held.append(store(pool, ids))
-        pool.check(held)
-    for blocks in held:
+        pool.check(held + private)
+    for blocks in held + private:
         pool.release(blocks)
     pool.check([])
     assert pool.num_available == num_blocks

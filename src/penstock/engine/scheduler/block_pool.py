@@ -83,7 +83,8 @@ class BlockPool:
 
     def release(self, blocks: Sequence[int], keep: bool = True) -> None:
         """One holder less for each of `blocks` (a sequence's, in order). Without `keep` the
-        content is of no further use, even where it has a key."""
+        content is of no further use, even where it has a key (a private one: what others may
+        match is always kept)."""
         for block in reversed(blocks):
             self._refs[block] -= 1
             assert self._refs[block] >= 0, "a block was released twice"
