@@ -103,7 +103,9 @@ class NativeCpuAttention:
         stretch = self._stretch_tokens(rows)
         first = num_partials = 0
         for i, row in enumerate(rows):
-            addresses.append((self._memory.base(row.slot), row.start, row.num_tokens, first))
+            num_blocks = -(-(row.start + row.num_tokens) // self._call.block_tokens)
+            base = self._memory.base(row.slot, num_blocks)
+            addresses.append((base, row.start, row.num_tokens, first))
             first += row.num_tokens
             if not self._few_queries(row):
                 tiles += self._tiles(i, row)

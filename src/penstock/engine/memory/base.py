@@ -27,8 +27,9 @@ class KvMemory(Protocol):
     def free_slot(self, slot: int) -> None:
         """The slot's sequence has ended. Its mappings may be kept, its contents not be read."""
 
-    def base(self, slot: int) -> int:
-        """Address of the slot's range."""
+    def base(self, slot: int, num_blocks: int = 0) -> int:
+        """Address of the slot's range. Asserts that its first `num_blocks` blocks are mapped: a
+        kernel that reads past them would take the process down."""
 
     def slot_blocks(self, slot: int, num_blocks: int) -> torch.Tensor:
         """The first blocks of a slot [num_blocks, layer, 2, kv_head, token, dim]: a view where the

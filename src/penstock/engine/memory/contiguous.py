@@ -47,7 +47,9 @@ class ContiguousMemory(ContiguousAccess):
             self._store[block] = self._slots[slot][index]
         self._blocks[slot].clear()
 
-    def base(self, slot: int) -> int:
+    def base(self, slot: int, num_blocks: int = 0) -> int:
+        held = len(self._blocks[slot])
+        assert num_blocks <= held, f"slot {slot} has {held} blocks mapped, {num_blocks} are needed"
         return self._slots[slot].data_ptr()
 
     def slot_blocks(self, slot: int, num_blocks: int) -> torch.Tensor:

@@ -50,7 +50,7 @@ class PagedMemory:
         self._table[slot, : self._live[slot]] = -1
         self._live[slot] = 0
 
-    def base(self, slot: int) -> int:
+    def base(self, slot: int, num_blocks: int = 0) -> int:
         raise NotImplementedError("paged memory has no contiguous ranges")
 
     def block_ids(self, slot: int, num_blocks: int) -> torch.Tensor:

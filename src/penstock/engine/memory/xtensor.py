@@ -1,6 +1,8 @@
 """xTensor memory on a CPU: virtually contiguous sequences over one pool of physical blocks.
 
-The pool is a memfd with all its pages present from the start. Each slot reserves an address range
+The pool is a memfd whose pages are allocated at once, so that it either fits or fails at the start,
+and touched by a thread of its own while the model loads (a first touch zeroes the page, and costs
+far more where a hypervisor has yet to find the memory). Each slot reserves an address range
 as long as the longest sequence; `map` lays a block of the memfd over its place in that range, so
 that kernels walk a sequence by a constant stride and two slots share a block by mapping it twice.
 The idea is the xLLM technical report's (xTensor); the driver's virtual memory API does on a GPU
@@ -17,6 +19,7 @@ import ctypes
 import errno
 import mmap
 import os
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +38,8 @@ from penstock.protocol.errors import EngineFailed, NotEnoughMemory
 from penstock.protocol.kv import KvLayout
 
 _UNMAPPED = -1
+#: Touched at a time: other mappings of this process wait for no longer than this takes.
+_TOUCH_BYTES = 4 << 20
 _READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
 _PROT_NONE = 0
 # Linux values that Python's mmap module does not name (the same on x86-64 and arm64).
@@ -101,6 +106,9 @@ class XTensorMemory(ContiguousAccess):
             # Advice only: without shmem huge pages the kernel declines and nothing is lost.
             _libc.madvise(self._pool_base, self._pool_bytes, _MADV_HUGEPAGE)
         self._pool = self._view(self._pool_base, self.num_blocks)
+        self._closing = threading.Event()
+        self._toucher = threading.Thread(target=self._touch, name="kv-prefault", daemon=True)
+        self._toucher.start()
         self._slots = [
             self._view(self.base(slot), self._max_blocks_per_slot)
             for slot in range(self._num_slots)
@@ -131,8 +139,10 @@ class XTensorMemory(ContiguousAccess):
     def free_slot(self, slot: int) -> None:
         self._live[slot] = 0
 
-    def base(self, slot: int) -> int:
+    def base(self, slot: int, num_blocks: int = 0) -> int:
         assert 0 <= slot < self._num_slots, f"slot {slot} of {self._num_slots}"
+        live = self._live[slot]
+        assert num_blocks <= live, f"slot {slot} has {live} blocks mapped, {num_blocks} are needed"
         return self._ranges_base + slot * self._range_bytes
 
     def slot_blocks(self, slot: int, num_blocks: int) -> torch.Tensor:
@@ -159,12 +169,23 @@ class XTensorMemory(ContiguousAccess):
         """Give everything back. Views handed out before must not be touched any more."""
         if self.fd < 0:
             return
+        self._closing.set()
+        self._toucher.join()
         self._slots.clear()
         del self._pool
         _libc.munmap(self._ranges_base, self._reserved_bytes)
         _libc.munmap(self._pool_base, self._pool_bytes)
         os.close(self.fd)
         self.fd = -1
+
+    def _touch(self) -> None:
+        """Fault the pool in through a mapping that does not stay (and so does not count twice)."""
+        for start in range(0, self._pool_bytes, _TOUCH_BYTES):
+            if self._closing.is_set():
+                return
+            size = min(_TOUCH_BYTES, self._pool_bytes - start)
+            flags = mmap.MAP_SHARED | _MAP_POPULATE
+            _libc.munmap(_mmap(None, size, _READ_WRITE, flags, self.fd, start), size)
 
     def _unmap_stale(self) -> None:
         """Lay the empty reservation over everything that no live sequence uses."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch
 from torch.nn import functional
 
 from penstock.engine.attention import select
 from penstock.engine.attention.base import AttentionBackend, AttentionShape
+from penstock.engine.attention.reference import ReferenceAttention
 from penstock.engine.memory.base import KvMemory
 from penstock.engine.memory.paged import PagedMemory
 from penstock.protocol.kv import KvLayout
@@ -37,6 +39,8 @@ class Platform:
 
     name = "torch"
     default_dtype = torch.bfloat16
+    #: Attention that can work on this platform's memory, fastest first.
+    backends: ClassVar[Sequence[type[AttentionBackend]]] = (ReferenceAttention,)
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
@@ -94,7 +98,7 @@ class Platform:
         self, shape: AttentionShape, memory: KvMemory, dtype: torch.dtype, name: str = "auto"
     ) -> AttentionBackend:
         """The backend called `name`, or the fastest that can. Raises `ConfigError`."""
-        return select.choose(shape, dtype, self.device, name)(shape, memory)
+        return select.choose(shape, dtype, self.device, name, self.backends)(shape, memory)
 
     def available_bytes(self) -> int:
         """What the KV pool may be sized against."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from penstock.engine.attention import select
 from penstock.engine.memory.base import KvMemory
 from penstock.engine.memory.sizing import available_memory_bytes
 from penstock.engine.memory.xtensor import XTensorMemory
@@ -17,6 +18,7 @@ class CpuPlatform(Platform):
     """The native kernels are compiled (or found in the cache) when the platform is made."""
 
     name = "cpu"
+    backends = select.BACKENDS
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         super().__init__(device)
