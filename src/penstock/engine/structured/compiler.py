@@ -12,7 +12,7 @@ from llguidance import LLMatcher, LLTokenizer
 from numpy.typing import NDArray
 
 from penstock.checkpoint import Checkpoint
-from penstock.grammar import limits, to_grammar
+from penstock.grammar import build_tokenizer, error_text, limits, to_grammar
 from penstock.protocol.errors import CheckpointError, InvalidConstraint
 from penstock.protocol.request import Constraint
 
@@ -46,11 +46,9 @@ class GrammarCompiler:
 
     @cached_property
     def tokenizer(self) -> LLTokenizer:
-        """llguidance's view of the vocabulary. Built on first use: about a second for 152k ids."""
+        """llguidance's view of the vocabulary. Built on first use."""
         size = max(self.vocab_size, int(self._ids_with_text.max()) + 1)
-        return LLTokenizer(
-            self._tokenizer_json, n_vocab=size, eos_token=list(self.eos_token_ids) or None
-        )
+        return build_tokenizer(self._tokenizer_json, size, self.eos_token_ids)
 
     @cached_property
     def mask_words(self) -> int:
@@ -102,5 +100,5 @@ class GrammarCompiler:
             raise InvalidConstraint(str(exc)) from exc
         compiled = LLMatcher(self.tokenizer, grammar, log_level=0, limits=limits())
         if compiled.is_error():
-            raise InvalidConstraint(compiled.get_error())
+            raise InvalidConstraint(error_text(compiled.get_error()))
         return compiled

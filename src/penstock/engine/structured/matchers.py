@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from penstock.checkpoint import Checkpoint
 from penstock.engine.sampling.masks import NO_MASKS, TokenMasks, mask_words
 from penstock.engine.structured.compiler import GrammarCompiler
+from penstock.grammar import deep_stack_executor, error_text
 from penstock.protocol.errors import EngineFailed, PenstockError
 from penstock.protocol.request import Constraint
 
@@ -107,7 +108,7 @@ class Matchers:
                 state.error = EngineFailed(f"token {token_id} follows an output that was complete")
             return
         if not matcher.consume_token(token_id):
-            state.error = EngineFailed(f"the grammar failed: {matcher.get_error()}")
+            state.error = EngineFailed(f"the grammar failed: {error_text(matcher.get_error())}")
 
     def _compute(self, state: _Slot) -> None:
         matcher, compiler = state.matcher, self._compiler
@@ -118,7 +119,7 @@ class Matchers:
         mask_W = np.zeros(compiler.mask_words, dtype=np.int32)
         matcher.unsafe_compute_mask_ptr(mask_W.ctypes.data, mask_W.nbytes)
         if matcher.is_error():
-            state.error = EngineFailed(f"the grammar failed: {matcher.get_error()}")
+            state.error = EngineFailed(f"the grammar failed: {error_text(matcher.get_error())}")
             return
         state.mask_W = mask_W & compiler.known_mask
 
@@ -133,7 +134,7 @@ class MaskService:
     def __init__(self, compiler: GrammarCompiler) -> None:
         self._matchers = Matchers(compiler)
         self._constrained: set[int] = set()
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="penstock-masks")
+        self._worker = deep_stack_executor("penstock-masks")
 
     @classmethod
     def from_checkpoint(
