@@ -10,9 +10,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from penstock.protocol.errors import InvalidRequest, UnsupportedFeature
+from penstock.protocol.request import Constraint
 from penstock.service.api.body import decode, read_body
 from penstock.service.api.chat_render import ChatRenderer
-from penstock.service.api.constrain import constraint_of
 from penstock.service.api.context import Context
 from penstock.service.api.requests_chat import (
     AssistantMessage,
@@ -42,8 +42,14 @@ class ChatEndpoint:
         model = context.model(request.model)
         card = context.card()
         check(request)
+        constraint = await context.constraints.of(
+            request,
+            offered_tools(request),
+            msgspec.to_builtins(request.tool_choice),
+            request.parallel_tool_calls is not False,
+        )
         prompt_ids = await render_prompt(context, request)
-        job = self._job(request, prompt_ids)
+        job = self._job(request, prompt_ids, constraint)
         renderer = ChatRenderer(
             context.envelope("chatcmpl", model, card), request, context.texts.tokenizer
         )
@@ -51,7 +57,9 @@ class ChatEndpoint:
         renderer.attach(run)
         return await respond(http, run, renderer, bool(request.stream))
 
-    def _job(self, request: ChatRequest, prompt_ids: list[int]) -> Job:
+    def _job(
+        self, request: ChatRequest, prompt_ids: list[int], constraint: Constraint | None
+    ) -> Job:
         context, texts = self._context, self._context.texts
         tools = offered_tools(request)
         if tools and texts.tool_parser is None:
@@ -77,7 +85,7 @@ class ChatEndpoint:
             prompt_ids=prompt_ids,
             sampling=sampling,
             n=request.n or 1,
-            constraint=constraint_of(request, tools, _choice(request)),
+            constraint=constraint,
             priority=request.priority or 0,
             cache_salt=request.cache_salt or "",
         )
@@ -139,14 +147,6 @@ def _check_tools(request: ChatRequest) -> None:
         )
     if len(set(names)) != len(names):
         raise InvalidRequest("two tools have the same name", param="tools")
-
-
-def _choice(request: ChatRequest) -> str:
-    """What `constraints.for_tools` takes: auto, none, required, or a function's name."""
-    choice = request.tool_choice
-    if isinstance(choice, NamedToolChoice):
-        return choice.function.name
-    return choice or "auto"
 
 
 def offered_tools(request: ChatRequest) -> list[dict[str, Any]] | None:

@@ -13,7 +13,6 @@ from penstock.protocol.errors import InvalidRequest, UnsupportedFeature
 from penstock.protocol.request import Constraint
 from penstock.service.api.body import decode, read_body
 from penstock.service.api.completion_render import CompletionRenderer
-from penstock.service.api.constrain import constraint_of
 from penstock.service.api.context import Context
 from penstock.service.api.requests_completion import MAX_PROMPTS, CompletionRequest
 from penstock.service.api.run import Job, Run
@@ -44,7 +43,7 @@ class CompletionEndpoint:
         model = context.model(request.model)
         card = context.card()
         check(request)
-        constraint = constraint_of(request)
+        constraint = await context.constraints.of(request)
         prompts = await self._prompts(request, card.vocab_size)
         jobs = [self._job(request, prompt, constraint) for prompt in prompts]
         renderer = CompletionRenderer(

@@ -10,6 +10,7 @@ from penstock import __version__
 from penstock.protocol.errors import EngineUnavailable, ModelNotFound, UnsupportedFeature
 from penstock.protocol.instance import InstanceCard
 from penstock.service.api.config import ApiConfig
+from penstock.service.api.constrain import Constraints
 from penstock.service.api.sampling import Seeds, usable_defaults
 from penstock.service.generation import Generator
 from penstock.service.metrics import Metrics
@@ -25,6 +26,7 @@ class Context:
         self.metrics = Metrics(config.served_model_names[0], generator.status)
         self.seeds = Seeds(config.seed)
         self.sampling_defaults = usable_defaults(config.generation_config)
+        self.constraints = Constraints(texts.tokenizer)
         self.created_s = int(time.time())
 
     def card(self) -> InstanceCard:

@@ -34,16 +34,18 @@ class StreamOptions(Struct, kw_only=True, forbid_unknown_fields=True):
 class StructuredOutputs(Struct, kw_only=True, forbid_unknown_fields=True):
     """vLLM's `structured_outputs`: exactly one of these."""
 
-    json: str | dict[str, Any] | bool | None = None
+    json: str | dict[str, Any] | None = None
     json_object: bool | None = None
     regex: str | None = None
     choice: list[str] | None = None
     grammar: str | None = None
+    disable_any_whitespace: bool | None = None
+    whitespace_pattern: str | None = None
 
 
 class JsonSchemaSpec(Struct, kw_only=True, forbid_unknown_fields=True):
     name: Annotated[str, Meta(min_length=1, max_length=256)]
-    schema: dict[str, Any] | bool
+    schema: dict[str, Any]
     description: str | None = None
     strict: bool | None = None
 
@@ -90,7 +92,7 @@ class GenerationRequest(Struct, kw_only=True, forbid_unknown_fields=True):
 
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
-    guided_json: str | dict[str, Any] | bool | None = None
+    guided_json: str | dict[str, Any] | None = None
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
