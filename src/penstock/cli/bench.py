@@ -19,22 +19,9 @@ from penstock.cli.serve import KEY_VARIABLES
 from penstock.protocol.errors import EngineUnavailable, PenstockError
 
 #: Prompts are drawn from these words; what they come to in tokens is what the server reports.
-_WORDS = tuple(
-    [
-        "water",
-        "river",
-        "stone",
-        "light",
-        "garden",
-        "winter",
-        "letter",
-        "morning",
-        "silver",
-        "road",
-        "bridge",
-        "summer",
-    ]
-)
+_WORDS = (
+    "water", "river", "stone", "light", "garden", "winter", "letter", "morning", "silver", "road",
+)  # fmt: skip
 _PERCENTILES = (50, 90, 99)
 
 

@@ -14,13 +14,13 @@ from typing import Any, Literal
 from penstock.checkpoint import Checkpoint, resolve
 from penstock.cli import ports
 from penstock.cli.machine import Machine, read_machine
-from penstock.engine.config import GIB, EngineConfig, kv_blocks_cpu
+from penstock.engine.config import EngineConfig
 from penstock.protocol.errors import PenstockError
 from penstock.protocol.kv import BLOCK_TOKENS
 from penstock.service.config import ServeConfig
 
 Level = Literal["ok", "warning", "error"]
-MIB = 1 << 20
+MIB, GIB = 1 << 20, 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,22 +239,25 @@ def _dtype_and_kernels(state: Examination) -> Iterator[Finding]:
 def _capacity(state: Examination) -> Iterator[Finding]:
     if state.model is None or state.platform is None or not state.weights_bytes:
         return
-    from penstock.engine.memory.sizing import kv_layout
+    from penstock.engine.build import kv_sizing
+    from penstock.engine.memory.sizing import block_stride_bytes, choose_num_blocks
 
     model = state.model
     config = state.engine.for_device("cuda" if state.platform.device.type == "cuda" else "cpu")
     assert config.max_num_seqs is not None and config.max_num_batched_tokens is not None
-    layout = kv_layout(model.num_layers, model.num_kv_heads, model.head_dim, model.dtype)
-    num_blocks = kv_blocks_cpu(
-        config,
-        block_bytes=layout.block_bytes,
+    layout = model.kv_layout()
+    num_blocks = choose_num_blocks(
+        layout,
         max_model_len=model.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        sizing=kv_sizing(config),
         available_bytes=max(0, state.platform.available_bytes() - state.weights_bytes),
     )
+    num_bytes = num_blocks * block_stride_bytes(layout)
     num_tokens = num_blocks * BLOCK_TOKENS
     full = num_tokens // model.max_model_len
     state.facts |= {
-        "kv_bytes": num_blocks * layout.block_bytes,
+        "kv_bytes": num_bytes,
         "kv_blocks": num_blocks,
         "kv_tokens": num_tokens,
         "max_num_seqs": config.max_num_seqs,
@@ -265,8 +268,7 @@ def _capacity(state: Examination) -> Iterator[Finding]:
     yield Finding(
         "plan",
         "ok",
-        f"KV cache: {_size(num_blocks * layout.block_bytes)} in {num_blocks} blocks, "
-        f"{num_tokens} tokens",
+        f"KV cache: {_size(num_bytes)} in {num_blocks} blocks, {num_tokens} tokens",
     )
     yield Finding(
         "plan",

@@ -94,8 +94,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--seed", type=int, help="of random weights, and of requests that bring none")
     add("--attention-backend", metavar="NAME", help="auto takes the fastest that can")
-    add("--kv-memory", choices=("auto", "xtensor", "plain"), help="plain: without mapped memory")
-    add("--enforce-eager", action=boolean, help="no graphs, no compilation (off)")
+    add("--kv-memory", choices=("auto", "plain"), help="plain: without mapped memory, slower")
     add("--num-threads", type=count, metavar="N", help="threads of the CPU's kernels")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,12 +42,17 @@ def holder(port: int) -> str | None:
     inodes = set(_listening_inodes(port))
     for process in sorted(Path("/proc").glob("[0-9]*"), key=lambda path: int(path.name)):
         try:
-            targets = [link.readlink().name for link in (process / "fd").iterdir()]
-            if any(target in inodes for target in targets):
+            if inodes & set(_open_files(process)):
                 return f"{(process / 'comm').read_text().strip()} (pid {process.name})"
         except OSError:  # gone meanwhile, or another user's
             continue
     return None
+
+
+def _open_files(process: Path) -> Iterator[str]:
+    for link in (process / "fd").iterdir():
+        with contextlib.suppress(OSError):  # closed meanwhile, such as what lists this folder
+            yield link.readlink().name
 
 
 def _listening_inodes(port: int) -> Iterator[str]:
@@ -74,6 +81,4 @@ def _bind_error(host: str, port: int) -> OSError | None:
 
 
 def _is_in_use(error: OSError) -> bool:
-    import errno
-
     return error.errno == errno.EADDRINUSE

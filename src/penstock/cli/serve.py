@@ -67,8 +67,17 @@ def _add_server_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--api-key-file", metavar="FILE", help="one key a line; # begins a comment")
     add("--chat-template", metavar="FILE|TEMPLATE", help="instead of the checkpoint's")
-    add("--tool-call-parser", metavar="NAME", help="the model's own format by default")
-    add("--reasoning-parser", metavar="NAME", help="splits thinking from the answer")
+    add(
+        "--trust-request-chat-template",
+        action="store_true",
+        help="let requests bring templates of their own",
+    )
+    add("--tool-call-parser", metavar="NAME", help="hermes by default; none to turn it off")
+    add(
+        "--reasoning-parser",
+        metavar="NAME",
+        help="qwen3 or deepseek_r1: splits thinking from the answer",
+    )
     add("--enable-auto-tool-choice", action="store_true", help="always on; accepted")
     add("--max-queue", type=count, metavar="N", help="waiting requests before 429 (1024)")
     add("--max-body-bytes", type=count, metavar="BYTES", help="largest request (32M)")
@@ -89,8 +98,12 @@ def _add_server_flags(parser: argparse.ArgumentParser) -> None:
         help="attach to `penstock worker`s that listen there instead of starting one",
     )
     add("--restart", action=boolean, help="start an engine again that died (on)")
-    add("--enable-log-requests", dest="log_requests", action=boolean, help="one line a request")
-    add("--disable-log-requests", dest="log_requests", action="store_false", help=argparse.SUPPRESS)
+    add(
+        "--disable-log-requests",
+        "--no-enable-log-requests",
+        action="store_true",
+        help="they never are; accepted",
+    )
     add("--banner", action=boolean, help="print what to try, once ready (on)")
     add("--stop-with-parent", action="store_true", help=argparse.SUPPRESS)
 
@@ -104,7 +117,7 @@ def config_of(
     engine = engine_config(model, options)
     plain = ("host", "port", "uds", "tool_call_parser", "reasoning_parser", "seed",
              "max_queue", "max_body_bytes", "drain_timeout_s", "in_process", "log_level",
-             "log_requests", "banner", "revision", "chat_template")  # fmt: skip
+             "trust_request_chat_template", "banner", "revision", "chat_template")  # fmt: skip
     said = vars(options)
     if said.get("in_process") and said.get("engine_addresses"):
         raise ConfigError("--in-process starts an engine, --engine-address attaches to one: choose")

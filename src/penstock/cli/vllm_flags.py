@@ -45,28 +45,29 @@ SECTIONS: dict[str, tuple[VllmFlag, ...]] = {
         --served-model-name          | same  |
         --config                     | same  | YAML, TOML or JSON
         --chat-template              | same  |
-        --tool-call-parser           | same  | hermes; the model's own format is found without the flag
-        --reasoning-parser           | same  |
+        --tool-call-parser           | same  | hermes, and hermes by default
+        --reasoning-parser           | same  | qwen3 and deepseek_r1
         --enable-auto-tool-choice    | same  | accepted, and always on
         --uvicorn-log-level          | other | --log-level sets it for all processes
-        --enable-log-requests --no-enable-log-requests --disable-log-requests | same |
+        --disable-log-requests --no-enable-log-requests | same | accepted: requests are not logged
+        --enable-log-requests        | later | /metrics counts requests, and errors of ours are logged
         --max-log-len                | none  | prompts are never logged
         --enable-log-outputs         | none  | outputs are never logged
         --enable-log-deltas          | none  | outputs are never logged
         --log-error-stack            | other | --log-level debug
         --log-config-file            | other | --log-level; one line an event on stderr
-        --disable-uvicorn-access-log | none  | there is no access log beside the request log
-        --disable-access-log-for-endpoints | none | there is no access log beside the request log
+        --disable-uvicorn-access-log | none  | there is no access log
+        --disable-access-log-for-endpoints | none | there is no access log
         --disable-log-stats          | none  | statistics are at /metrics and not in the log
         --aggregate-engine-logging   | none  | statistics are at /metrics and not in the log
         --enable-server-load-tracking | none | queue depth and load are always at /metrics
         --enable-prompt-tokens-details | none | cached_tokens are always in usage
         --enable-force-include-usage | other | ask for it with stream_options.include_usage
-        --enable-request-id-headers  | none  | responses always carry X-Request-Id
+        --enable-request-id-headers  | none  | a request's X-Request-Id always comes back, and `id` is in the body
         --enable-tokenizer-info-endpoint | later | /tokenize and /detokenize are there
         --enable-per-request-metrics | later | /metrics has the distributions
         --chat-template-content-format | none | it is found out from the template
-        --trust-request-chat-template | later | templates come from the checkpoint or --chat-template
+        --trust-request-chat-template | same |
         --default-chat-template-kwargs | later | requests may bring chat_template_kwargs
         --exclude-tools-when-tool-choice-none | later | with tool_choice none tools stay in the prompt
         --tool-parser-plugin         | later | parsers are built in
@@ -93,8 +94,8 @@ SECTIONS: dict[str, tuple[VllmFlag, ...]] = {
         --api-server-count -asc      | later | one service process serves tens of thousands of tokens/s
         --headless                   | other | `penstock worker` runs an engine without a server
         --grpc                       | later | the API is OpenAI's over HTTP
-        --fingerprint-mode           | none  | system_fingerprint names the model's digest
-        --fingerprint-value          | none  | system_fingerprint names the model's digest
+        --fingerprint-mode           | none  | system_fingerprint holds the version and the model's digest
+        --fingerprint-value          | none  | system_fingerprint holds the version and the model's digest
         --tokens-only                | none  | /v1/completions takes token ids as it is
         --shutdown-timeout           | other | --drain-timeout
     """),
@@ -104,7 +105,7 @@ SECTIONS: dict[str, tuple[VllmFlag, ...]] = {
         --seed                       | same  |
         --revision                   | same  |
         --max-model-len              | same  |
-        --enforce-eager              | same  |
+        --enforce-eager              | none  | everything is eager so far
         --tokenizer                  | later | the tokenizer is the checkpoint's
         --tokenizer-mode             | none  | tokenizers of the Rust library are always used
         --tokenizer-revision         | none  | the tokenizer is of the checkpoint's --revision
@@ -152,7 +153,7 @@ SECTIONS: dict[str, tuple[VllmFlag, ...]] = {
     "KV cache": _rows("""
         --kv-cache-memory-bytes --kv-cache-memory | same | on a CPU too, instead of VLLM_CPU_KVCACHE_SPACE
         --num-gpu-blocks-override    | same  | on a CPU too; blocks have 16 tokens
-        --gpu-memory-utilization     | same  | has no effect on a CPU
+        --gpu-memory-utilization     | same  | of what the weights leave; has no effect on a CPU
         --enable-prefix-caching --no-enable-prefix-caching | same |
         --block-size                 | none  | blocks have 16 tokens, and sequences are contiguous anyway
         --kv-cache-dtype             | later | KV has the weights' dtype

@@ -69,7 +69,7 @@ def build_engine(
         layout,
         max_model_len=max_model_len,
         max_num_seqs=config.max_num_seqs,
-        sizing=_sizing(config),
+        sizing=kv_sizing(config),
         available_bytes=platform.available_bytes(),
     )
     make_memory = ContiguousMemory if config.kv_memory == "plain" else platform.kv_memory
@@ -120,7 +120,8 @@ def build_engine(
     return Engine(InstanceCore(card, scheduler, core_config), TorchRunner(executor))
 
 
-def _sizing(config: EngineConfig) -> KvSizing:
+def kv_sizing(config: EngineConfig) -> KvSizing:
+    """What the flags of a configuration for one device say about the KV pool."""
     if config.device == "cuda":
         # Weights are in already: what is left of the share is for KV.
         return KvSizing(

@@ -5,14 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from penstock.protocol.errors import ConfigError, NotEnoughMemory
-from penstock.protocol.kv import BLOCK_TOKENS
+from penstock.protocol.errors import ConfigError
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Device = Literal["auto", "cpu", "cuda"]
 LoadFormat = Literal["auto", "safetensors", "dummy"]
-
-GIB = 1 << 30
 
 #: On a CPU decode is bound by memory bandwidth up to a few dozen rows and by arithmetic after that:
 #: more rows would add latency and no throughput. A GPU's ridge lies higher. vLLM has 256 for both.
@@ -20,10 +17,6 @@ DEFAULT_MAX_NUM_SEQS = {"cpu": 64, "cuda": 256}
 #: A step's worth of prefill. On a CPU 2048 tokens already saturate the matrix units, and a larger
 #: step only makes the streams beside it wait longer for their next token.
 DEFAULT_MAX_NUM_BATCHED_TOKENS = {"cpu": 2048, "cuda": 8192}
-#: The KV pool when no flag says otherwise: at most this on a CPU (as vLLM's CPU backend has it),
-#: and never more than this share of the memory that is free when the weights are in.
-DEFAULT_KV_CACHE_BYTES_CPU = 4 * GIB
-DEFAULT_KV_SHARE_CPU = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +36,7 @@ class EngineConfig:
     max_num_batched_tokens: int | None = None
     kv_cache_bytes: int | None = None
     num_blocks: int | None = None
-    #: Share of a GPU's memory for weights and KV together (vLLM's gpu_memory_utilization).
+    #: Share for KV of what the weights leave of a GPU's memory.
     gpu_memory_utilization: float = 0.9
     enable_prefix_caching: bool = True
     load_format: LoadFormat = "auto"
@@ -97,35 +90,3 @@ class WorkerConfig:
     #: End when this process is gone (the service that started the worker); None: never.
     parent_pid: int | None = None
     log_level: str = "info"
-
-
-def kv_blocks_cpu(
-    config: EngineConfig, *, block_bytes: int, max_model_len: int, available_bytes: int
-) -> int:
-    """How many KV blocks a CPU instance gets.
-
-    The flags decide if given. Else: what the budget holds, but no more than every slot could use.
-    `available_bytes` is the memory that is free once the weights are in. Raises `NotEnoughMemory`
-    if a single sequence of `max_model_len` tokens would not fit.
-    """
-    needed = -(-max_model_len // BLOCK_TOKENS)
-    if config.num_blocks is not None:
-        num_blocks = config.num_blocks
-    elif config.kv_cache_bytes is not None:
-        num_blocks = config.kv_cache_bytes // block_bytes
-    else:
-        budget = min(DEFAULT_KV_CACHE_BYTES_CPU, int(available_bytes * DEFAULT_KV_SHARE_CPU))
-        max_num_seqs = config.max_num_seqs or DEFAULT_MAX_NUM_SEQS["cpu"]
-        num_blocks = min(budget // block_bytes, needed * max_num_seqs)
-    if num_blocks * block_bytes > available_bytes:
-        raise NotEnoughMemory(
-            f"the KV cache asks for {num_blocks * block_bytes / GIB:.2f} GiB and "
-            f"{available_bytes / GIB:.2f} GiB are free: lower --kv-cache-memory-bytes"
-        )
-    if num_blocks < needed:
-        raise NotEnoughMemory(
-            f"the KV cache holds {num_blocks * BLOCK_TOKENS} tokens "
-            f"({num_blocks * block_bytes / GIB:.2f} GiB), fewer than max_model_len = "
-            f"{max_model_len}: lower --max-model-len or raise --kv-cache-memory-bytes"
-        )
-    return num_blocks

@@ -99,6 +99,7 @@ class _Service:
                 api_keys=config.api_keys,
                 max_body_bytes=config.max_body_bytes,
                 seed=config.seed,
+                trust_request_chat_template=config.trust_request_chat_template,
             ),
         )
         self._server = _Server(

@@ -46,9 +46,12 @@ class ServeConfig:
     #: Empty: no key asked for.
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     revision: str | None = None
-    #: The template itself (not a path); None: the checkpoint's.
+    #: A file or the template itself; None: the checkpoint's.
     chat_template: str | None = None
-    tool_call_parser: str | None = None
+    #: Whether a request may bring a template of its own: a program, if in a sandbox.
+    trust_request_chat_template: bool = False
+    #: Looks for calls only where a request offers tools; "none": never.
+    tool_call_parser: str | None = "hermes"
     reasoning_parser: str | None = None
     #: For requests that give no seed; None: each gets a random one.
     seed: int | None = None
@@ -57,15 +60,12 @@ class ServeConfig:
     max_body_bytes: int = 32 * MIB
     #: From SIGTERM to the end, requests in flight included.
     drain_timeout_s: float = 30.0
-    #: From the start of an engine's process to its first token.
-    startup_timeout_s: float = 600.0
     #: No heartbeat for this long (a predicted long step aside): the instance is suspect, then lost.
     heartbeat_timeout_s: float = 3.0
     restart: RestartPolicy = RestartPolicy()
     #: What engines know it by; empty: host and process id (two of one name push each other out).
     name: str = ""
     log_level: str = "info"
-    log_requests: bool = True
     #: Print the URL and what to try once ready.
     banner: bool = True
 
