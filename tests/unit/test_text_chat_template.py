@@ -434,6 +434,8 @@ def test_templates_cannot_leave_the_sandbox(tmp_path: Path, escape: str) -> None
         "{{ ('x' * 10 ** 6).join(['y'] * 10 ** 6) }}",
         "{{ ['y'] * 10 ** 6 | join('x' * 10 ** 6) }}",
         "{% for i in range(99999) %}{{ messages[0].content * 1000 }}{% endfor %}",
+        "{% for i in [1] recursive %}{% if loop.depth < 40 %}{{ loop(range(9999)) }}{% endif %}"
+        "{% endfor %}",
         "{% set x = messages %}{% for i in x recursive %}{{ loop(x) }}{{ loop(x) }}{% endfor %}",
     ],
 )

@@ -21,6 +21,7 @@ import jinja2
 from jinja2 import nodes
 from jinja2.exceptions import SecurityError, TemplateError
 from jinja2.ext import Extension, loopcontrols
+from jinja2.runtime import LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
@@ -96,15 +97,23 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         tree = super()._parse(source, name, filename)
-        metered = self.extensions[_Metered.identifier]
+        metered = self.metered
         for loop in list(tree.find_all(nodes.For)):
             loop.iter = metered.call_method("count", [_expr(loop.iter)], lineno=loop.lineno)
         _SizeConcat(metered).visit(tree)
         return tree
 
+    @property
+    def metered(self) -> _Metered:
+        found = self.extensions[_Metered.identifier]
+        assert isinstance(found, _Metered)
+        return found
+
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
         _budget.get().spend(1)
         _check_method(__obj, args, kwargs)
+        if isinstance(__obj, LoopContext) and args:  # a recursive loop, over something else
+            args = (__self.metered.count(args[0]), *args[1:])
         return _checked_size(super().call(__context, __obj, *args, **kwargs))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
