@@ -22,8 +22,6 @@ from penstock.protocol.errors import CheckpointError, UnsupportedModel
 
 #: The reference implementation's limit: a longer header is garbage, not a checkpoint.
 MAX_HEADER_BYTES = 100_000_000
-#: Read at once when the dtype changes on the way.
-STAGING_BYTES = 8 << 20
 
 _DTYPES = {
     "F64": torch.float64,
@@ -60,8 +58,9 @@ class SafetensorsFile:
             self.close()
             raise
 
-    def read_into(self, name: str, out: torch.Tensor) -> None:
-        """Fill `out`, contiguous and of the tensor's shape, converting to its dtype and device."""
+    def read_into(self, name: str, out: torch.Tensor, staging: torch.Tensor) -> None:
+        """Fill `out`, contiguous and of the tensor's shape, converting to its dtype and device
+        by way of `staging` (uint8, on the CPU) where that is not just reading."""
         info = self.tensors[name]
         dtype = _DTYPES.get(info.dtype)
         if dtype is None:
@@ -73,9 +72,9 @@ class SafetensorsFile:
         if out.dtype == dtype and out.device.type == "cpu":
             self._read(info.start, _bytes_of(flat))
             return
-        staging = torch.empty(min(flat.numel(), STAGING_BYTES // dtype.itemsize), dtype=dtype)
-        for first in range(0, flat.numel(), staging.numel()):
-            part = staging[: flat.numel() - first]
+        pieces = staging.view(dtype)
+        for first in range(0, flat.numel(), pieces.numel()):
+            part = pieces[: flat.numel() - first]
             self._read(info.start + first * dtype.itemsize, _bytes_of(part))
             flat[first : first + part.numel()].copy_(part)
 

@@ -17,6 +17,10 @@ from penstock.protocol.errors import CheckpointError
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
+#: Read at once when dtype or device change on the way. One buffer, not one a tensor: what malloc
+#: gets back it does not always give back.
+STAGING_BYTES = 8 << 20
+
 #: Left in checkpoints by older exporters: buffers that are computed, not learnt.
 _HARMLESS = re.compile(r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|masked_bias)$")
 _SHOWN = 4
@@ -33,6 +37,7 @@ class CheckpointTensors:
         self.folder = checkpoint.path
         self.files: list[SafetensorsFile] = []
         self._file_of: dict[str, SafetensorsFile] = {}
+        self._staging = torch.empty(STAGING_BYTES, dtype=torch.uint8)
         try:
             for path, expected in _weight_files(checkpoint):
                 self._open(path, expected)
@@ -54,7 +59,7 @@ class CheckpointTensors:
     def read_into(self, name: str, out: torch.Tensor) -> int:
         """Fill `out` with the tensor; returns how many bytes of the file that was."""
         file = self._file_of[name]
-        file.read_into(name, out)
+        file.read_into(name, out, self._staging)
         return file.tensors[name].num_bytes
 
     def info(self, name: str) -> TensorInfo:
