@@ -93,8 +93,8 @@ class XTensorMemory(ContiguousAccess):
         self._table = np.full((num_slots, max_blocks_per_slot), _UNMAPPED, dtype=np.int32)
         #: Blocks at and beyond this index of a slot belong to no live sequence.
         self._live = [0] * num_slots
-        self._num_mapped = 0
-        self._num_syscalls = 0
+        self.num_mapped = 0  # blocks mapped into ranges, live and left over
+        self.num_syscalls = 0  # spent on mapping and unmapping
         self._open()
 
     def _open(self) -> None:
@@ -116,17 +116,13 @@ class XTensorMemory(ContiguousAccess):
 
     def map(self, slot: int, index: int, block: int) -> None:
         assert 0 <= block < self.num_blocks, f"block {block} of {self.num_blocks}"
-        if index >= self._live[slot]:
-            self._live[slot] = index + 1
         mapped = self._table[slot, index]
         if mapped == block:
+            self._live[slot] = max(self._live[slot], index + 1)
             return
-        if mapped == _UNMAPPED:
-            if self._num_mapped + self._num_slots >= self._max_mappings:
-                self._unmap_stale()
-            self._num_mapped += 1
-        self._table[slot, index] = block
-        self._num_syscalls += 1
+        if mapped == _UNMAPPED and self.num_mapped + self._num_slots >= self._max_mappings:
+            self._unmap_stale()
+        self.num_syscalls += 1
         _mmap(
             self.base(slot) + index * self.block_stride_bytes,
             self.block_stride_bytes,
@@ -135,6 +131,10 @@ class XTensorMemory(ContiguousAccess):
             self.fd,
             block * self.block_stride_bytes,
         )
+        if mapped == _UNMAPPED:
+            self.num_mapped += 1
+        self._table[slot, index] = block
+        self._live[slot] = max(self._live[slot], index + 1)
 
     def free_slot(self, slot: int) -> None:
         self._live[slot] = 0
@@ -161,7 +161,7 @@ class XTensorMemory(ContiguousAccess):
                 f"slot {slot} index {index}: block {actual[slot, index]} is mapped, "
                 f"block {self._table[slot, index]} was asked for ({len(wrong)} such places)"
             )
-        assert self._num_mapped == np.count_nonzero(self._table != _UNMAPPED)
+        assert self.num_mapped == np.count_nonzero(self._table != _UNMAPPED)
         for slot, live in enumerate(self._live):
             assert (self._table[slot, :live] != _UNMAPPED).all(), f"slot {slot} has a hole"
 
@@ -202,8 +202,8 @@ class XTensorMemory(ContiguousAccess):
                 -1,
                 0,
             )
-            self._num_syscalls += 1
-            self._num_mapped -= len(mapped)
+            self.num_syscalls += 1
+            self.num_mapped -= len(mapped)
             self._table[slot, live:end] = _UNMAPPED
 
     def _actual_table(self) -> np.ndarray:
