@@ -214,6 +214,21 @@ def test_a_failed_step_ends_its_sequences_and_nothing_of_it_is_cached() -> None:
     assert harness.output("r") == []
 
 
+def test_only_kv_of_completed_steps_is_cached() -> None:
+    """One chunk is in, the next one in flight: if that fails, its block must not be found."""
+    harness = Harness(depth=2, max_num_batched_tokens=16)
+    prompt = list(range(64))
+    harness.scheduler.add(submit("r", prompt))
+    harness.launch()
+    harness.launch()
+    harness.land()
+    harness.land(fail=True)
+    harness.scheduler.add(submit("again", prompt))
+    assert rows(harness.step()) == [(16, 16, False)]
+    harness.run()
+    assert harness.output("again") == undisturbed_output(submit("again", prompt), 4096)[0]
+
+
 def test_a_failed_row_ends_its_sequence_alone() -> None:
     harness = Harness()
     for name in ("bad", "good"):
@@ -396,6 +411,31 @@ def test_the_last_to_arrive_gives_way_first() -> None:
     harness.run()
     for name in ("low", "early", "late"):
         assert harness.output(name) == undisturbed_output(submit(name, 30, max_tokens=60), 128)[0]
+
+
+def test_preempted_after_it_was_planned_for_the_same_step() -> None:
+    """Decodes are planned first; a prompt of better priority may then need their blocks."""
+    harness = Harness(8, max_num_batched_tokens=10, max_model_len=128)
+    harness.scheduler.add(submit("low", 30, max_tokens=40, priority=1))
+    harness.run(until=lambda: len(harness.output("low")) == 1)
+    harness.scheduler.add(submit("high", 96, max_tokens=5))
+    batches = harness.run(until=lambda: harness.scheduler.stats.preemptions > 0)
+    assert [row.slot for row in batches[-1].rows] == [seq_of(harness, "high").slot]
+    assert seq_of(harness, "low").slot < 0
+    harness.run()
+    assert harness.finish("low") == harness.finish("high") == "length"
+
+
+def test_prompts_under_way_have_their_blocks_spoken_for() -> None:
+    """Two prompts that fit one at a time run one after the other, without a preemption."""
+    harness = Harness(8, max_num_batched_tokens=10, max_model_len=128)
+    for name in "ab":
+        harness.scheduler.add(submit(name, 80, max_tokens=2))
+        harness.step()
+    assert seq_of(harness, "b").slot < 0
+    harness.run()
+    assert harness.finish("a") == harness.finish("b") == "length"
+    assert harness.scheduler.stats.preemptions == 0
 
 
 def test_an_online_request_takes_the_slot_of_an_offline_one() -> None:

@@ -60,7 +60,7 @@ class Account:
 class SchedulerMachine(RuleBasedStateMachine):
     @initialize(
         num_blocks=st.integers(6, 24),
-        depth=st.integers(1, 2),
+        depth=st.integers(1, 3),
         max_num_seqs=st.integers(1, 5),
         budget=st.integers(1, 40),
         max_chunk=st.none() | st.integers(1, 12),
