@@ -11,7 +11,7 @@ from penstock.engine.loading.sources import Declared, Dummy, FromCheckpoint, Pro
 from penstock.engine.loading.tensors import CheckpointTensors
 from penstock.engine.memory.sizing import torch_dtype
 from penstock.engine.models.base import Model
-from penstock.engine.models.config import DTYPE_BYTES, ModelConfig
+from penstock.engine.models.config import DTYPES, ModelConfig
 from penstock.engine.models.registry import family_named, model_config
 from penstock.engine.platforms.base import Platform
 from penstock.protocol.errors import ConfigError, NotEnoughMemory
@@ -62,8 +62,8 @@ def choose_dtype(config: ModelConfig, platform: Platform, dtype: torch.dtype | s
     name = str(dtype).removeprefix("torch.")
     name = {"half": "float16", "float": "float32"}.get(name, name)
     if name != "auto":
-        if name not in DTYPE_BYTES:
-            raise ConfigError(f"dtype {name!r} is none of auto, {', '.join(DTYPE_BYTES)}")
+        if name not in DTYPES:
+            raise ConfigError(f"dtype {name!r} is none of auto, {', '.join(DTYPES)}")
         return name
     if config.dtype == "bfloat16" or (config.dtype == "float16" and platform.device.type == "cuda"):
         return config.dtype

@@ -1,4 +1,4 @@
-"""What a decoder-only model is, read from config.json. Plain data: no torch here.
+"""What a decoder-only model is, read from config.json. Plain data.
 
 `base_config` reads what all families share and refuses by name what none of them does; a family
 (llama.py, mistral.py, ...) then states what is its own. Defaults are those of `transformers`, both
@@ -11,11 +11,12 @@ import math
 from dataclasses import dataclass, replace
 
 from penstock.checkpoint import Checkpoint
+from penstock.engine.memory.sizing import kv_layout
 from penstock.engine.models.fields import Fields
 from penstock.protocol.errors import CheckpointError, ConfigError, UnsupportedModel
-from penstock.protocol.kv import BLOCK_TOKENS, KvLayout
+from penstock.protocol.kv import KvLayout
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+DTYPES = ("float32", "bfloat16", "float16")
 
 #: Upper bounds that no real checkpoint comes near: what lies above is a broken file.
 MAX_VOCAB, MAX_WIDTH, MAX_LAYERS, MAX_HEADS, MAX_POSITIONS = 1 << 24, 1 << 20, 4096, 4096, 1 << 26
@@ -81,17 +82,9 @@ class ModelConfig:
     def attention_scale(self) -> float:
         return self.head_dim**-0.5
 
-    def kv_layout(self, block_tokens: int = BLOCK_TOKENS) -> KvLayout:
+    def kv_layout(self) -> KvLayout:
         """Of one rank that holds the whole model, KV in the weights' dtype."""
-        elements = self.num_layers * 2 * self.num_kv_heads * block_tokens * self.head_dim
-        return KvLayout(
-            num_layers=self.num_layers,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_dim,
-            block_tokens=block_tokens,
-            dtype=self.dtype,
-            block_bytes=elements * DTYPE_BYTES[self.dtype],
-        )
+        return kv_layout(self.num_layers, self.num_kv_heads, self.head_dim, self.dtype)
 
     def with_max_model_len(self, wanted: int | None) -> ModelConfig:
         """A copy for another context length. Raises `ConfigError` beyond what the rotary embedding
@@ -199,8 +192,8 @@ def _refuse_unsupported(fields: Fields) -> None:
 def _dtype(fields: Fields) -> str:
     name = fields.text("dtype" if fields.get("dtype") else "torch_dtype", "float32")
     name = name.removeprefix("torch.")
-    if name not in DTYPE_BYTES:
-        raise fields.unsupported("dtype", name, ", ".join(DTYPE_BYTES))
+    if name not in DTYPES:
+        raise fields.unsupported("dtype", name, ", ".join(DTYPES))
     return name
 
 
