@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from penstock.checkpoint import Checkpoint, resolve
+from penstock.checkpoint import resolve
 from penstock.engine.config import EngineConfig
 from penstock.engine.core import CoreConfig, InstanceCore
 from penstock.engine.layers.attention import build_attention
@@ -105,7 +105,7 @@ def build_engine(
         incarnation=incarnation,
         pid=os.getpid(),
         model=config.model,
-        model_digest=_digest(checkpoint, config),
+        model_digest=model_digest(checkpoint, load_format=config.load_format, seed=config.seed),
         vocab_size=model_config.vocab_size,
         max_model_len=max_model_len,
         dtype=str(model.dtype).removeprefix("torch."),
@@ -131,10 +131,3 @@ def kv_sizing(config: EngineConfig) -> KvSizing:
             default_cap_bytes=sys.maxsize,
         )
     return KvSizing(config.kv_cache_bytes, config.num_blocks)
-
-
-def _digest(checkpoint: Checkpoint, config: EngineConfig) -> str:
-    """Random weights have no files to digest: their seed stands for them."""
-    if config.load_format == "dummy":
-        return f"dummy-{config.seed}"
-    return model_digest(checkpoint)
