@@ -233,6 +233,12 @@ def test_a_key_file_without_keys(tmp_path: Path, content: bytes) -> None:
         config_of(make_parser(), ["toy", "--api-key-file", str(file)], {})
 
 
+@pytest.mark.parametrize("key", ["", " ", "two words", "sëcret", "new\nline"])
+def test_keys_that_no_header_could_carry(key: str) -> None:
+    with pytest.raises(ConfigError, match="API key"):
+        config_of(make_parser(), ["toy", f"--api-key={key}"], {})
+
+
 # Ports --------------------------------------------------------------------------------------------
 
 

@@ -428,14 +428,67 @@ def test_preempted_after_it_was_planned_for_the_same_step() -> None:
 
 def test_prompts_under_way_have_their_blocks_spoken_for() -> None:
     """Two prompts that fit one at a time run one after the other, without a preemption."""
-    harness = Harness(8, max_num_batched_tokens=10, max_model_len=128)
+    harness = Harness(8, max_num_batched_tokens=30, max_chunk_tokens=10, max_model_len=128)
     for name in "ab":
         harness.scheduler.add(submit(name, 80, max_tokens=2))
-        harness.step()
+    harness.step()
     assert seq_of(harness, "b").slot < 0
     harness.run()
     assert harness.finish("a") == harness.finish("b") == "length"
     assert harness.scheduler.stats.preemptions == 0
+
+
+def test_what_is_spoken_for_by_offline_prompts_is_there_for_online_ones() -> None:
+    harness = Harness(8, max_num_batched_tokens=30, max_chunk_tokens=10, max_model_len=128)
+    harness.scheduler.add(submit("offline", 100, max_tokens=2, offline=True))
+    harness.step()
+    harness.scheduler.add(submit("online", 60, max_tokens=2))
+    harness.step()
+    assert seq_of(harness, "online").slot >= 0 > seq_of(harness, "offline").slot
+
+
+def test_blocks_that_the_newcomer_shares_with_its_victim_do_not_count_as_freed() -> None:
+    harness = Harness(9, max_model_len=200)
+    prompt = list(range(65))
+    harness.scheduler.add(submit("offline", prompt, max_tokens=12, offline=True))
+    harness.scheduler.add(submit("running", 10, max_tokens=6))
+    harness.step()
+    # 9 blocks, 4 of them cached, 1 more from the victim and 3 free ones: one short.
+    harness.scheduler.add(submit("newcomer", [*prompt, *range(1_000, 1_075)], max_tokens=2))
+    harness.step()
+    assert harness.scheduler.stats.preemptions == 0
+    harness.run()
+    assert harness.finish("newcomer") == "length"
+
+
+def test_a_result_of_an_earlier_residence_confirms_nothing_of_this_one() -> None:
+    harness = Harness(8, depth=3, max_num_seqs=1, max_num_batched_tokens=16, max_model_len=128)
+    harness.scheduler.add(submit("r", 48, offline=True))
+    harness.launch()
+    harness.scheduler.add(submit("online", 10))
+    harness.launch()
+    harness.scheduler.cancel(("s", "online"))
+    assert rows(harness.launch()) == [(0, 16, False)]
+    harness.land()
+    assert harness.scheduler.kv_keys() == []
+    harness.land()
+    harness.land()
+    assert len(harness.scheduler.kv_keys()) == 1
+
+
+def test_who_was_preempted_returns_only_with_its_last_id() -> None:
+    harness = Harness(8, depth=3, max_num_seqs=1, max_model_len=128)
+    harness.scheduler.add(submit("r", 20, offline=True))
+    harness.launch()
+    harness.scheduler.add(submit("online", 10))
+    harness.launch()
+    harness.scheduler.cancel(("s", "online"))
+    assert harness.launch() is None
+    harness.land()
+    batch = harness.launch()
+    assert batch is not None and len(batch.admitted[0].token_ids) == 21
+    harness.run()
+    assert harness.output("r") == undisturbed_output(submit("r", 20), 128)[0]
 
 
 def test_an_online_request_takes_the_slot_of_an_offline_one() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -175,6 +176,8 @@ def _api_keys(options: argparse.Namespace, environment: Mapping[str, str]) -> tu
     keys += [environment[name] for name in KEY_VARIABLES if environment.get(name)]
     if any(not key.strip() for key in keys):
         raise ConfigError("an API key is empty: leave the flag out to serve without keys")
+    if any(not re.fullmatch(r"[\x21-\x7e]+", key) for key in keys):
+        raise ConfigError("an API key must be printable ASCII without spaces, to fit a header")
     return tuple(dict.fromkeys(keys))
 
 
