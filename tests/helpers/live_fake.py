@@ -53,6 +53,7 @@ def live_fake(texts: Texts, **config: Any) -> Iterator[LiveFake]:
     app = create_app(generator, texts, ApiConfig((MODEL,), **config))
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
+    listener.listen(128)  # from here on a client waits rather than fails
     settings = uvicorn.Config(app, log_level="error", lifespan="off", access_log=False)
     server = uvicorn.Server(settings)
     started = threading.Event()

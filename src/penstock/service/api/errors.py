@@ -71,7 +71,7 @@ def error_response(exc: PenstockError, headers: dict[str, str] | None = None) ->
 _PATH = re.compile(r" - at `(?:key in )?\$?(?P<path>[^`]*)`$")
 _UNKNOWN_FIELD = re.compile(r"^Object contains unknown field `(?P<field>.*?)`")
 _MISSING_FIELD = re.compile(r"^Object missing required field `(?P<field>.*?)`")
-_PART_TYPE = re.compile(r"^Invalid value '(?P<kind>.*?)'.*\.content\[\d+\]\.type`$", re.DOTALL)
+_PART_TYPE = re.compile(r"^Invalid enum value '(?P<kind>.*?)'.*\.content\[\d+\]\.type`$", re.DOTALL)
 
 
 def from_validation_error(exc: msgspec.ValidationError) -> InvalidRequest:

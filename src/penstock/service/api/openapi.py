@@ -104,9 +104,12 @@ def _answer(api: Described, schemas: dict[Any, dict[str, Any]]) -> dict[str, Any
     else:
         content = {"application/json": {"schema": schemas[api.answers]}}
     if api.streams is not None:
-        # Each event's data is such a document, the last one "[DONE]".
-        content["text/event-stream"] = {
-            "schema": {"type": "string"},
-            "x-event-data": schemas[api.streams],
+        # What one event is: a chunk, or an error that came too late for a status; then the end.
+        chunk = {
+            "contentMediaType": "application/json",
+            "contentSchema": {"anyOf": [schemas[api.streams], schemas[ErrorResponse]]},
         }
+        data = {"type": "string", "anyOf": [{"const": "[DONE]"}, chunk]}
+        event = {"type": "object", "properties": {"data": data}, "required": ["data"]}
+        content["text/event-stream"] = {"schema": event}
     return {"description": api.summary, "content": content}

@@ -13,7 +13,8 @@ from penstock.service.api.requests import GenerationRequest, NumLogprobs, Positi
 FunctionName = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[a-zA-Z0-9_.\-]+$")]
 
 
-class TextPart(Struct, tag_field="type", tag="text", forbid_unknown_fields=True):
+class TextPart(Struct, forbid_unknown_fields=True):
+    type: Literal["text"]
     text: str
 
 
