@@ -153,7 +153,7 @@ class Scheduler:
 
         Online before offline; in each class decodes first, so that nobody's next token waits
         behind a prompt, then prompts under way, then newcomers, as far as budget, slots and
-        blocks go. After a preemption no newcomer is let in during the same step.
+        blocks go.
         """
         plan = Plan(self._config.max_num_batched_tokens)
         for request_class in CLASSES:
@@ -168,8 +168,7 @@ class Scheduler:
             for seq in running:
                 if seq.num_to_compute > 1:
                     self._continue(seq, plan)
-            if not plan.preempted:
-                self._admit_waiting(self._queues[request_class], plan)
+            self._admit_waiting(self._queues[request_class], plan)
         return self._emit(plan) if plan.tokens else None
 
     def _continue(self, seq: Sequence, plan: Plan) -> None:
@@ -187,17 +186,17 @@ class Scheduler:
         plan.add(seq, num_tokens)
 
     def _admit_waiting(self, queue: WaitingQueue, plan: Plan) -> None:
-        """Let newcomers in, best first, up to the first one that does not fit: nobody overtakes
-        it with a smaller request for ever."""
+        """Let newcomers in, best first, up to the first one that cannot come in yet: nobody
+        overtakes it with a smaller request for ever."""
         if not len(queue):
             return
         admitted: list[Sequence] = []
         for seq in queue.in_order():
-            if not plan.budget:
-                break
-            if seq.service in self._paused or seq.num_placeholders:
-                # After a preemption its last ids may still be in flight. It returns with them.
+            if seq.service in self._paused:
                 continue
+            # After a preemption the last ids may still be in flight: it returns with them.
+            if not plan.budget or seq.num_placeholders:
+                break
             hits = self._pool.match(seq.keys[: seq.max_reusable_blocks(self._config.block_tokens)])
             if self._is_computed_elsewhere(seq, len(hits)):
                 continue
@@ -262,7 +261,6 @@ class Scheduler:
         """Take slot and blocks away. Confirmed whole blocks stay in the cache, so that the return
         is cheap while memory is not short; ids in flight still count."""
         plan.drop(seq)
-        plan.preempted = True
         self._leave_slot(seq, keep=True)
         seq.state = State.WAITING
         seq.num_preemptions += 1
