@@ -30,7 +30,7 @@ from torch import Tensor
 
 #: Best tokens looked at before a full sort. The nucleus of a trained model nearly always fits; the
 #: check is exact, so only time depends on this number.
-CANDIDATES = 512
+CANDIDATES = 256
 _BLOCK_TOKENS = 256
 
 

@@ -30,6 +30,8 @@ from penstock.protocol.tokens import TokenLogprobs
 
 #: Below this a temperature means greedy, as in vLLM.
 _GREEDY_BELOW = 1e-5
+#: Logits (1 MB of float32) that are drawn from together on the CPU.
+_CACHED_LOGITS = 2**18
 
 
 class SampledRows:
@@ -99,7 +101,10 @@ class Sampler:
         self._eos_token_ids = tuple(eos_token_ids)
         # On the CPU reading a flag back is free, so a small candidate set with an exact fallback
         # pays. Elsewhere it would stall the loop, and a sort is cheap.
-        self._candidates = CANDIDATES if self.device.type == "cpu" else vocab_size
+        on_cpu = self.device.type == "cpu"
+        self._candidates = CANDIDATES if on_cpu else vocab_size
+        # A draw makes several passes over its rows: on the CPU they should still be in the cache.
+        self._rows_at_once = max(1, _CACHED_LOGITS // vocab_size) if on_cpu else max_num_seqs
         self._temperature = np.zeros(max_num_seqs)
         self._min_p = np.zeros(max_num_seqs)
         self._top_p = np.ones(max_num_seqs)
@@ -227,20 +232,19 @@ class Sampler:
         """Replace the greedy ids of the rows `random` by drawn ones."""
         uniform = uniforms(self._seed[at], self._choice[at], positions)
         filtered = (self._top_k[at] < self.vocab_size) | (self._top_p[at] < 1.0)
-        for rows in (random[~filtered[random]], random[filtered[random]]):
-            if not len(rows):
-                continue
-            own = at[rows]
-            scaled_RV = logits_RV if len(rows) == len(at) else logits_RV[rows.tolist()]
-            temperature_R = self._to(self._temperature[own], torch.float32)
-            scaled_RV = (scaled_RV - top_R[rows.tolist()].unsqueeze(1)) / temperature_R.unsqueeze(1)
-            uniform_R = self._to(uniform[rows])
-            min_p_R = self._to(self._min_p[own], torch.float32) if self._min_p[own].any() else None
-            top = None
-            if filtered[rows[0]]:
-                top = Top(self._to(self._top_k[own]), self._to(self._top_p[own]))
-            drawn_R = draw(scaled_RV, uniform_R, min_p_R, top, self._candidates)
-            ids_R[rows.tolist()] = drawn_R
+        for group in (random[~filtered[random]], random[filtered[random]]):
+            for start in range(0, len(group), self._rows_at_once):
+                rows = group[start : start + self._rows_at_once]
+                own, index = at[rows], rows.tolist()
+                temperature_R1 = self._to(self._temperature[own], torch.float32).unsqueeze(1)
+                scaled_RV = logits_RV[index].sub_(top_R[index].unsqueeze(1)).div_(temperature_R1)
+                min_p = self._min_p[own]
+                min_p_R = self._to(min_p, torch.float32) if min_p.any() else None
+                top = None
+                if filtered[rows[0]]:
+                    top = Top(self._to(self._top_k[own]), self._to(self._top_p[own]))
+                uniform_R = self._to(uniform[rows])
+                ids_R[index] = draw(scaled_RV, uniform_R, min_p_R, top, self._candidates)
 
     def _to(self, values: np.ndarray, dtype: torch.dtype | None = None) -> Tensor:
         return torch.as_tensor(values).to(device=self.device, dtype=dtype)
