@@ -62,15 +62,15 @@ using penstock::Call;
 extern "C" {
 
 // How many queries a tile takes: the planner cuts rows accordingly.
-int penstock_tile_queries() { return penstock::kTileQueries; }
+PENSTOCK_EXPORT int penstock_tile_queries() { return penstock::kTileQueries; }
 
-void penstock_store_kv(const Call* call, int is_bf16) {
+PENSTOCK_EXPORT void penstock_store_kv(const Call* call, int is_bf16) {
     if (is_bf16) penstock::store_kv<BFloat16>(*call);
     else penstock::store_kv<float>(*call);
 }
 
 // 0, or 1 for a head_dim that was not compiled in.
-int penstock_attend(const Call* call, int is_bf16) {
+PENSTOCK_EXPORT int penstock_attend(const Call* call, int is_bf16) {
     return is_bf16 ? penstock::attend_dim<BFloat16>(*call) : penstock::attend_dim<float>(*call);
 }
 }

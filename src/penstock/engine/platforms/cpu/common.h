@@ -11,6 +11,9 @@
 #include <immintrin.h>
 #endif
 
+// Everything else is hidden: two builds in one process must not share templates' static variables.
+#define PENSTOCK_EXPORT __attribute__((visibility("default")))
+
 namespace penstock {
 
 #if defined(__AVX512F__)

@@ -27,8 +27,8 @@ _HERE = Path(__file__).parent
 _SOURCES = ("attention.cpp", "small_ops.cpp")
 _HEADERS = ("common.h", "attention.h", "decode.h", "prefill.h")
 _FLAGS = (
-    *("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-Wno-psabi"),
-    *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
+    *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fopenmp"),
+    *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi"),
 )
 _COMPILE_TIMEOUT_S = 120
 

@@ -52,8 +52,8 @@ void silu_mul(T* out, const T* gate_up, int64_t num_tokens, int64_t dim, int64_t
         int64_t i = 0;
         for (; i + kLanes <= dim; i += kLanes) {
             const Vec x = load(gate + i);
-            // exp is exact enough up to 88; beyond, silu is 0 to every dtype's precision.
-            const Vec minus = x < -80.0f ? splat(80.0f) : -x;
+            // `exp` ends at 88; below -88 silu is smaller than any normal float anyway.
+            const Vec minus = x < -88.0f ? splat(88.0f) : -x;
             store(to + i, rounded<T>(x / (exp(minus) + 1.0f)) * load(up + i));
         }
         for (; i < dim; i++) {
@@ -95,7 +95,7 @@ using penstock::Rows;
 
 extern "C" {
 
-void penstock_rms_norm(void* out, const void* x, const void* weight, int64_t num_outer,
+PENSTOCK_EXPORT void penstock_rms_norm(void* out, const void* x, const void* weight, int64_t num_outer,
                        int64_t num_inner, int64_t outer_stride, int64_t inner_stride, int64_t dim,
                        float eps, int num_threads, int is_bf16) {
     const Rows rows{num_outer, num_inner, outer_stride, inner_stride, dim};
@@ -107,7 +107,7 @@ void penstock_rms_norm(void* out, const void* x, const void* weight, int64_t num
                            static_cast<const float*>(weight), rows, eps, num_threads);
 }
 
-void penstock_silu_mul(void* out, const void* gate_up, int64_t num_tokens, int64_t dim,
+PENSTOCK_EXPORT void penstock_silu_mul(void* out, const void* gate_up, int64_t num_tokens, int64_t dim,
                        int64_t stride, int num_threads, int is_bf16) {
     if (is_bf16)
         penstock::silu_mul(static_cast<BFloat16*>(out), static_cast<const BFloat16*>(gate_up),
@@ -117,7 +117,7 @@ void penstock_silu_mul(void* out, const void* gate_up, int64_t num_tokens, int64
                            num_tokens, dim, stride, num_threads);
 }
 
-void penstock_rope(void* x, int64_t num_tokens, int64_t num_heads, int64_t token_stride,
+PENSTOCK_EXPORT void penstock_rope(void* x, int64_t num_tokens, int64_t num_heads, int64_t token_stride,
                    int64_t head_stride, int64_t dim, const float* cos, const float* sin,
                    int num_threads, int is_bf16) {
     const Rows rows{num_tokens, num_heads, token_stride, head_stride, dim};
