@@ -58,7 +58,9 @@ TASKS = (
 class Engine:
     """A resident worker process."""
 
-    def __init__(self, kind: str, python: str, model: Path, eager: bool) -> None:
+    def __init__(
+        self, kind: str, python: str, model: Path, *, eager: bool = False, kv_bytes: int = 2 << 30
+    ) -> None:
         environment = dict(os.environ) | {
             "VLLM_CPU_OMP_THREADS_BIND": "0-1",
             "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
@@ -67,7 +69,7 @@ class Engine:
             "HF_HUB_OFFLINE": "1",
         }
         command = [python, str(Path(__file__).with_name("engine_worker.py"))]
-        command += [kind, str(model), str(MAX_LEN), *(["--eager"] if eager else [])]
+        command += [kind, str(model), str(MAX_LEN), str(kv_bytes), *(["--eager"] if eager else [])]
         self.kind = kind
         self._process = subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -215,9 +217,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the summary as JSON")
     options = parser.parse_args()
     model = make_model(options.model)
-    engines = [Engine("penstock", sys.executable, model, options.eager)]
+    engines = [Engine("penstock", sys.executable, model)]
     if options.vllm_python:
-        engines.append(Engine("vllm", options.vllm_python, model, options.eager))
+        engines.append(Engine("vllm", options.vllm_python, model, eager=options.eager))
     summary = measure(engines, options.repeats)
     for engine in engines:
         summary[engine.kind]["load_s"] = engine.load_s

@@ -14,7 +14,7 @@ import time
 
 
 def main() -> None:
-    engine, model, max_len = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    engine, model, max_len, kv_bytes = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints must not get between our lines
     started_s = time.perf_counter()
@@ -38,7 +38,7 @@ def main() -> None:
 
         llm = LLM(
             model, dtype="bfloat16", max_model_len=max_len, enable_prefix_caching=False,
-            device="cpu", kv_cache_memory_bytes=2 << 30, load_format="auto",
+            device="cpu", kv_cache_memory_bytes=kv_bytes, load_format="auto",
         )  # fmt: skip
 
         def generate(prompts: list[list[int]], max_tokens: int) -> int:
