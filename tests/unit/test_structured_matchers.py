@@ -187,6 +187,28 @@ def test_no_eos_is_an_error_of_the_row():
     assert matchers.fill([0]).errors[0].code == "invalid_constraint"
 
 
+@pytest.mark.parametrize("text", ["{}", '{"model": {"vocab": {"a": 0}}}'])
+def test_a_tokenizer_that_llguidance_does_not_know_is_an_error_of_the_row(text):
+    service = MaskService(GrammarCompiler(text, 10, [0]))
+    try:
+        service.admit(0, Constraint("regex", "a"))
+        assert service.masks([0]).errors[0].code == "unsupported_feature"
+    finally:
+        service.close()
+
+
+def test_a_bug_on_the_thread_comes_out_at_the_next_masks(monkeypatch):
+    service = MaskService(small_compiler())
+    try:
+        monkeypatch.setattr(Matchers, "advance", lambda *_: 1 / 0)
+        service.admit(0, Constraint("regex", "a"))
+        service.advance_async([0], [5])
+        with pytest.raises(ZeroDivisionError):
+            service.masks([0])
+    finally:
+        service.close()
+
+
 @pytest.mark.parametrize("vocab_size", [31, 32, 33, 345, 400])
 def test_apply_masks_bit_by_bit(vocab_size):
     rng = np.random.default_rng(vocab_size)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from penstock.checkpoint import Checkpoint
 from penstock.grammar import build_tokenizer, error_text, limits, to_grammar
-from penstock.protocol.errors import CheckpointError, InvalidConstraint
+from penstock.protocol.errors import CheckpointError, InvalidConstraint, UnsupportedFeature
 from penstock.protocol.request import Constraint
 
 #: Compiled grammars kept, least recently used first out. They weigh from some KB to some MB.
@@ -46,9 +46,14 @@ class GrammarCompiler:
 
     @cached_property
     def tokenizer(self) -> LLTokenizer:
-        """llguidance's view of the vocabulary. Built on first use."""
-        size = max(self.vocab_size, int(self._ids_with_text.max()) + 1)
-        return build_tokenizer(self._tokenizer_json, size, self.eos_token_ids)
+        """llguidance's view of the vocabulary. Built on first use; raises `UnsupportedFeature`."""
+        try:
+            size = max(self.vocab_size, int(self._ids_with_text.max()) + 1)
+            return build_tokenizer(self._tokenizer_json, size, self.eos_token_ids)
+        except (ValueError, LookupError) as exc:
+            raise UnsupportedFeature(
+                f"structured output is not possible with this model's tokenizer: {exc}"
+            ) from exc
 
     @cached_property
     def mask_words(self) -> int:
@@ -79,7 +84,10 @@ class GrammarCompiler:
         return np.asarray(ids, dtype=np.int64)
 
     def matcher(self, constraint: Constraint) -> LLMatcher:
-        """A matcher at the start of the output. Raises `InvalidConstraint`."""
+        """A matcher at the start of the output.
+
+        Raises `InvalidConstraint`, or `UnsupportedFeature` when the tokenizer is at fault.
+        """
         compiled = self._cache.get(constraint)
         if compiled is None:
             compiled = self._compile(constraint)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ from penstock.engine.structured.compiler import GrammarCompiler
 from penstock.grammar import deep_stack_executor, error_text
 from penstock.protocol.errors import EngineFailed, PenstockError
 from penstock.protocol.request import Constraint
+
+T = TypeVar("T")
 
 
 class _Slot:
@@ -134,6 +137,7 @@ class MaskService:
     def __init__(self, compiler: GrammarCompiler) -> None:
         self._matchers = Matchers(compiler)
         self._constrained: set[int] = set()
+        self._unchecked: list[Future[None]] = []
         self._worker = deep_stack_executor("penstock-masks")
 
     @classmethod
@@ -162,13 +166,13 @@ class MaskService:
         """Masks for the next draw of `slots`, after every advance made so far. Waits for them."""
         if not any(slot in self._constrained for slot in slots):
             return NO_MASKS
-        return self._worker.submit(self._matchers.fill, list(slots)).result()
+        return self._wait(self._matchers.fill, list(slots))
 
     def wants_stop(self, slot: int) -> bool:
         """As `Matchers.wants_stop`. Waits for the advances made so far."""
         if slot not in self._constrained:
             return False
-        return self._worker.submit(self._matchers.wants_stop, slot).result()
+        return self._wait(self._matchers.wants_stop, slot)
 
     def close(self) -> None:
         self._worker.shutdown(wait=True, cancel_futures=True)
@@ -183,9 +187,13 @@ class MaskService:
         for slot, _ in steps:
             self._matchers.prepare(slot)
 
-    def _submit(self, function, *args) -> None:  # type: ignore[no-untyped-def]
-        self._worker.submit(function, *args).add_done_callback(_reraise)
+    def _submit(self, call: Callable[..., None], *args: object) -> None:
+        self._unchecked.append(self._worker.submit(call, *args))
 
-
-def _reraise(future: Future[None]) -> None:
-    future.result()
+    def _wait(self, call: Callable[..., T], *args: object) -> T:
+        """The answer of `call`; raises what an earlier call raised (a bug: grammars do not)."""
+        found = self._worker.submit(call, *args).result()
+        earlier, self._unchecked = self._unchecked, []
+        for future in earlier:  # all done: the thread keeps the order
+            future.result()
+        return found
