@@ -1,8 +1,8 @@
 """What the HTTP API costs per streamed token: our application against a bare FastAPI SSE stub.
 
-    python benchmarks/api_overhead.py [--streams 64] [--tokens 256] [--profile]
+    python -m benchmarks.api_overhead [--streams 64] [--tokens 256] [--profile]
 
-The server runs in a process of its own, on one core, with an instance behind it that has its next
+The API alone, without core and transport (`service_overhead` has those too). The server runs in a process of its own, on one core, with an instance behind it that has its next
 token at once; a client in this process reads raw bytes and counts events. Tokens per second of the
 server's own CPU time are what one core could deliver; the stub sends the same events from a
 constant. Ratios of one run count; the absolute figures are the machine's.
@@ -20,7 +20,6 @@ import os
 import pstats
 import resource
 import socket
-import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
@@ -30,16 +29,13 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 from fastapi.responses import StreamingResponse
+from tests.helpers.fake_generator import FakeGenerator
+from tests.helpers.live_fake import small_texts
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "src")]
-
-from penstock.protocol.errors import PenstockError  # noqa: E402
-from penstock.service.api.app import create_app  # noqa: E402
-from penstock.service.api.config import ApiConfig  # noqa: E402
-from penstock.service.generation import GenerationSpec, TokenDelta  # noqa: E402
-from tests.helpers.fake_generator import FakeGenerator  # noqa: E402
-from tests.helpers.live_fake import small_texts  # noqa: E402
+from penstock.protocol.errors import PenstockError
+from penstock.service.api.app import create_app
+from penstock.service.api.config import ApiConfig
+from penstock.service.generation import GenerationSpec, TokenDelta
 
 EVENT = b'data: {"id":"chatcmpl-0","choices":[{"index":0,"delta":{"content":" dog"}}]}\n\n'
 

@@ -34,6 +34,7 @@ class Behaviour:
     gate: asyncio.Event | None = None
     ready: bool = True
     cached_tokens: int = 0
+    queued_s: float | None = None
     max_queue: int = 1_000_000
 
 
@@ -171,6 +172,7 @@ class FakeStream:
                 else None
             ),
             cached_tokens=behaviour.cached_tokens if done == 0 else 0,
+            queued_s=behaviour.queued_s if done == 0 else None,
         )
 
 

@@ -161,6 +161,7 @@ INVALID_COMPLETIONS = [
     ({"prompt": [[1], [10**12]]}, "prompt[1][0]"),
     ({"prompt": [[1.5]]}, "prompt[0][0]"),
     ({"prompt": ["a"] * 1025}, "prompt"),
+    ({"prompt": ["a"] * 9, "n": 128}, "prompt"),
     ({"prompt": "a", "logprobs": 21}, "logprobs"),
     ({"prompt": "a", "logprobs": True}, "logprobs"),
     ({"prompt": "a", "max_tokens": 0}, "max_tokens"),

@@ -74,6 +74,19 @@ async def test_names_and_values(app: FastAPI, generator: FakeGenerator) -> None:
     assert {name: found.get(name) for name in expected} == expected
 
 
+async def test_queue_time_where_the_engine_says(app: FastAPI, generator: FakeGenerator) -> None:
+    metrics = app.state.context.metrics
+    name = "penstock:request_queue_time_seconds"
+    await AsgiCall(app, "POST", "/v1/completions", {"prompt": "a"}).finished()
+    assert f"{name}_count{{}}" not in samples(metrics)
+    generator.behaviour.queued_s = 0.5
+    body = {"prompt": ["a", "b"], "stream": True}
+    await AsgiCall(app, "POST", "/v1/completions", body).finished()
+    generator.behaviour.queued_s = None
+    found = samples(metrics)
+    assert (found[f"{name}_count{{}}"], found[f"{name}_sum{{}}"]) == (2, 1.0)
+
+
 async def test_refusals_are_counted_by_code(app: FastAPI) -> None:
     for body in ({"prompt": ""}, {"prompt": "a", "foo": 1}, {"prompt": "a", "foo": 1}):
         await AsgiCall(app, "POST", "/v1/completions", body).finished()

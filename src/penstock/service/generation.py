@@ -37,7 +37,8 @@ class TokenDelta:
 
     `ids` includes the token that stopped it (`stop_token`), which the API leaves out of the text.
     `finish == "error"` comes with `error`; `prompt_logprobs` arrive before the choice's first ids,
-    in order, for prompt positions 1, 2, ...; `cached_tokens` counts on the first delta.
+    in order, for prompt positions 1, 2, ...; `cached_tokens` counts on the first delta, and so does
+    `queued_s`: how long the sequence waited in the engine's queue, where the engine says so.
     """
 
     choice: int
@@ -48,6 +49,7 @@ class TokenDelta:
     prompt_logprobs: list[TokenLogprobs] | None = None
     cached_tokens: int = 0
     error: ErrorInfo | None = None
+    queued_s: float | None = None
 
 
 class TokenStream(Protocol):

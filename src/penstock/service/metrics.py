@@ -82,6 +82,9 @@ _HISTOGRAMS = {
 }
 
 
+_FROM_ENGINES = "request_queue_time_seconds"
+
+
 class Metrics(Collector):
     """One for each service process."""
 
@@ -118,6 +121,8 @@ class Metrics(Collector):
         yield from self._requests()
         for name, (text, _) in _HISTOGRAMS.items():
             found = self.histograms[name]
+            if name == _FROM_ENGINES and not any(found.counts):
+                continue  # no engine says: better no figure than one that looks like none waited
             family = HistogramMetricFamily(PREFIX + name, text, labels=["model_name"])
             family.add_metric([self.model_name], found.cumulative(), found.total)
             yield family
@@ -206,7 +211,7 @@ class RequestMetrics:
         self._last_s[choice] = now_s
 
     def on_queue_time(self, queue_s: float) -> None:
-        self._metrics.histograms["request_queue_time_seconds"].observe(queue_s)
+        self._metrics.histograms[_FROM_ENGINES].observe(queue_s)
 
     def on_finish(self, choice: int, reason: str) -> None:
         """The choice has ended, with "stop" or "length"."""

@@ -14,7 +14,7 @@ from penstock.protocol.request import Constraint
 from penstock.service.api.body import decode, read_body
 from penstock.service.api.completion_render import CompletionRenderer
 from penstock.service.api.context import Context
-from penstock.service.api.requests_completion import MAX_PROMPTS, CompletionRequest
+from penstock.service.api.requests_completion import MAX_SEQUENCES, CompletionRequest
 from penstock.service.api.run import Job, Run
 from penstock.service.api.sampling import check_common, check_ids, make_sampling, text_options
 from penstock.service.api.sse import respond
@@ -58,8 +58,15 @@ class CompletionEndpoint:
 
     async def _prompts(self, request: CompletionRequest, vocab_size: int) -> list[Prompt]:
         tokenizer = self._context.texts.tokenizer
+        prompts = split_prompts(request.prompt)
+        if len(prompts) * (request.n or 1) > MAX_SEQUENCES:
+            raise InvalidRequest(
+                f"{len(prompts)} prompts with n = {request.n or 1} are too many for one request: "
+                f"the limit is {MAX_SEQUENCES} answers",
+                param="prompt",
+            )
         out = []
-        for given in split_prompts(request.prompt):
+        for given in prompts:
             if isinstance(given, str):
                 ids = await tokenizer.encode_async(given, request.add_special_tokens is not False)
                 text = given
@@ -145,9 +152,5 @@ def split_prompts(prompt: str | list[int | str | list[int]]) -> list[str | list[
         raise InvalidRequest(
             "a list of prompts holds texts, or lists of token ids, or token ids: not a mixture",
             param="prompt",
-        )
-    if len(prompt) > MAX_PROMPTS:
-        raise InvalidRequest(
-            f"{len(prompt)} prompts in one request; the limit is {MAX_PROMPTS}", param="prompt"
         )
     return [item for item in prompt if not isinstance(item, int)]

@@ -92,4 +92,5 @@ def _moved(delta: TokenDelta, first: int) -> TokenDelta:
         delta.prompt_logprobs,
         delta.cached_tokens,
         delta.error,
+        delta.queued_s,
     )

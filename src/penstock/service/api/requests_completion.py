@@ -9,8 +9,8 @@ from msgspec import Meta, Struct
 from penstock.service.api.requests import Count, GenerationRequest, NumLogprobs, TokenId
 from penstock.service.api.requests_chat import Message, Tool
 
-#: Prompts in one request; each is a sequence of its own.
-MAX_PROMPTS = 1024
+#: Sequences in one request: prompts times n.
+MAX_SEQUENCES = 1024
 
 # Which of text, ids, texts or lists of ids it is, is told apart in `completions.py`: msgspec holds
 # at most one array type in a union.

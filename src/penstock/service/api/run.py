@@ -65,6 +65,8 @@ class Choice:
     def feed(self, delta: TokenDelta) -> Update:
         """Raises what the engine reports as an error."""
         ids, pipeline = delta.ids, self.pipeline
+        if delta.queued_s is not None:
+            self.metrics.on_queue_time(delta.queued_s)
         if delta.finish is not None:
             _raise_failure(delta)
         update = Update(self, NO_EVENTS, None, delta.prompt_logprobs)
@@ -124,16 +126,16 @@ class Run:
             n=jobs[0].spec.n,
             max_tokens=jobs[0].spec.sampling.max_tokens,
         )
-        self.choices = [
-            Choice(i * job.spec.n + k, job, job.make_pipeline(k), self.metrics)
-            for i, job in enumerate(jobs)
-            for k in range(job.spec.n)
-        ]
         self._cached_tokens = [0] * len(jobs)
-        self._open = len(self.choices)
         self._gone = False
         self._closed = False
         try:
+            self.choices = [
+                Choice(i * job.spec.n + k, job, job.make_pipeline(k), self.metrics)
+                for i, job in enumerate(jobs)
+                for k in range(job.spec.n)
+            ]
+            self._open = len(self.choices)
             self._stream = merged_stream(generator, [job.spec for job in jobs])
         except BaseException:
             self.metrics.close("error")
@@ -215,6 +217,7 @@ def _joined(parts: list[TokenDelta]) -> TokenDelta:
         _concatenated([part.prompt_logprobs for part in parts]),
         max(part.cached_tokens for part in parts),
         last.error,
+        parts[0].queued_s,
     )
 
 
