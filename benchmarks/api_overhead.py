@@ -2,10 +2,11 @@
 
     python -m benchmarks.api_overhead [--streams 64] [--tokens 256] [--profile]
 
-The API alone, without core and transport (`service_overhead` has those too). The server runs in a process of its own, on one core, with an instance behind it that has its next
-token at once; a client in this process reads raw bytes and counts events. Tokens per second of the
-server's own CPU time are what one core could deliver; the stub sends the same events from a
-constant. Ratios of one run count; the absolute figures are the machine's.
+The API alone, without core and transport (`service_overhead` has those too). The server runs in a
+process of its own, on one core, with an instance behind it that has its next token at once; a
+client in this process reads raw bytes and counts events. Tokens per second of the server's own CPU
+time are what one core could deliver; the stub sends the same number of events from a constant.
+Ratios of one run count; the absolute figures are the machine's.
 """
 
 from __future__ import annotations
