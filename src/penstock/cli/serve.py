@@ -142,7 +142,7 @@ def run(arguments: list[str]) -> int:
     config, engine = config_of(make_parser(), arguments)
     if "--stop-with-parent" in arguments:
         process.stop_with_parent()
-    logs.set_up(config.log_level, name=config.name)
+    logs.set_up(config.log_level, name=config.name or "service")
     if config.uds is None:
         ports.require_free(config.host, config.port)
 
