@@ -1,6 +1,6 @@
 """Streamed tokens a second through HTTP, with an engine that answers at once.
 
-    python -m benchmarks.service_overhead [--streams 64] [--tokens 400] [--repeats 3] [--profile F]
+    python -m benchmarks.service_overhead [--streams 64] [--tokens 400] [--repeats 3]
 
 The service is pinned to one core; engine and client share the other. Two figures: the rate on the
 wall clock (the client may be the limit on two cores), and tokens per second of the service's own
@@ -71,8 +71,9 @@ async def load(port: int, streams: int, tokens: int) -> int:
     return sum(counts)
 
 
-def measure(port: int, pid: int, streams: int, tokens: int) -> tuple[float, float]:
-    """Tokens a second of wall time, and of the server's CPU time."""
+def measure(port: int, pid: int, streams: int, tokens: int) -> tuple[float, float, float]:
+    """Tokens a second of wall time, and of the server's CPU time; chunks for each token (tokens
+    that wait together share one)."""
     process = psutil.Process(pid)
     before = process.cpu_times()
     started_s = time.perf_counter()
@@ -80,9 +81,9 @@ def measure(port: int, pid: int, streams: int, tokens: int) -> tuple[float, floa
     wall_s = time.perf_counter() - started_s
     after = process.cpu_times()
     cpu_s = after.user + after.system - before.user - before.system
-    # Tokens that wait together may share a chunk, never get lost: chunks say that it streamed.
     assert chunks > streams, "the server did not stream"
-    return streams * tokens / wall_s, streams * tokens / cpu_s
+    total = streams * tokens
+    return total / wall_s, total / cpu_s, chunks / total
 
 
 @contextlib.contextmanager
@@ -148,6 +149,7 @@ def main() -> None:
         "tokens": options.tokens,
         "service_tokens_per_wall_s": statistics.median(o[0] for o in ours),
         "service_tokens_per_cpu_s": statistics.median(o[1] for o in ours),
+        "service_chunks_per_token": statistics.median(o[2] for o in ours),
         "stub_tokens_per_wall_s": statistics.median(b[0] for b in bares),
         "stub_tokens_per_cpu_s": statistics.median(b[1] for b in bares),
     }
