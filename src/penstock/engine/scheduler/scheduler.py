@@ -156,19 +156,15 @@ class Scheduler:
         blocks go.
         """
         plan = Plan(self._config.max_num_batched_tokens)
-        for request_class in CLASSES:
-            running = [
-                s
-                for s in self._running
-                if s.request_class == request_class and s.service not in self._paused
-            ]
-            for seq in running:
-                if seq.num_to_compute == 1:
-                    self._continue(seq, plan)
-            for seq in running:
-                if seq.num_to_compute > 1:
-                    self._continue(seq, plan)
-            self._admit_waiting(self._queues[request_class], plan)
+        for request_class, queue in self._queues.items():
+            decodes: list[Sequence] = []
+            prompts: list[Sequence] = []
+            for seq in self._running:
+                if seq.request_class == request_class and seq.service not in self._paused:
+                    (decodes if seq.num_to_compute <= 1 else prompts).append(seq)
+            for seq in decodes + prompts:
+                self._continue(seq, plan)
+            self._admit_waiting(queue, plan)
         return self._emit(plan) if plan.tokens else None
 
     def _continue(self, seq: Sequence, plan: Plan) -> None:

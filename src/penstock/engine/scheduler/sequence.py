@@ -59,12 +59,23 @@ class Sequence:
     num_preemptions: int = 0
     cached_tokens: int = 0  # prompt tokens found in the cache at the first admission
     cached_tokens_told: bool = False
+    # Taken out of `submit`, as every step asks for them:
+    service: str = field(init=False)
+    attempt: int = field(init=False)
+    sampling: SamplingParams = field(init=False)
+    request_class: RequestClass = field(init=False)
+    num_prompt_tokens: int = field(init=False)
     key: Key = field(init=False)
     flow: Flow = field(init=False)
     rank: tuple[int, int, int] = field(init=False)  # lower is served first, preempted last
 
     def __post_init__(self) -> None:
         submit = self.submit
+        self.service = submit.service
+        self.attempt = submit.attempt
+        self.sampling = submit.sampling
+        self.request_class = submit.request_class
+        self.num_prompt_tokens = len(submit.prompt_ids)
         self.key = (submit.service, submit.request_id)
         self.flow = (submit.service, submit.cache_salt)
         self.rank = (CLASSES.index(submit.request_class), submit.priority, self.arrival)
@@ -89,28 +100,8 @@ class Sequence:
         )
 
     @property
-    def service(self) -> str:
-        return self.submit.service
-
-    @property
-    def attempt(self) -> int:
-        return self.submit.attempt
-
-    @property
-    def request_class(self) -> RequestClass:
-        return self.submit.request_class
-
-    @property
-    def sampling(self) -> SamplingParams:
-        return self.submit.sampling
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        return len(self.submit.prompt_ids)
-
-    @property
     def num_output_tokens(self) -> int:
-        return len(self.token_ids) - len(self.submit.prompt_ids)
+        return len(self.token_ids) - self.num_prompt_tokens
 
     @property
     def num_tokens(self) -> int:
