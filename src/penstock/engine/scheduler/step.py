@@ -1,0 +1,105 @@
+"""A step from plan to result, and what the scheduler says about its steps."""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass, field
+
+from penstock.engine.scheduler.batch import BatchRow
+from penstock.engine.scheduler.sequence import Sequence
+
+
+@dataclass(slots=True)
+class Plan:
+    """A batch in the making: how many tokens of which sequence, in order."""
+
+    budget: int
+    tokens: dict[Sequence, int] = field(default_factory=dict)
+
+    def add(self, seq: Sequence, num_tokens: int) -> None:
+        self.tokens[seq] = num_tokens
+        self.budget -= num_tokens
+
+    def drop(self, seq: Sequence) -> None:
+        self.budget += self.tokens.pop(seq, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class InFlight:
+    """A batch that was launched and not answered: whose rows, in which of their residences."""
+
+    step: int
+    rows: list[tuple[Sequence, BatchRow, int]] = field(default_factory=list)
+
+
+class Slots:
+    """The runner's rows of state. The lowest free slot goes first, so that those in use lie
+    close together."""
+
+    def __init__(self, num_slots: int) -> None:
+        self._free = list(range(num_slots))
+        self._freed: list[int] = []
+
+    def __len__(self) -> int:
+        """How many are free."""
+        return len(self._free)
+
+    def take(self) -> int:
+        return heapq.heappop(self._free)
+
+    def give_back(self, slot: int) -> None:
+        heapq.heappush(self._free, slot)
+        self._freed.append(slot)
+
+    def take_freed(self) -> list[int]:
+        """Slots given back since the last call; the runner hears of them with the next batch."""
+        freed, self._freed = self._freed, []
+        return freed
+
+    def free(self) -> list[int]:
+        return list(self._free)
+
+
+class Claims:
+    """Which running sequence is about to store which key, so that nobody computes it again."""
+
+    def __init__(self) -> None:
+        self._owner: dict[bytes, Sequence] = {}
+
+    def claim(self, seq: Sequence, keys: list[bytes]) -> None:
+        """A later claim on a key wins: it is made only by who would not wait for the earlier."""
+        for key in keys:
+            self._owner[key] = seq
+
+    def settle(self, seq: Sequence, keys: list[bytes]) -> None:
+        """`seq` has stored these keys, or will not."""
+        for key in keys:
+            if self._owner.get(key) is seq:
+                del self._owner[key]
+
+    def owner(self, key: bytes) -> Sequence | None:
+        return self._owner.get(key)
+
+    def clear(self) -> None:
+        self._owner.clear()
+
+    def owners(self) -> list[Sequence]:
+        return list(self._owner.values())
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerStats:
+    """Counts of this moment, then totals since the start."""
+
+    waiting: dict[str, int]  # sequences by class
+    running: dict[str, int]
+    waiting_tokens: int  # known tokens of waiting sequences (the cache may have some of them)
+    running_tokens: int  # context of running sequences
+    kv_blocks_used: int
+    kv_blocks_cached: int  # reusable: they have a key and nobody holds them
+    kv_blocks_total: int
+    steps: int
+    scheduled_tokens: int
+    preemptions: int
+    prefix_hit_tokens: int
+    prefix_query_tokens: int
