@@ -1,0 +1,1 @@
+"""Everything that makes the toy model of `src/penstock/toy`: data, tokenizer, training, scoring."""
