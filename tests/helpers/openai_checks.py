@@ -7,7 +7,9 @@ that the same checks run against a fake and against real engines.
 from __future__ import annotations
 
 import json
+import time
 
+import httpx
 import openai
 import pytest
 
@@ -265,6 +267,30 @@ async def check_async_streams(base_url: str, model: str) -> None:
     assert together == alone
 
 
+def check_disconnect(base_url: str, model: str) -> None:
+    """Who closes the stream frees the engine: nothing runs on, and an abort is counted."""
+    before = _metric(base_url, "request_success_total", 'finished_reason="abort"')
+    stream = client_for(base_url).completions.create(
+        model=model, prompt="Hello", stream=True, max_tokens=400, extra_body={"ignore_eos": True}
+    )
+    next(iter(stream))
+    stream.close()
+    deadline_s = time.monotonic() + 10.0
+    while (
+        _metric(base_url, "request_success_total", 'finished_reason="abort"') == before
+        or _metric(base_url, "num_requests_running")
+        or _metric(base_url, "instance_requests_running")
+    ):
+        assert time.monotonic() < deadline_s, "it runs on without a reader"
+        time.sleep(0.05)
+
+
+def _metric(base_url: str, name: str, label: str = "") -> float:
+    lines = httpx.get(f"{base_url}/metrics").text.splitlines()
+    found = [line for line in lines if line.startswith(f"penstock:{name}{{") and label in line]
+    return sum(float(line.rsplit(" ", 1)[1]) for line in found)
+
+
 CHECKS = [
     check_models,
     check_chat_stream_equals_whole,
@@ -277,5 +303,5 @@ CHECKS = [
     check_echo_logprobs,
     check_errors,
 ]
-#: These need an engine that obeys constraints.
-CONSTRAINED_CHECKS = [check_json_schema, check_forced_tool]
+#: These need an engine that obeys constraints, and takes its time.
+ENGINE_CHECKS = [check_json_schema, check_forced_tool, check_disconnect]

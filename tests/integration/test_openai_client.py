@@ -21,6 +21,7 @@ from penstock.service.text.texts import Texts
 from tests.helpers import openai_checks
 from tests.helpers.live_fake import MODEL, LiveFake, live_fake, small_texts
 from tests.helpers.openai_checks import HELLO, TOOL, client_for, streamed_call
+from tests.helpers.server import running
 
 CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
 
@@ -52,6 +53,30 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
     while not condition():
         assert time.monotonic() < deadline_s, "it never came true"
         time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def engine_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """`penstock serve` with a real engine and random weights: the same checks hold for it."""
+    from tests.helpers.checkpoints import make_checkpoint
+
+    folder = make_checkpoint(tmp_path_factory.mktemp("engine") / "m", "qwen3")
+    flags = ("--dtype", "float32", "--served-model-name", MODEL, "--max-model-len", "512")
+    with running(str(folder), *flags) as found:
+        yield found.url
+
+
+@pytest.mark.parametrize(
+    "check",
+    [*openai_checks.CHECKS, *openai_checks.ENGINE_CHECKS],
+    ids=lambda check: check.__name__,
+)
+def test_a_real_engine(engine_url: str, check: Callable[[str, str], None]) -> None:
+    check(engine_url, MODEL)
+
+
+async def test_async_streams_of_a_real_engine(engine_url: str) -> None:
+    await openai_checks.check_async_streams(engine_url, MODEL)
 
 
 @pytest.mark.parametrize("check", openai_checks.CHECKS, ids=lambda check: check.__name__)

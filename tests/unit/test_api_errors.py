@@ -397,6 +397,23 @@ async def test_request_ids_go_back(app: FastAPI) -> None:
         assert call.status == 200 and "x-request-id" not in call.headers
 
 
+async def test_requests_are_logged_without_secrets(
+    generator: FakeGenerator, texts: Texts, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = create_app(
+        generator, texts, ApiConfig(("m",), api_keys=("secret-key",), log_requests=True)
+    )
+    caplog.set_level("INFO", "penstock.requests")
+    headers = {"Authorization": "Bearer secret-key", "X-Request-Id": "req-9"}
+    await AsgiCall(app, "POST", CHAT, chat(stream=True), headers=headers).finished()
+    await AsgiCall(app, "GET", "/a\nb").finished()
+    await AsgiCall(app, "GET", "/health").finished()
+    first, second = [record.getMessage() for record in caplog.records if "requests" in record.name]
+    assert first.startswith(f"POST {CHAT} 200 ") and first.endswith(" s [req-9]")
+    assert second.startswith("GET /a\\nb 401 ")
+    assert "secret" not in caplog.text
+
+
 def test_settings_are_checked(tmp_path: Path) -> None:
     for bad in ({"served_model_names": ()}, {"api_keys": ("a", "")}, {"max_body_bytes": 0}):
         with pytest.raises(ValueError, match=r"model name|key|max_body_bytes"):

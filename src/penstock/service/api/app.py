@@ -75,7 +75,7 @@ def create_app(generator: Generator, texts: Texts, config: ApiConfig) -> FastAPI
             Route(api.path, api.handler, methods=[api.method], include_in_schema=False)
         )
     install(app, context.metrics.on_refused)
-    app.add_middleware(Edge, keys=Keys(config.api_keys))
+    app.add_middleware(Edge, keys=Keys(config.api_keys), log_requests=config.log_requests)
     return app
 
 

@@ -22,6 +22,8 @@ class ApiConfig:
     seed: int | None = None
     #: The checkpoint's generation_config.json: sampling defaults for requests that set none.
     generation_config: Mapping[str, Any] = field(default_factory=dict)
+    #: One line for each answer: method, path, status and time.
+    log_requests: bool = False
     #: Whether a request may bring its own chat template (vLLM: --trust-request-chat-template).
     trust_request_chat_template: bool = False
 
