@@ -16,7 +16,7 @@ processes as `ErrorInfo` (plain data) and come back as the class of the same `co
     ├── Overloaded                429  carries retry_after_s
     ├── RequestCancelled          499  the client went away, or asked for it
     ├── EngineFailed              500  a step raised; the request may be tried elsewhere
-    ├── EngineUnavailable         503  no instance could take (or resume) the request within the bound
+    ├── EngineUnavailable         503  no instance took (or resumed) the request within the bound
     ├── ProtocolError             500  a peer sent what the protocol does not allow
     │   └── VersionMismatch       500
     └── StartupError               –   the process cannot start: one line and a non-zero exit
