@@ -389,6 +389,12 @@ def test_stopping(
     assert check_stop(sampling, frozenset({2}), last_id, num_output, left) == expected
 
 
+def test_a_complete_constrained_output_ends_whatever_else_was_asked() -> None:
+    sampling = SamplingParams(max_tokens=10, min_tokens=5, ignore_eos=True)
+    assert check_stop(sampling, frozenset({2}), 2, 1, 9, constrained=True) == ("stop", 2)
+    assert check_stop(sampling, frozenset({2}), 3, 1, 9, constrained=True) is None
+
+
 def test_stable_steps_never_promise_too_much() -> None:
     harness = Harness(12, max_model_len=120)
     assert harness.scheduler.stable_steps() == 0

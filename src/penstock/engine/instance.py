@@ -80,8 +80,7 @@ class InstanceDriver:
                 os.eventfd_read(self._wake)
         if self._draining and not self.core.draining:
             self._carry_out(self.core.on_message(_SELF, Drain(), self._clock()))
-        while self._done:
-            self._carry_out(self.core.on_step_done(self._done.popleft(), self._clock()))
+        self._take_finished()
         assert self._endpoint is not None
         for peer, frame in self._endpoint.drain(_FRAMES_A_TURN):
             self._receive(peer, frame)
@@ -89,6 +88,16 @@ class InstanceDriver:
                 break  # the device must not wait behind a crowd of messages
         if self._clock() >= self._timer_s:
             self._carry_out(self.core.on_timer(self._clock()))
+
+    def _take_finished(self) -> None:
+        """Raises `EngineFailed` if the runner is lost: the process ends and its successor, not this
+        one, goes on with the requests."""
+        while self._done:
+            result = self._done.popleft()
+            if result.fatal:
+                assert result.error is not None
+                raise from_info(result.error)
+            self._carry_out(self.core.on_step_done(result, self._clock()))
 
     def _receive(self, peer: str, frame: bytes) -> None:
         try:
@@ -118,8 +127,6 @@ class InstanceDriver:
 
     def _finished(self, result: StepResult) -> None:
         """Called by the runner's thread."""
-        if result.error is not None:
-            log.error("%s", result.error.message)
         self._done.append(result)
         os.eventfd_write(self._wake, 1)
 
@@ -141,14 +148,12 @@ class InstanceDriver:
         )
         self._carry_out(self.core.on_message(_SELF, submit, self._clock()))
         while not (self._own_rows and self._own_rows[-1].finish):
-            while not self._done:
-                select.select([self._wake], [], [], 1.0)
+            select.select([self._wake], [], [])
             os.eventfd_read(self._wake)
-            while self._done:
-                self._carry_out(self.core.on_step_done(self._done.popleft(), self._clock()))
+            self._take_finished()
         error = self._own_rows[-1].error
         if error is not None:
-            raise EngineFailed(f"the engine cannot produce a token: {from_info(error)}")
+            raise EngineFailed(f"the engine cannot produce a token: {error.message}")
         self._carry_out(self.core.on_message(_SELF, Detach(_SELF, 1), self._clock()))
         self._own_rows.clear()
 

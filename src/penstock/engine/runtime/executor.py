@@ -7,6 +7,7 @@ step reads it.
 
 from __future__ import annotations
 
+import logging
 import time
 
 import numpy as np
@@ -20,6 +21,8 @@ from penstock.engine.scheduler.batch import Batch, BatchRow, RowResult, StepResu
 from penstock.engine.structured.matchers import MaskService
 from penstock.protocol.errors import EngineFailed, PenstockError
 from penstock.protocol.tokens import TokenLogprobs
+
+log = logging.getLogger(__name__)
 
 
 class StepExecutor:
@@ -48,32 +51,34 @@ class StepExecutor:
         self._num_prompt_S = np.zeros(max_num_seqs, dtype=np.int64)
 
     def execute(self, batch: Batch) -> StepResult:
-        """Never raises: a step that fails says so in its result."""
+        """A step that fails to compute says so in its result. Raises only if the batch cannot even
+        be applied to the slots: after that nothing here can be trusted."""
         started_s = time.perf_counter()
+        self._apply(batch)
         try:
             with torch.inference_mode():
-                rows = self._step(batch)
+                rows = self._compute(batch.rows)
             return StepResult(batch.step, rows, time.perf_counter() - started_s)
         except Exception as exc:
+            log.exception("step %d failed", batch.step)
             reason = f"step {batch.step} failed: {type(exc).__name__}: {exc}"
             error = exc if isinstance(exc, PenstockError) else EngineFailed(reason)
             rows = [RowResult(row.slot, []) for row in batch.rows]
             return StepResult(batch.step, rows, time.perf_counter() - started_s, error.info())
 
-    def _step(self, batch: Batch) -> list[RowResult]:
-        self._apply(batch)
-        hidden_TH = self._forward(batch.rows)
-        ends = np.cumsum([row.num_tokens for row in batch.rows])
-        results = [RowResult(row.slot, []) for row in batch.rows]
-        for i, row in enumerate(batch.rows):
+    def _compute(self, rows: list[BatchRow]) -> list[RowResult]:
+        hidden_TH = self._forward(rows)
+        ends = np.cumsum([row.num_tokens for row in rows])
+        results = [RowResult(row.slot, []) for row in rows]
+        for i, row in enumerate(rows):
             if row.prompt_logprobs:
                 span_TH = hidden_TH[ends[i] - row.num_tokens : ends[i]]
                 entries = self._prompt_logprobs(row, span_TH)
                 results[i] = RowResult(row.slot, [], prompt_logprobs=entries)
-        drawn = [i for i, row in enumerate(batch.rows) if row.samples]
+        drawn = [i for i, row in enumerate(rows) if row.samples]
         if drawn:
             last = torch.as_tensor(ends[drawn] - 1, device=self._device)
-            self._sample(batch.rows, drawn, hidden_TH[last], results)
+            self._sample(rows, drawn, hidden_TH[last], results)
         return results
 
     def _apply(self, batch: Batch) -> None:

@@ -7,12 +7,16 @@ ends, so the device goes from one to the next without asking anyone.
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 from collections.abc import Callable
 
 from penstock.engine.runtime.executor import StepExecutor
 from penstock.engine.scheduler.batch import Batch, StepResult
+from penstock.protocol.errors import EngineFailed
+
+log = logging.getLogger(__name__)
 
 _Done = Callable[[StepResult], None]
 
@@ -37,4 +41,11 @@ class TorchRunner:
     def _run(self) -> None:
         while (work := self._queue.get()) is not None:
             batch, done = work
-            done(self._executor.execute(batch))
+            try:
+                result = self._executor.execute(batch)
+            except BaseException as exc:
+                log.exception("the runner is lost")
+                reason = f"the engine's runner is lost: {type(exc).__name__}: {exc}"
+                done(StepResult(batch.step, [], error=EngineFailed(reason).info(), fatal=True))
+                return
+            done(result)

@@ -369,6 +369,7 @@ class Scheduler:
             result.ids[-1],
             seq.num_output_tokens,
             seq.max_total_tokens - len(seq.token_ids),
+            constrained=seq.submit.constraint is not None,
         )
         if stop is not None:
             self._finish(seq)

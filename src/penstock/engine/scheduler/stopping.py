@@ -19,6 +19,7 @@ def check_stop(
     last_id: int,
     num_output_tokens: int,
     num_tokens_left: int,
+    constrained: bool = False,
 ) -> Stop | None:
     """Does the sequence end with `last_id`, the `num_output_tokens`-th token of its output?
 
@@ -26,8 +27,12 @@ def check_stop(
     wins over a limit that is reached with the same token. Below `min_tokens` no token stops; the
     sampler masks stop tokens there as well, so this only matters for a runner that does not.
     `ignore_eos` concerns end-of-sequence ids alone: ids the caller asked for in `stop_token_ids`
-    still stop, even when one of them is the eos id (as in vLLM).
+    still stop, even when one of them is the eos id (as in vLLM). A `constrained` output that has
+    reached eos is complete: its grammar allows nothing else, so neither ignore_eos nor min_tokens
+    can make it go on.
     """
+    if constrained and last_id in eos_token_ids:
+        return Stop("stop", last_id)
     if num_output_tokens >= sampling.min_tokens:
         is_eos = not sampling.ignore_eos and last_id in eos_token_ids
         if is_eos or last_id in sampling.stop_token_ids:
