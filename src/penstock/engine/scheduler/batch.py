@@ -85,8 +85,8 @@ class StepResult:
     `error` is set when the whole step failed: no row produced anything, and KV written by the step
     must not be trusted. The batch's bookkeeping (freed slots, admissions, maps) is not part of what
     may fail: rows of a batch launched meanwhile rely on it, or they would write to blocks that
-    belong to others by now. A runner that cannot do it is lost as a whole (`fatal`): it runs nothing
-    more, and its driver ends the instance.
+    belong to others by now. A runner that cannot do it is lost as a whole (`fatal`): it runs
+    nothing more, and its driver ends the instance.
     """
 
     step: int
