@@ -212,6 +212,16 @@ def test_the_model_may_be_a_flag_and_have_several_names() -> None:
     assert serve.served_model_names == ("x", "y")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "logged"),
+    [([], False), (["--enable-log-requests"], True), (["--disable-log-requests"], False),
+     (["--no-enable-log-requests"], False)],
+)  # fmt: skip
+def test_request_log(arguments: list[str], logged: bool) -> None:
+    serve, _ = config_of(make_parser(), ["toy", *arguments], {})
+    assert serve.log_requests is logged
+
+
 def test_keys_from_everywhere(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text("# ours\nfrom-file\n\n  spaced  \n")

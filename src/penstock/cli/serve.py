@@ -100,10 +100,16 @@ def _add_server_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--restart", action=boolean, help="start an engine again that died (on)")
     add(
+        "--enable-log-requests",
+        dest="log_requests",
+        action=boolean,
+        help="one line a request, without its content (off)",
+    )
+    add(
         "--disable-log-requests",
-        "--no-enable-log-requests",
-        action="store_true",
-        help="they never are; accepted",
+        dest="log_requests",
+        action="store_false",
+        help=argparse.SUPPRESS,
     )
     add("--banner", action=boolean, help="print what to try, once ready (on)")
     add("--stop-with-parent", action="store_true", help=argparse.SUPPRESS)
@@ -118,7 +124,7 @@ def config_of(
     engine = engine_config(model, options)
     plain = ("host", "port", "uds", "tool_call_parser", "reasoning_parser", "seed",
              "max_queue", "max_body_bytes", "drain_timeout_s", "in_process", "log_level",
-             "trust_request_chat_template", "banner", "revision", "chat_template")  # fmt: skip
+             "log_requests", "trust_request_chat_template", "banner", "revision", "chat_template")  # fmt: skip
     said = vars(options)
     if said.get("in_process") and said.get("engine_addresses"):
         raise ConfigError("--in-process starts an engine, --engine-address attaches to one: choose")

@@ -49,15 +49,15 @@ SECTIONS: dict[str, tuple[VllmFlag, ...]] = {
         --reasoning-parser           | same  | qwen3 and deepseek_r1
         --enable-auto-tool-choice    | same  | accepted, and always on
         --uvicorn-log-level          | other | --log-level sets it for all processes
-        --disable-log-requests --no-enable-log-requests | same | accepted: requests are not logged
-        --enable-log-requests        | later | /metrics counts requests, and errors of ours are logged
+        --enable-log-requests --no-enable-log-requests | same | one line a request, never its content
+        --disable-log-requests       | same  | the default
         --max-log-len                | none  | prompts are never logged
         --enable-log-outputs         | none  | outputs are never logged
         --enable-log-deltas          | none  | outputs are never logged
         --log-error-stack            | other | --log-level debug
         --log-config-file            | other | --log-level; one line an event on stderr
-        --disable-uvicorn-access-log | none  | there is no access log
-        --disable-access-log-for-endpoints | none | there is no access log
+        --disable-uvicorn-access-log | none  | the access log is --enable-log-requests, off by default
+        --disable-access-log-for-endpoints | none | the access log is --enable-log-requests, off by default
         --disable-log-stats          | none  | statistics are at /metrics and not in the log
         --aggregate-engine-logging   | none  | statistics are at /metrics and not in the log
         --enable-server-load-tracking | none | queue depth and load are always at /metrics

@@ -21,6 +21,7 @@ from penstock.service.api.app import create_app
 from penstock.service.api.config import ApiConfig
 from penstock.service.cluster.supervisor import Worker
 from penstock.service.config import ServeConfig
+from penstock.service.connection import Connection
 from penstock.service.core import ServiceCore, ServiceCoreConfig
 from penstock.service.driver import ServiceDriver
 from penstock.service.text.texts import Texts
@@ -99,13 +100,14 @@ class _Service:
                 api_keys=config.api_keys,
                 max_body_bytes=config.max_body_bytes,
                 seed=config.seed,
+                log_requests=config.log_requests,
                 trust_request_chat_template=config.trust_request_chat_template,
             ),
         )
         self._server = _Server(
             uvicorn.Config(
                 app,
-                http="httptools",
+                http=Connection,
                 ws="none",
                 lifespan="off",
                 access_log=False,

@@ -66,6 +66,8 @@ class ServeConfig:
     #: What engines know it by; empty: host and process id (two of one name push each other out).
     name: str = ""
     log_level: str = "info"
+    #: One line a request; never what it says.
+    log_requests: bool = False
     #: Print the URL and what to try once ready.
     banner: bool = True
 
