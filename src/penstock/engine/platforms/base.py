@@ -45,14 +45,10 @@ class Platform:
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
 
-    def make_linear(
-        self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None = None, *, shared: bool = False
-    ) -> Linear:
+    def make_linear(self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None = None) -> Linear:
         """The fastest x @ weight.T + bias for this weight.
 
-        The weight may be re-ordered, after which the caller should drop its reference. With
-        `shared` it is used as it stands and not copied, because the caller reads it too: a token
-        embedding that is also the output head.
+        The weight may be re-ordered; the caller drops its reference.
         """
         return lambda x_TK: functional.linear(x_TK, weight_NK, bias_N)
 

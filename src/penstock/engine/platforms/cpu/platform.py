@@ -25,11 +25,7 @@ class CpuPlatform(Platform):
         library = kernels.load()
         self._small_ops = SmallOps(library) if library is not None else None
 
-    def make_linear(
-        self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None = None, *, shared: bool = False
-    ) -> Linear:
-        if shared:
-            return super().make_linear(weight_NK, bias_N, shared=True)
+    def make_linear(self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None = None) -> Linear:
         return linear.make_linear(weight_NK, bias_N)
 
     def make_tied_embedding(self, weight_VE: torch.Tensor) -> TiedEmbedding:
