@@ -122,9 +122,11 @@ def config_of(
     options = parse_with_file(parser, arguments)
     model = model_of(parser, options)
     engine = engine_config(model, options)
-    plain = ("host", "port", "uds", "tool_call_parser", "reasoning_parser", "seed",
-             "max_queue", "max_body_bytes", "drain_timeout_s", "in_process", "log_level",
-             "log_requests", "trust_request_chat_template", "banner", "revision", "chat_template")  # fmt: skip
+    plain = (
+        "host", "port", "uds", "seed", "revision", "chat_template", "trust_request_chat_template",
+        "tool_call_parser", "reasoning_parser", "max_queue", "max_body_bytes", "drain_timeout_s",
+        "in_process", "log_level", "log_requests", "banner",
+    )  # fmt: skip
     said = vars(options)
     if said.get("in_process") and said.get("engine_addresses"):
         raise ConfigError("--in-process starts an engine, --engine-address attaches to one: choose")
