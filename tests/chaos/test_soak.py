@@ -1,4 +1,4 @@
-"""Thousands of short requests of every kind, many of them broken off: nothing may be left behind."""
+"""Thousands of short requests of every kind, many broken off: nothing may be left behind."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_soak_10_000(server: Server) -> None:
 
 async def soak(server: Server, num_requests: int, warm_up: int) -> None:
     service, engine = psutil.Process(server.process.pid), server.engine()
-    port = int(server.url.rsplit(":", 1)[1])
+    port = server.port
     steps_before = server.metric("penstock:engine_steps_total")
     outcomes: Counter[str] = Counter()
 

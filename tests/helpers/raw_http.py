@@ -1,6 +1,6 @@
 """HTTP over bare sockets: cheap enough for thousands of requests, rude enough for attacks.
 
-    answer = await request(server.port, "/v1/completions", {"prompt": "a", ...})
+answer = await request(server.port, "/v1/completions", {"prompt": "a", ...})
 """
 
 from __future__ import annotations
@@ -58,9 +58,7 @@ async def read_answer(reader: asyncio.StreamReader) -> Answer:
     """The next answer on a connection, chunked or with a length."""
     head = await reader.readuntil(b"\r\n\r\n")
     status = int(head.split(b" ", 2)[1])
-    fields = dict(
-        line.lower().split(b": ", 1) for line in head.split(b"\r\n")[1:] if b": " in line
-    )
+    fields = dict(line.lower().split(b": ", 1) for line in head.split(b"\r\n")[1:] if b": " in line)
     if fields.get(b"transfer-encoding") == b"chunked":
         body = b""
         while size := int(await reader.readuntil(b"\r\n"), 16):

@@ -29,6 +29,10 @@ class Server:
     log_file: Path
 
     @property
+    def port(self) -> int:
+        return int(self.url.rsplit(":", 1)[1])
+
+    @property
     def log(self) -> str:
         return self.log_file.read_text(encoding="utf-8", errors="replace")
 
@@ -54,10 +58,20 @@ class Server:
 
     def metric(self, name: str) -> float:
         """The sum over all label sets of a metric."""
-        lines = httpx.get(f"{self.url}/metrics", timeout=5.0).text.splitlines()
-        found = [line for line in lines if line.startswith((name + "{", name + " "))]
+        found = self._lines(name)
         assert found, f"no metric {name}"
         return sum(float(line.rsplit(" ", 1)[1]) for line in found)
+
+    def labelled(self, name: str, label: str) -> dict[str, float]:
+        """A metric by the values of one of its labels."""
+        return {
+            line.split(f'{label}="', 1)[1].split('"', 1)[0]: float(line.rsplit(" ", 1)[1])
+            for line in self._lines(name)
+        }
+
+    def _lines(self, name: str) -> list[str]:
+        lines = httpx.get(f"{self.url}/metrics", timeout=5.0).text.splitlines()
+        return [line for line in lines if line.startswith((name + "{", name + " "))]
 
 
 def free_port() -> int:
