@@ -176,6 +176,8 @@ class InstanceCore:
             batch = self.scheduler.schedule()
             if batch is None:
                 break
+            for newcomer in self.scheduler.newcomers:
+                newcomer.started_s = now
             predicted_s = self.cost.predict(batch)
             self._flights.append(_Flight(batch, now, predicted_s))
             self._free_at_s = max(self._free_at_s, now) + (predicted_s or 0.0)
@@ -216,7 +218,7 @@ class InstanceCore:
             # The scheduler knows services by the name their transport gave them.
             if submit.service != peer:
                 submit = msgspec.structs.replace(submit, service=peer)
-            self.scheduler.add(submit)
+            self.scheduler.add(submit).arrived_s = now
         except DuplicateSubmit:
             return []  # the network has delivered it twice
         except PenstockError as exc:
@@ -324,6 +326,7 @@ class InstanceCore:
                 update.logprobs,
                 update.cached_tokens,
                 update.error,
+                _queued_s(update),
             )
             rows.setdefault(service, []).append(row)
             if update.finish is not None:
@@ -417,6 +420,16 @@ class InstanceCore:
                 self.scheduler.drop_service(service)
                 effects += self._send_rows(service, rows, now) if rows else []
         return effects
+
+
+def _queued_s(update: SequenceUpdate) -> float | None:
+    """How long the sequence waited for its first step; said once, with its first token."""
+    sequence = update.sequence
+    if sequence.arrived_s is None or sequence.started_s is None or not update.ids:
+        return None
+    waited_s = sequence.started_s - sequence.arrived_s
+    sequence.arrived_s = None
+    return waited_s
 
 
 def _terminal(request_id: str, attempt: int, start: int, error: PenstockError) -> TokenRow:

@@ -31,7 +31,8 @@ class TokenRow(msgspec.Struct, frozen=True, array_like=True):
     `start` is the index of `ids[0]` among the sequence's output tokens (resumed ones counted), so
     that overlap and gaps are seen. `finish` is set exactly once for each attempt, on its last row.
     `stop_token` is the id that ended it, if one did (it is also the last of `ids`).
-    `cached_tokens` is meaningful on the first row of an attempt: prompt tokens found in the cache.
+    `cached_tokens` is meaningful on the first row of an attempt: prompt tokens found in the cache;
+    so is `queued_s`, the time from the arrival at the instance to the first step.
     """
 
     request_id: str
@@ -43,6 +44,7 @@ class TokenRow(msgspec.Struct, frozen=True, array_like=True):
     logprobs: list[TokenLogprobs] | None = None
     cached_tokens: int = 0
     error: ErrorInfo | None = None
+    queued_s: float | None = None
 
 
 class Tokens(msgspec.Struct, frozen=True, tag="tokens", array_like=True):

@@ -86,8 +86,9 @@ class _Service:
             )
         )
         self.driver = ServiceDriver(core, self._attached)
+        checkpoint = resolve(config.model, revision=config.revision)
         texts = Texts.from_checkpoint(
-            resolve(config.model, revision=config.revision),
+            checkpoint,
             chat_template=config.chat_template,
             tool_call_parser=config.tool_call_parser,
             reasoning_parser=config.reasoning_parser,
@@ -100,6 +101,7 @@ class _Service:
                 api_keys=config.api_keys,
                 max_body_bytes=config.max_body_bytes,
                 seed=config.seed,
+                generation_config=checkpoint.generation_config,
                 log_requests=config.log_requests,
                 trust_request_chat_template=config.trust_request_chat_template,
             ),

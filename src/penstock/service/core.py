@@ -211,6 +211,7 @@ class ServiceCore:
             row.stop_token,
             row.logprobs,
             cached_tokens=entry.cached_tokens,
+            queued_s=row.queued_s,
         )
         if row.finish is not None:
             self._close(entry)

@@ -31,7 +31,7 @@ class Stream:
     def __init__(self, driver: ServiceDriver, request_id: str, num_choices: int) -> None:
         self._driver = driver
         self._request_id = request_id
-        self._open = num_choices
+        self._open = set(range(num_choices))
         self._deltas: list[TokenDelta] = []
         self._waiter: asyncio.Future[None] | None = None
 
@@ -39,13 +39,13 @@ class Stream:
         """Called by the driver. True when this was the last delta of the last choice."""
         self._deltas.append(delta)
         if delta.finish is not None:
-            self._open -= 1
+            self._open.discard(delta.choice)
         self._wake()
-        return self._open == 0
+        return not self._open
 
     async def next(self) -> list[TokenDelta]:
         while not self._deltas:
-            if self._open == 0:
+            if not self._open:
                 return []
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
@@ -53,16 +53,16 @@ class Stream:
         return taken
 
     def cancel(self, choice: int | None = None) -> None:
-        if self._open == 0:
+        if not self._open if choice is None else choice not in self._open:
             return
-        self._open = 0 if choice is None else self._open - 1
+        self._open = set() if choice is None else self._open - {choice}
         self._driver.cancel(self._request_id, choice)
         self._deltas = [d for d in self._deltas if choice is not None and d.choice != choice]
         self._wake()
 
     @property
     def ended(self) -> bool:
-        return self._open == 0
+        return not self._open
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():

@@ -56,6 +56,8 @@ class Scheduler:
         self._live: dict[Key, Sequence] = {}
         self._queues: dict[RequestClass, WaitingQueue] = {c: WaitingQueue() for c in CLASSES}
         self._running: list[Sequence] = []  # by rank
+        #: Sequences that the batch made last has let in for the first time.
+        self.newcomers: list[Sequence] = []
         self._paused: set[str] = set()  # only asked, never iterated
         self._claims = Claims()
         self._slots = Slots(config.max_num_seqs)
@@ -69,7 +71,7 @@ class Scheduler:
 
     # ---- sequences come and go ------------------------------------------------------------
 
-    def add(self, submit: Submit) -> None:
+    def add(self, submit: Submit) -> Sequence:
         """Queue a sequence.
 
         A newer attempt replaces an older one, of which nothing more is heard. Raises
@@ -91,6 +93,7 @@ class Scheduler:
         self._arrivals += 1
         self._live[seq.key] = seq
         self._queues[seq.request_class].enter(seq)
+        return seq
 
     def cancel(self, key: Key, attempt: int | None = None) -> SequenceUpdate | None:
         """End a sequence at once, wherever it stands; its results in flight will be ignored.
@@ -210,10 +213,13 @@ class Scheduler:
         """Turn the plan into a batch and remember it until its result comes."""
         batch = Batch(self._steps, rows=[], freed_slots=self._slots.take_freed())
         flight = InFlight(self._steps)
+        self.newcomers = []
         for seq, num_tokens in plan.tokens.items():
             if seq.is_new:
                 batch.admitted.append(seq.new_sequence())
                 seq.is_new = False
+                if not seq.num_preemptions:
+                    self.newcomers.append(seq)
             batch.maps.extend(BlockMap(seq.slot, i, seq.blocks[i]) for i in seq.stale_maps)
             seq.stale_maps = []
             row = seq.next_row(num_tokens)

@@ -59,6 +59,9 @@ class Sequence:
     num_preemptions: int = 0
     cached_tokens: int = 0  # prompt tokens found in the cache at the first admission
     cached_tokens_told: bool = False
+    # Marks of whoever drives the scheduler and has a clock; None until set.
+    arrived_s: float | None = None
+    started_s: float | None = None
     # Taken out of `submit`, as every step asks for them:
     service: str = field(init=False)
     attempt: int = field(init=False)
