@@ -33,6 +33,10 @@ def worker_config(arguments: list[str]) -> WorkerConfig:
 def run(arguments: list[str]) -> int:
     config = worker_config(arguments)
     logs.set_up(config.log_level, name=config.name)
-    from penstock.engine.instance import run_worker
+    if config.engine.device != "cuda":
+        from penstock.engine.platforms.cpu.kernels import build_ahead
+
+        build_ahead()
+    from penstock.engine.instance import run_worker  # brings torch, which takes a while
 
     return run_worker(config)

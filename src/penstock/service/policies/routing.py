@@ -15,8 +15,8 @@ Floats = npt.NDArray[np.float64]
 class ClusterView:
     """The instances that may take work now, as parallel arrays.
 
-    `queued_tokens` are prompt tokens sent to an instance whose first output token has not come back,
-    `running` sequences past that point. Cost coefficients are those of `protocol.CostModel`.
+    `queued_tokens` are prompt tokens sent to an instance whose first output token has not come
+    back, `running` sequences past that point. Cost coefficients are those of `protocol.CostModel`.
     """
 
     names: tuple[str, ...]

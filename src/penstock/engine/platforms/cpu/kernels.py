@@ -7,6 +7,7 @@ a compiler there is one warning, and everything runs on torch.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -16,10 +17,10 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
-
-import torch
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,8 @@ _FLAGS = (
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi"),
 )
 _COMPILE_TIMEOUT_S = 120
+#: Held while compiling, so that nobody compiles what another thread is about to have.
+_building = threading.Lock()
 
 
 class CompileFailed(Exception):
@@ -46,10 +49,23 @@ def load() -> ctypes.CDLL | None:
     if os.environ.get("PENSTOCK_NATIVE") == "0":
         return None
     try:
-        return open_library(build())
+        with _building:
+            return open_library(build())
     except CompileFailed as exc:
         logger.warning("no native CPU kernels, torch's operations are used: %s", exc)
         return None
+
+
+def build_ahead() -> None:
+    """Compile in the background if need be. Needs no torch, so that a first start can compile while
+    it imports that; `load` waits for it."""
+
+    def work() -> None:
+        with _building, contextlib.suppress(CompileFailed):  # `load` will say it
+            build()
+
+    if os.environ.get("PENSTOCK_NATIVE") != "0":
+        threading.Thread(target=work, name="penstock-compile", daemon=True).start()
 
 
 def build(march: str = "native", cache: Path | None = None) -> Path:
@@ -131,8 +147,11 @@ def _run(command: list[str]) -> None:
 
 def _openmp() -> list[str]:
     """torch's own OpenMP runtime where it brings one, else the system's."""
-    bundled = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
-    bundled += sorted((Path(torch.__file__).parent.parent / "torch.libs").glob("libgomp*.so*"))
+    spec = find_spec("torch")
+    assert spec is not None and spec.origin is not None
+    torch = Path(spec.origin).parent
+    bundled = sorted((torch / "lib").glob("libgomp*.so*"))
+    bundled += sorted((torch.parent / "torch.libs").glob("libgomp*.so*"))
     return [str(bundled[0])] if bundled else ["-fopenmp"]
 
 
