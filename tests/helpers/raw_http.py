@@ -52,6 +52,8 @@ async def connection(
     finally:
         # Anything unread makes this a reset, as of a client that died.
         writer.transport.abort()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
 
 
 async def read_answer(reader: asyncio.StreamReader) -> Answer:
