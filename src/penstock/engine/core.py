@@ -20,6 +20,7 @@ from penstock.protocol.codec import PROTOCOL_VERSION, Message
 from penstock.protocol.effects import Effect, Launch, Send, SetTimer, Stop
 from penstock.protocol.errors import (
     EngineUnavailable,
+    InvalidRequest,
     PenstockError,
     ProtocolError,
     UnsupportedFeature,
@@ -112,7 +113,7 @@ class InstanceCore:
             case Submit():
                 effects = self._submit(peer, message, now)
             case Cancel():
-                effects = self._cancel(peer, message)
+                effects = self._cancel(peer, message, now)
             case Credit():
                 effects = self._credit(peer, message)
             case Attach():
@@ -215,6 +216,7 @@ class InstanceCore:
             return [Send(peer, Refused("submit", reason, submit.request_id, submit.attempt, code))]
         try:
             _check_supported(submit)
+            _check_ids(submit, self.card.vocab_size)
             # The scheduler knows services by the name their transport gave them.
             if submit.service != peer:
                 submit = msgspec.structs.replace(submit, service=peer)
@@ -229,11 +231,13 @@ class InstanceCore:
             self._deadlines[key] = (now + submit.total_budget_s, submit.attempt)
         return []
 
-    def _cancel(self, peer: str, cancel: Cancel) -> list[Effect]:
-        if not self.scheduler.cancel((peer, cancel.request_id), cancel.attempt):
+    def _cancel(self, peer: str, cancel: Cancel, now: float) -> list[Effect]:
+        key = (peer, cancel.request_id)
+        if not self.scheduler.cancel(key, cancel.attempt):
             return []
+        self._deadlines.pop(key, None)
         row = TokenRow(cancel.request_id, cancel.attempt, 0, [], "cancelled")
-        return self._send_rows(peer, [row], 0.0)
+        return self._send_rows(peer, [row], now)
 
     def _credit(self, peer: str, credit: Credit) -> list[Effect]:
         link = self._links.get(peer)
@@ -445,3 +449,13 @@ def _check_supported(submit: Submit) -> None:
         raise UnsupportedFeature(f"inputs of kind {kinds} are not supported yet", param="inputs")
     if any(stage.stage == "encode" or stage.reservation for stage in submit.plan):
         raise UnsupportedFeature("disaggregated stages are not supported yet", param="plan")
+
+
+def _check_ids(submit: Submit, vocab_size: int) -> None:
+    """The service has checked what users send. This is for services that are wrong: an id without
+    an embedding would fail the step of everybody else in it."""
+    for name, ids in (("prompt_ids", submit.prompt_ids), ("resumed_ids", submit.resumed_ids)):
+        if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
+            raise InvalidRequest(f"{name} must be in [0, {vocab_size})", param=name)
+    if not 0 <= submit.choice < 2**32:
+        raise InvalidRequest(f"choice {submit.choice} must be in [0, 2**32)", param="choice")
