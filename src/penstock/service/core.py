@@ -240,9 +240,11 @@ class ServiceCore:
         if instance.card is None or message.card.incarnation > instance.incarnation:
             # A new process under this name: whatever ran on the old one is gone.
             effects += self.on_instance_lost(instance.name, now) if instance.card else []
-            instance.tokens_seen = instance.tokens_credited = 0
         else:
             effects += self._resync(instance, now)  # it was only away: who still runs there?
+        # It may have forgotten us meanwhile and count from one again. If it has not, there is a gap
+        # now, which a resync mends; what comes twice is known by its start.
+        instance.tokens_seen = instance.tokens_credited = 0
         instance.card = message.card
         instance.state = "active"
         self._expected.discard(instance.name)
