@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 
 #: Frames taken in before other tasks of the loop get their turn.
 _FRAMES_A_TURN = 64
+#: How often a connection to a lost instance is made anew.
+_RENEW_EVERY_S = 1.0
 
 
 class Stream:
@@ -77,6 +79,7 @@ class ServiceDriver:
         self._on_ready = on_ready
         self._loop = asyncio.get_running_loop()
         self._endpoints: dict[str, Endpoint] = {}
+        self._connected_s: dict[str, float] = {}
         self._streams: dict[str, Stream] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._active: set[str] = set()
@@ -86,10 +89,25 @@ class ServiceDriver:
     # --- instances -----------------------------------------------------------------------------
 
     def connect(self, name: str, address: str) -> None:
+        self._open(name, address)
+        self._carry_out(self.core.add_instance(name, self._loop.time()))
+
+    def _open(self, name: str, address: str) -> None:
         endpoint = connect(address, self.core.config.name, name)
         self._endpoints[name] = endpoint
+        self._connected_s[name] = self._loop.time()
         self._loop.add_reader(endpoint.fileno(), self._readable, endpoint)
-        self._carry_out(self.core.add_instance(name, self._loop.time()))
+
+    def _renew_connections(self) -> None:
+        """Who connects under our name cuts us off, and ZeroMQ does not tell: the old connection
+        stands and carries nothing."""
+        now = self._loop.time()
+        for name, instance in self.core.instances.items():
+            if instance.state == "lost" and now - self._connected_s[name] > _RENEW_EVERY_S:
+                old = self._endpoints[name]
+                self._loop.remove_reader(old.fileno())
+                old.close()
+                self._open(name, old.address)
 
     def instance_lost(self, name: str, coming_back: bool) -> None:
         self.core.expect(name, coming_back)
@@ -134,6 +152,7 @@ class ServiceDriver:
                     self._timer = self._loop.call_at(at_s, self._on_timer)
 
     def _on_timer(self) -> None:
+        self._renew_connections()
         self._carry_out(self.core.on_timer(self._loop.time()))
         self._watch_states()
 
