@@ -63,7 +63,7 @@ class Bench:
         self.now = 0.0
         self.launched: list[Batch] = []
         self.timer_s = 0.0
-        self.stopped = False
+        self.stopped, self.failure = False, ""
 
     def say(self, message: Any, peer: str = "s") -> list[Any]:
         return self._take(self.core.on_message(peer, decode(encode(message)), self.now))
@@ -108,8 +108,8 @@ class Bench:
                     self.launched.append(batch)
                 case SetTimer(at_s=at_s):
                     self.timer_s = at_s
-                case Stop():
-                    self.stopped = True
+                case Stop(failure=failure):
+                    self.stopped, self.failure = True, failure or ""
         return messages
 
 
@@ -208,7 +208,7 @@ def test_an_old_epoch_is_fenced_off() -> None:
 
 
 def test_a_service_without_credit_is_paused_and_then_freed() -> None:
-    bench = Bench(credit_window=4, stall_limit_s=10.0)
+    bench = Bench(credit_window=4, stall_limit_s=10.0, service_silent_s=100.0)
     bench.attach()
     bench.attach("other")
     bench.submit(sampling=SamplingParams(max_tokens=200, ignore_eos=True))
@@ -237,23 +237,12 @@ def test_a_service_out_of_reach_loses_its_sequences_within_the_bound() -> None:
     bench = Bench(service_lost_s=3.0)
     bench.attach()
     bench.submit(sampling=SamplingParams(max_tokens=200))
-    bench.core.on_send_failed("s", bench.now)
+    bench.core.on_sent("s", False, bench.now)
     bench.wait(2.0)
     assert len(bench.core.scheduler.live("s")) == 1
     bench.wait(2.0)
     assert bench.core.scheduler.live("s") == []
     assert only(bench.submit("q"), Refused).code == "not_attached"
-
-
-def test_a_word_from_the_service_proves_it_alive() -> None:
-    bench = Bench(service_lost_s=3.0)
-    bench.attach()
-    bench.submit(sampling=SamplingParams(max_tokens=200))
-    bench.core.on_send_failed("s", bench.now)
-    bench.wait(2.0)
-    bench.say(Credit(0))
-    bench.wait(2.0)
-    assert len(bench.core.scheduler.live("s")) == 1
 
 
 def test_a_time_budget_ends_in_an_error() -> None:
@@ -352,7 +341,7 @@ def test_heartbeats_carry_load_and_the_predicted_end() -> None:
 
 
 def test_a_step_is_prepared_ahead_but_not_too_early() -> None:
-    """With a fitted model the second batch waits for arrivals until shortly before the first ends."""
+    """With a fitted model the second batch waits for arrivals, until the first is about to end."""
     bench = Bench()
     bench.attach()
     bench.submit("a", sampling=SamplingParams(max_tokens=200, ignore_eos=True))
@@ -375,3 +364,71 @@ def test_messages_are_frozen() -> None:
     with pytest.raises(AttributeError):
         Cancel("r", 1).attempt = 2  # type: ignore[misc]
     assert msgspec.structs.replace(Cancel("r", 1), attempt=2) == Cancel("r", 2)
+
+
+def test_a_sent_message_proves_the_service_within_reach() -> None:
+    bench = Bench(service_lost_s=3.0)
+    bench.attach()
+    bench.submit(sampling=SamplingParams(max_tokens=200))
+    bench.core.on_sent("s", False, bench.now)
+    bench.core.on_sent("s", True, bench.now + 0.5)
+    bench.wait(4.0)
+    assert len(bench.core.scheduler.live("s")) == 1
+
+
+def test_a_service_that_says_nothing_is_forgotten() -> None:
+    bench = Bench(service_silent_s=5.0)
+    bench.attach()
+    bench.submit(sampling=SamplingParams(max_tokens=200))
+    bench.wait(4.0)
+    bench.say(Credit(0))
+    bench.wait(4.0)
+    assert len(bench.core.scheduler.live("s")) == 1
+    bench.wait(2.0)
+    assert bench.core.scheduler.live("s") == []
+
+
+def test_its_own_pause_is_not_held_against_a_service() -> None:
+    bench = Bench(service_silent_s=5.0)
+    bench.attach()
+    bench.submit(sampling=SamplingParams(max_tokens=200))
+    bench.wait(1.0)
+    bench.now += 60.0  # the machine slept
+    bench._take(bench.core.on_timer(bench.now))
+    assert len(bench.core.scheduler.live("s")) == 1
+
+
+def test_a_stuck_device_ends_the_process_but_a_long_step_does_not() -> None:
+    bench = Bench(stuck_after_s=30.0, service_silent_s=1e9)
+    bench.attach()
+    bench.submit(sampling=SamplingParams(max_tokens=200))
+    bench.wait(25.0)
+    assert not bench.stopped
+    bench.wait(10.0)
+    assert bench.stopped and "step" in bench.failure
+
+
+def test_predictions_that_erred_do_not_add_up() -> None:
+    """After a slow step the next batch is prepared in time all the same."""
+    bench = Bench()
+    bench.attach()
+    bench.submit(sampling=SamplingParams(max_tokens=250, ignore_eos=True))
+
+    def step(step_s: float) -> None:
+        batch = bench.launched.pop(0)
+        rows = [RowResult(r.slot, [5]) for r in batch.rows]
+        bench.now += step_s
+        result = StepResult(batch.step, rows, step_s)
+        bench._take(bench.core.on_step_done(result, bench.now))
+
+    for _ in range(8):
+        step(0.1)
+        bench.wait(0.0)
+    step(5.0)
+    for _ in range(10):
+        bench.wait(0.0)
+        before_s = bench.now
+        bench.wait(0.099)
+        assert len(bench.launched) == 2  # one runs, one is ready before it ends
+        bench.now = before_s
+        step(0.1)

@@ -85,8 +85,8 @@ class WorkerConfig:
     #: Where to listen: `ipc:///path`, `tcp://127.0.0.1:port`, or `memory://name`.
     address: str
     name: str = "engine-0"
-    #: Grows with every start of the same name; services drop what an older one sent.
-    incarnation: int = 1
+    #: Grows with every start of the same name; services drop what an older one sent. 0: the clock.
+    incarnation: int = 0
     #: End when this process is gone (the service that started the worker); None: never.
     parent_pid: int | None = None
     log_level: str = "info"

@@ -56,8 +56,12 @@ class CoreConfig:
     credit_window: int = 512
     #: How long a service may stay out of credit before its sequences are freed.
     stall_limit_s: float = 30.0
-    #: How long a service may be out of reach before it is taken for dead and its sequences freed.
+    #: How long a service may be out of reach before it is taken for dead and its sequences freed,
+    #: and how long it may say nothing though it can be reached. Services speak every second.
     service_lost_s: float = 3.0
+    service_silent_s: float = 5.0
+    #: A step that is overdue by this much, and by ten times its prediction, will never end.
+    stuck_after_s: float = 30.0
     #: A step is prepared this long before its predecessor's predicted end (or right away if steps
     #: are shorter): late enough to take in new arrivals, early enough that the device never waits.
     prepare_ahead_s: float = 0.006
@@ -70,6 +74,7 @@ class _Link:
 
     incarnation: int
     kv_events: bool
+    heard_s: float
     sent: int = 0
     acknowledged: int = 0
     kv_sent: int = 0
@@ -103,12 +108,14 @@ class InstanceCore:
         self._next_beat_s = 0.0
         self._load_number = 0
         self._steps = 0
+        self._last_done_s = 0.0
+        self._idle_beats = 0
 
     # --- what comes in -------------------------------------------------------------------------
 
     def on_message(self, peer: str, message: Message, now: float) -> list[Effect]:
         if (link := self._links.get(peer)) is not None:
-            link.unreachable_since_s = None
+            link.heard_s = now
         match message:
             case Submit():
                 effects = self._submit(peer, message, now)
@@ -131,44 +138,49 @@ class InstanceCore:
                 self.draining = True
                 effects = []
             case _:
-                what = type(message).__name__
+                what = str(message.__struct_config__.tag)
                 reason = f"{what} is not supported by this release of the engine"
-                effects = [Send(peer, Refused(what.lower(), reason, code="unsupported_feature"))]
+                effects = [Send(peer, Refused(what, reason, code="unsupported_feature"))]
         return self._settle(effects, now)
 
     def on_step_done(self, result: StepResult, now: float) -> list[Effect]:
         flight = self._flights.popleft()
         assert flight.batch.step == result.step, "the runner finished steps out of order"
         self._steps += 1
+        self._last_done_s = now
         if result.error is None:
             self.cost.observe(flight.batch, result.compute_s or now - flight.launched_s)
             self.ready = self.ready or any(row.ids for row in result.rows)
-        effects = self._publish(self.scheduler.apply(result), now)
-        if not self._flights and not self.scheduler.has_work():
-            self.scheduler.check()
-        return self._settle(effects, now)
+        # Predictions err; what is left in flight starts now, whatever was thought before.
+        self._free_at_s = now + sum(f.predicted_s or 0.0 for f in self._flights)
+        return self._settle(self._publish(self.scheduler.apply(result), now), now)
 
     def on_timer(self, now: float) -> list[Effect]:
         effects: list[Effect] = []
         if now >= self._next_beat_s:
+            self._forgive_own_pause(now - self._next_beat_s)
             self._next_beat_s = now + self.config.heartbeat_s
             effects += self._beat(now)
             effects += self._expire(now)
             effects += self._free_the_deaf(now)
+            effects += self._give_up_if_stuck(now)
+            self._check_when_idle()
         return self._settle(effects, now)
 
-    def on_send_failed(self, peer: str, now: float) -> None:
-        """The transport could not take a message for `peer`: its process may be gone. Heartbeats
-        make sure that this is noticed even if nothing else is sent."""
+    def on_sent(self, peer: str, taken: bool, now: float) -> None:
+        """Whether the transport took a message for `peer`; if not, its process may be gone.
+        Heartbeats make sure that this is noticed even if nothing else is sent."""
         link = self._links.get(peer)
-        if link is not None and link.unreachable_since_s is None:
-            link.unreachable_since_s = now
+        if link is None or taken == (link.unreachable_since_s is None):
+            return
+        link.unreachable_since_s = None if taken else now
 
     # --- one turn of the loop ------------------------------------------------------------------
 
     def _settle(self, effects: list[Effect], now: float) -> list[Effect]:
         """What every input ends with: keep the device fed, say when to wake up."""
         wake_s = self._next_beat_s
+        launches: list[Effect] = []
         while len(self._flights) < self.config.overlap_steps:
             prepare_s = self._prepare_at_s()
             if prepare_s > now:
@@ -182,7 +194,9 @@ class InstanceCore:
             predicted_s = self.cost.predict(batch)
             self._flights.append(_Flight(batch, now, predicted_s))
             self._free_at_s = max(self._free_at_s, now) + (predicted_s or 0.0)
-            effects.append(Launch(batch))
+            launches.append(Launch(batch))
+            self._idle_beats = 0
+        effects = launches + effects  # the device first: frames can wait while it computes
         effects += self._kv_events()
         if self.draining and not self._flights and not self.scheduler.has_work():
             effects.append(Stop())
@@ -197,7 +211,11 @@ class InstanceCore:
         last = self._flights[-1].predicted_s
         if last is None:
             return 0.0
-        ahead_s = max(self.config.prepare_ahead_s, self.config.prepare_ahead_fraction * last)
+        ahead_s = max(
+            self.config.prepare_ahead_s,
+            self.config.prepare_ahead_fraction * last,
+            2 * self.cost.residual_s,
+        )
         return self._free_at_s - ahead_s
 
     # --- messages ------------------------------------------------------------------------------
@@ -264,7 +282,7 @@ class InstanceCore:
             return [Send(peer, Refused("attach", reason, code="stale_incarnation"))]
         if link is None or attach.incarnation > link.incarnation:
             self._forget(peer)
-            self._links[peer] = _Link(attach.incarnation, attach.kv_events)
+            self._links[peer] = _Link(attach.incarnation, attach.kv_events, heard_s=now)
         card = msgspec.structs.replace(self.card, cost=self.cost.model())
         attached = Attached(card, PROTOCOL_VERSION, self.role, self.epoch)
         self._next_beat_s = now  # a first heartbeat follows at once
@@ -414,7 +432,8 @@ class InstanceCore:
         effects: list[Effect] = []
         for service, link in list(self._links.items()):
             gone_s, stalled_s = link.unreachable_since_s, link.stalled_since_s
-            if gone_s is not None and now - gone_s >= self.config.service_lost_s:
+            unreachable = gone_s is not None and now - gone_s >= self.config.service_lost_s
+            if unreachable or now - link.heard_s >= self.config.service_silent_s:
                 self._forget(service)
             elif stalled_s is not None and now - stalled_s >= self.config.stall_limit_s:
                 link.stalled_since_s = now
@@ -422,8 +441,37 @@ class InstanceCore:
                 live = self.scheduler.live(service)
                 rows = [_terminal(s.key[1], s.attempt, 0, error) for s in live]
                 self.scheduler.drop_service(service)
+                self.scheduler.pause(service)  # it is still out of credit
                 effects += self._send_rows(service, rows, now) if rows else []
         return effects
+
+    def _give_up_if_stuck(self, now: float) -> list[Effect]:
+        """A device that hangs cannot be told so; the process ends and its successor goes on."""
+        if not self._flights:
+            return []
+        first = self._flights[0]
+        predicted_s = first.predicted_s if first.predicted_s is not None else 0.0
+        bound_s = predicted_s + max(self.config.stuck_after_s, 10 * predicted_s)
+        started_s = max(first.launched_s, self._last_done_s)
+        if now - started_s < bound_s:
+            return []
+        return [Stop(f"step {first.batch.step} has not ended after {now - started_s:.0f} s")]
+
+    def _forgive_own_pause(self, late_s: float) -> None:
+        """A timer that comes late means that this process was stopped (or the machine was): others
+        must not be found silent for that time."""
+        if late_s > self.config.heartbeat_s:
+            self._last_done_s += late_s
+            for link in self._links.values():
+                link.heard_s += late_s
+
+    def _check_when_idle(self) -> None:
+        """Invariants are recounted once in each pause, and not while somebody might be waiting."""
+        if self._flights or self.scheduler.has_work():
+            return
+        self._idle_beats += 1
+        if self._idle_beats == 2:
+            self.scheduler.check()
 
 
 def _queued_s(update: SequenceUpdate) -> float | None:
@@ -449,6 +497,8 @@ def _check_supported(submit: Submit) -> None:
         raise UnsupportedFeature(f"inputs of kind {kinds} are not supported yet", param="inputs")
     if any(stage.stage == "encode" or stage.reservation for stage in submit.plan):
         raise UnsupportedFeature("disaggregated stages are not supported yet", param="plan")
+    if submit.ttft_budget_s is not None:
+        raise UnsupportedFeature("a bound on TTFT is not supported yet", param="ttft_budget_s")
 
 
 def _check_ids(submit: Submit, vocab_size: int) -> None:

@@ -15,6 +15,7 @@ from penstock.protocol.instance import CostModel
 
 _FORGET = 0.995
 _NUM_FEATURES = 5
+_SETTLED_STEPS = 6
 # Features differ by orders of magnitude; scaled to about one, the fit stays well conditioned.
 _SCALE = np.array([1.0, 1e-2, 1e-1, 1e-4, 1e-6])
 
@@ -30,9 +31,15 @@ class CostFitter:
 
     def observe(self, batch: Batch, step_s: float) -> None:
         x = _features(batch)
-        error = step_s - float(self._weights @ x)
+        predicted_s = float(self._weights @ x)
+        error = step_s - predicted_s
         if self._num_steps:
+            limit_s = 5 * self._residual_s + 0.2 * abs(predicted_s)
             self._residual_s += 0.05 * (abs(error) - self._residual_s)
+            # One step that was interrupted says little about the next; a lasting change widens the
+            # limit step by step and gets through.
+            if self._num_steps >= _SETTLED_STEPS:
+                error = min(max(error, -limit_s), limit_s)
         gain = self._covariance @ x / (_FORGET + x @ self._covariance @ x)
         self._weights = self._weights + gain * error
         self._covariance = (self._covariance - np.outer(gain, x @ self._covariance)) / _FORGET
@@ -47,6 +54,11 @@ class CostFitter:
         if self._num_steps < 3:
             return None
         return max(0.0, float(self._weights @ _features(batch)))
+
+    @property
+    def residual_s(self) -> float:
+        """Mean absolute error of late."""
+        return self._residual_s
 
     def model(self) -> CostModel:
         base, token, row, context, attention = (float(v) for v in self._weights * _SCALE)

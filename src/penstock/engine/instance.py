@@ -21,12 +21,14 @@ from collections.abc import Callable
 from penstock.engine.build import build_engine
 from penstock.engine.config import WorkerConfig
 from penstock.engine.core import InstanceCore
+from penstock.engine.cost import CostFitter
 from penstock.engine.runtime.runner import Runner
 from penstock.engine.scheduler.batch import StepResult
 from penstock.protocol.codec import PROTOCOL_VERSION, decode, encode
 from penstock.protocol.effects import Effect, Launch, Send, SetTimer, Stop
-from penstock.protocol.errors import EngineFailed, ProtocolError, from_info
+from penstock.protocol.errors import EngineFailed, ProtocolError, VersionMismatch, from_info
 from penstock.protocol.instance import Attach, Detach, Drain
+from penstock.protocol.kv import Refused
 from penstock.protocol.request import SamplingParams, Submit
 from penstock.protocol.tokens import TokenRow, Tokens
 from penstock.protocol.transport.base import Endpoint
@@ -36,6 +38,8 @@ log = logging.getLogger(__name__)
 
 #: Frames taken in before finished steps get their turn again.
 _FRAMES_A_TURN = 256
+#: Python's default of 5 ms is a step's length with a small model.
+_SWITCH_INTERVAL_S = 0.0005
 #: Who asks for the warm-up tokens; no transport lets a peer have this name.
 _SELF = "\0self"
 
@@ -54,6 +58,7 @@ class InstanceDriver:
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._timer_s = 0.0
         self._stopping = False
+        self._failure: str | None = None
         self._draining = False
         self._own_rows: list[TokenRow] = []
 
@@ -70,8 +75,11 @@ class InstanceDriver:
                 self._turn(poller)
         finally:
             endpoint.close(flush_s=1.0)
-            self._runner.close()
-            os.close(self._wake)
+            if self._failure is None:  # else its thread hangs, and so would we
+                self._runner.close()
+                os.close(self._wake)
+        if self._failure is not None:
+            raise EngineFailed(self._failure)
 
     def _turn(self, poller: select.poll) -> None:
         wait_s = 0.0 if self._done else max(0.0, self._timer_s - self._clock())
@@ -102,6 +110,10 @@ class InstanceDriver:
     def _receive(self, peer: str, frame: bytes) -> None:
         try:
             message = decode(frame)
+        except VersionMismatch as exc:
+            refused = Refused("attach", exc.message, code=exc.code)
+            self._carry_out([Send(peer, refused)])
+            return
         except ProtocolError as exc:
             log.warning("dropped a frame from %s: %s", peer, exc)
             return
@@ -115,15 +127,14 @@ class InstanceDriver:
                 case Send(peer=peer, message=message):
                     if peer == _SELF:
                         self._own_rows += message.rows if isinstance(message, Tokens) else []
-                    elif self._endpoint is not None and not self._endpoint.send(
-                        peer, encode(message)
-                    ):
-                        log.debug("%s did not take a %s", peer, type(message).__name__)
-                        self.core.on_send_failed(peer, self._clock())
+                    elif self._endpoint is not None:
+                        taken = self._endpoint.send(peer, encode(message))
+                        self.core.on_sent(peer, taken, self._clock())
                 case SetTimer(at_s=at_s):
                     self._timer_s = at_s
-                case Stop():
+                case Stop(failure=failure):
                     self._stopping = True
+                    self._failure = failure
 
     def _finished(self, result: StepResult) -> None:
         """Called by the runner's thread."""
@@ -133,13 +144,22 @@ class InstanceDriver:
     # --- from outside --------------------------------------------------------------------------
 
     def warm_up(self, prompt_tokens: int = 32, output_tokens: int = 4) -> None:
-        """Draw real tokens before anybody may attach. Raises `EngineFailed` if that fails."""
+        """Draw real tokens before anybody may attach. Raises `EngineFailed` if that fails.
+
+        Twice, since the first steps are slow (memory is touched, kernels are chosen), and the cost
+        model would take that for the machine's speed.
+        """
+        self._draw("warm-up", prompt_tokens, output_tokens)
+        self.core.cost = CostFitter()
+        self._draw("calibration", prompt_tokens, output_tokens)
+
+    def _draw(self, request_id: str, prompt_tokens: int, output_tokens: int) -> None:
         card = self.core.card
         prompt_tokens = max(1, min(prompt_tokens, card.max_model_len - output_tokens))
-        now = self._clock()
-        self._carry_out(self.core.on_message(_SELF, Attach(_SELF, 1, PROTOCOL_VERSION), now))
+        attach = Attach(_SELF, 1, PROTOCOL_VERSION)
+        self._carry_out(self.core.on_message(_SELF, attach, self._clock()))
         submit = Submit(
-            request_id="warm-up",
+            request_id=request_id,
             attempt=1,
             service=_SELF,
             service_incarnation=1,
@@ -172,7 +192,11 @@ def run_worker(config: WorkerConfig) -> int:
     """One engine instance as a process. SIGTERM drains; a second one, or SIGINT, stops."""
     if config.parent_pid is not None:
         _die_with_parent(config.parent_pid)
-    engine = build_engine(config.engine, name=config.name, incarnation=config.incarnation)
+    # The driver's thread must get its turn between the many small calls of the compute thread.
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    engine = build_engine(
+        config.engine, name=config.name, incarnation=config.incarnation or time.time_ns()
+    )
     driver = InstanceDriver(engine.core, engine.runner)
 
     def on_term(_signum: int, _frame: object) -> None:

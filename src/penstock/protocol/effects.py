@@ -40,7 +40,10 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """The core is done (drained): the driver may end the process."""
+    """The driver should end the process: the core has drained, or (with a `failure`) cannot go on
+    and leaves what runs to a successor."""
+
+    failure: str | None = None
 
 
 Effect = Send | Launch | SetTimer | Reply | Stop

@@ -1,0 +1,65 @@
+"""The fitted cost model against the function that made the data."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from penstock.engine.cost import CostFitter
+from penstock.engine.scheduler.batch import Batch, BatchRow
+
+
+def batch(draw: random.Random) -> Batch:
+    rows = [BatchRow(i, draw.randrange(2000), 1, True) for i in range(draw.randrange(1, 32))]
+    if draw.random() < 0.3:
+        rows.append(BatchRow(99, 0, draw.randrange(1, 1024), True))
+    return Batch(0, rows)
+
+
+def true_s(b: Batch) -> float:
+    context = sum(r.start + r.num_tokens for r in b.rows)
+    attention = sum(r.num_tokens * (r.start + r.num_tokens) for r in b.rows)
+    return 0.02 + 3e-4 * b.num_tokens + 2e-4 * len(b.rows) + 2e-7 * context + 1e-9 * attention
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.05])
+def test_it_finds_the_coefficients(noise: float) -> None:
+    draw = random.Random(1)
+    fitter = CostFitter()
+    for _ in range(600):
+        b = batch(draw)
+        fitter.observe(b, true_s(b) * (1 + noise * (2 * draw.random() - 1)))
+    for _ in range(50):
+        b = batch(draw)
+        assert fitter.predict(b) == pytest.approx(true_s(b), rel=0.01 + 2 * noise)
+    model = fitter.model()
+    assert model.num_steps == 600
+    assert model.per_token_s == pytest.approx(3e-4, rel=0.02 + 2 * noise)
+
+
+def test_one_interrupted_step_is_not_believed_and_a_lasting_change_is() -> None:
+    fitter = CostFitter()
+    one = Batch(0, [BatchRow(0, 100, 1, True)])
+    for _ in range(50):
+        fitter.observe(one, 0.1)
+    fitter.observe(one, 5.0)
+    assert fitter.predict(one) == pytest.approx(0.1, rel=0.3)
+    for _ in range(600):
+        fitter.observe(one, 0.2)
+    assert fitter.predict(one) == pytest.approx(0.2, rel=0.1)
+
+
+def test_nothing_is_predicted_from_nothing() -> None:
+    assert CostFitter().predict(Batch(0, [BatchRow(0, 0, 1, True)])) is None
+
+
+def test_many_equal_steps_keep_it_sane() -> None:
+    """Without variety the forgetting must not blow the fit up."""
+    fitter = CostFitter()
+    one = Batch(0, [BatchRow(0, 100, 1, True)])
+    for _ in range(20_000):
+        fitter.observe(one, 0.05)
+    other = Batch(0, [BatchRow(i, 100, 1, True) for i in range(8)])
+    predicted = fitter.predict(other)
+    assert predicted is not None and 0 <= predicted < 1.0
