@@ -109,7 +109,9 @@ def test_frames_that_are_no_messages(server: Server) -> None:
     dice = random.Random(3)
     with Rogue(address(server)) as rogue:
         rogue.attach()
-        rogue.say(b"", b"\x01", b"\x02\x00", b"\xff" * 40, b"\x01\x07abc", b"\x01\x00" + b"\x91" * 9000)
+        rogue.say(
+            b"", b"\x01", b"\x02\x00", b"\xff" * 40, b"\x01\x07abc", b"\x01\x00" + b"\x91" * 9000
+        )
         rogue.parts(b"", b"")
         rogue.parts(*[b"x"] * 100)
         rogue.say(*(whole[:i] for i in range(len(whole))))
@@ -160,7 +162,9 @@ BAD_SUBMITS: dict[str, dict[str, Any]] = {
     "negative logprobs": {"sampling": SamplingParams(max_tokens=4, logprobs=-2)},
     "bias": {"sampling": SamplingParams(max_tokens=4, logit_bias={10**7: 1.0, -5: 1.0})},
     "infinite bias": {"sampling": SamplingParams(max_tokens=4, logit_bias={7: float("inf")})},
-    "stop ids": {"sampling": SamplingParams(max_tokens=4, stop_token_ids=[10**9, -1], min_tokens=2)},
+    "stop ids": {
+        "sampling": SamplingParams(max_tokens=4, stop_token_ids=[10**9, -1], min_tokens=2)
+    },
     "repetition": {"sampling": SamplingParams(max_tokens=4, repetition_penalty=0.0)},
     "seed": {"sampling": SamplingParams(max_tokens=4, temperature=1.0, seed=2**63)},
     "negative seed": {"sampling": SamplingParams(max_tokens=4, temperature=1.0, seed=-1)},

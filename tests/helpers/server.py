@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -74,6 +76,11 @@ class Server:
         return [line for line in lines if line.startswith((name + "{", name + " "))]
 
 
+def _limit(limits: dict[int, int]) -> None:
+    for kind, value in limits.items():
+        resource.setrlimit(kind, (value, value))
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -90,18 +97,28 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def running(model: str, *flags: str, ready: bool = True) -> Iterator[Server]:
-    """`penstock serve MODEL --port P FLAGS` for the time of the block; nothing is left behind."""
+def running(
+    model: str,
+    *flags: str,
+    ready: bool = True,
+    env: dict[str, str] | None = None,
+    limits: dict[int, int] | None = None,
+) -> Iterator[Server]:
+    """`penstock serve MODEL --port P FLAGS` for the time of the block; nothing is left behind.
+
+    `limits` are hard ones, by resource.RLIMIT_*.
+    """
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         log_file = Path(folder) / "log"
         with log_file.open("wb") as out:
             process = subprocess.Popen(
                 penstock("serve", model, "--port", str(port), *flags),
-                env=environment(),
+                env=environment(**(env or {})),
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
+                preexec_fn=functools.partial(_limit, limits or {}),
             )
         server = Server(f"http://127.0.0.1:{port}", process, log_file)
         children: list[psutil.Process] = []
