@@ -45,7 +45,7 @@ def serve(config: ServeConfig, on_ready: Callable[[str], None] = lambda _: None)
 
     Raises `StartupError` (also when the engine cannot be started). Returns the exit code.
     """
-    with _bind(config) as listener:
+    with _bound(config) as listener:
         runner = asyncio.Runner(loop_factory=_loop_factory())
         with runner:
             return runner.run(_serve(config, listener, on_ready))
@@ -85,7 +85,12 @@ class _Service:
                 lost_after_s=config.heartbeat_timeout_s,
             )
         )
-        self.driver = ServiceDriver(core, self._attached)
+        self.driver = ServiceDriver(
+            core,
+            on_active=self._attached,
+            on_lost=self._silent,
+            on_broken=lambda exc: self._fail(f"the service is broken: {exc}"),
+        )
         checkpoint = resolve(config.model, revision=config.revision)
         texts = Texts.from_checkpoint(
             checkpoint,
@@ -142,6 +147,11 @@ class _Service:
             self._announced = True
             self._on_ready(self._url())
 
+    def _silent(self, name: str) -> None:
+        """It hangs, or it has ended: either way its successor goes on with what it had."""
+        if name in self._workers:
+            self._workers[name].kill()
+
     def _engine_ended(self, name: str, code: int, starts_again: bool) -> None:
         if not self._announced:
             # It never ran: trying the same again will not help, and it has said why.
@@ -190,8 +200,9 @@ class _Service:
 def _bind(config: ServeConfig) -> socket.socket:
     """Taken before anything is loaded: a busy port is better known now than in a minute."""
     _raise_file_limit()
+    where = config.uds or f"{config.host}:{config.port}"
     if config.uds is not None:
-        Path(config.uds).unlink(missing_ok=True)
+        _make_way(Path(config.uds))
         listener = socket.socket(socket.AF_UNIX)
         address: object = config.uds
     else:
@@ -204,9 +215,35 @@ def _bind(config: ServeConfig) -> socket.socket:
         listener.listen(4096)
     except OSError as exc:
         listener.close()
-        raise ConfigError(f"cannot listen on {config.host}:{config.port}: {exc.strerror}") from exc
+        raise ConfigError(f"cannot listen on {where}: {exc.strerror or exc}") from exc
     listener.setblocking(False)
     return listener
+
+
+def _make_way(uds: Path) -> None:
+    """A socket that a dead server left is replaced; nothing else is."""
+    if not uds.exists():
+        return
+    if not uds.is_socket():
+        raise ConfigError(f"--uds {uds} exists and is no socket: give another path")
+    with socket.socket(socket.AF_UNIX) as probe:
+        if probe.connect_ex(str(uds)) == 0:
+            raise ConfigError(f"another server listens on {uds}: stop that, or give another --uds")
+    uds.unlink()
+
+
+@contextlib.contextmanager
+def _bound(config: ServeConfig) -> Iterator[socket.socket]:
+    """`_bind` for the time of the block. A Unix socket's file goes with us, if it is still ours."""
+    with _bind(config) as listener:
+        path = Path(config.uds) if config.uds is not None else None
+        ours = path.stat().st_ino if path is not None else 0
+        try:
+            yield listener
+        finally:
+            with contextlib.suppress(OSError):
+                if path is not None and path.stat().st_ino == ours:
+                    path.unlink()
 
 
 def _raise_file_limit() -> None:

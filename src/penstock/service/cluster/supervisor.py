@@ -8,14 +8,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 
+from penstock.service.cluster.folders import SocketFolder
 from penstock.service.config import RestartPolicy
 
 log = logging.getLogger(__name__)
@@ -36,12 +34,12 @@ class Worker:
         self._args = worker_args
         self._policy = policy
         self._on_exit = on_exit
-        # A folder of our own, mode 700: nobody else on the host can reach the socket.
-        self._folder = Path(tempfile.mkdtemp(prefix="penstock-"))
-        self.address = f"ipc://{self._folder}/{name}.sock"
+        self._folder = SocketFolder()
+        self.address = f"ipc://{self._folder.path}/{name}.sock"
         self._process: subprocess.Popen[bytes] | None = None
         self._incarnation = 0
         self._failures = 0
+        self._was_ready = False
         self._stopping = False
         self._restart: asyncio.TimerHandle | None = None
         self._exited = asyncio.Event()
@@ -66,6 +64,13 @@ class Worker:
     def ready(self) -> None:
         """It has attached: a later failure starts a new count."""
         self._failures = 0
+        self._was_ready = True
+
+    def kill(self) -> None:
+        """It does not answer: end it. It is started again like one that ended by itself."""
+        if self._process is not None and self._process.poll() is None:
+            log.error("engine %s does not answer; it is killed", self.name)
+            self._process.kill()
 
     def _ended(self, fd: int) -> None:
         loop = asyncio.get_running_loop()
@@ -77,13 +82,15 @@ class Worker:
         if self._stopping:
             return
         self._failures += 1
-        again = self._policy.enabled and self._failures <= self._policy.max_failures
+        again = (
+            self._policy.enabled
+            and self._was_ready  # else the same start would end in the same way
+            and self._failures <= self._policy.max_failures
+        )
+        what_next = "; starting it again" if again else ""
+        log.error("engine %s ended (%s)%s", self.name, describe_exit(code), what_next)
         if again:
-            delay_s = self._delay_s()
-            log.error("engine %s ended (%s); starting it again", self.name, describe_exit(code))
-            self._restart = loop.call_later(delay_s, self.start)
-        else:
-            log.error("engine %s ended (%s)", self.name, describe_exit(code))
+            self._restart = loop.call_later(self._delay_s(), self.start)
         self._on_exit(self.name, code, again)
 
     def _delay_s(self) -> float:
@@ -103,7 +110,7 @@ class Worker:
             except TimeoutError:
                 self._process.kill()
                 await self._exited.wait()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.remove()
 
 
 def describe_exit(code: int) -> str:
