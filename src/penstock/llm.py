@@ -109,7 +109,7 @@ class LLM:
     async def _attach(self, address: str) -> ServiceDriver:
         attached = asyncio.Event()
         core = ServiceCore(ServiceCoreConfig(name="llm", max_queue=2**62))
-        driver = ServiceDriver(core, lambda _: attached.set())
+        driver = ServiceDriver(core, on_active=lambda _: attached.set())
         driver.connect("engine-0", address)
         await attached.wait()
         return driver

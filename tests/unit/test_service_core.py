@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from penstock.protocol.codec import PROTOCOL_VERSION, decode, encode
@@ -25,6 +26,7 @@ from penstock.protocol.request import Cancel, SamplingParams, Submit
 from penstock.protocol.tokens import Credit, PromptLogprobs, TokenLogprobs, TokenRow, Tokens
 from penstock.service.core import ServiceCore, ServiceCoreConfig
 from penstock.service.generation import GenerationSpec, TokenDelta
+from penstock.service.placement import PlacementConfig
 
 
 def card(name: str, incarnation: int) -> InstanceCard:
@@ -49,7 +51,9 @@ class Bench:
     """A service core with instances that say what the test makes them say."""
 
     def __init__(self, *names: str, **config: Any) -> None:
-        self.core = ServiceCore(ServiceCoreConfig(name="s", **config))
+        known = PlacementConfig.__dataclass_fields__
+        placement = PlacementConfig(**{k: config.pop(k) for k in list(config) if k in known})
+        self.core = ServiceCore(ServiceCoreConfig(name="s", placement=placement, **config))
         self.now = 0.0
         self.timer_s = 0.0
         self.sent: list[tuple[str, Any]] = []
@@ -202,6 +206,85 @@ def test_a_lost_instance_is_left_for_another_with_what_was_emitted() -> None:
     assert ids_of(bench) == [5, 6] and ends_of(bench) == ["length"]
 
 
+def test_an_instance_that_forgot_us_is_left_at_once_and_taken_back() -> None:
+    bench = Bench("a")
+    bench.submit()
+    bench.taken(Submit)
+    bench.row("a", TokenRow("r/0", 1, 0, [5]))
+    bench.say("a", Refused("submit", "attach first", "q/0", 1, "not_attached"))
+    assert bench.core.instances["a"].state == "lost" and not bench.core.instances["a"].entries
+    bench.attached("a")
+    ((_, again),) = bench.taken(Submit)
+    assert again.resumed_ids == [5]
+    # It counts from one again; its rows must not be taken for old ones.
+    bench.say("a", Tokens("a", 1, 1, [TokenRow("r/0", again.attempt, 1, [6])]))
+    assert ids_of(bench) == [5, 6]
+
+
+def test_a_lost_cancel_is_repeated_when_the_ghost_speaks() -> None:
+    bench = Bench("a")
+    bench.submit()
+    bench._take(bench.core.cancel("r", None, bench.now))
+    bench.sent.clear()
+    bench.row("a", TokenRow("r/0", 1, 0, [5]))
+    assert [m.attempt for _, m in bench.taken(Cancel)] == [1]
+    bench.row("a", TokenRow("r/0", 1, 1, [], "cancelled"))
+    assert bench.taken(Cancel) == []
+
+
+def test_our_own_pause_is_not_an_instances_silence() -> None:
+    bench = Bench("a", "b", lost_after_s=2.5)
+    bench.submit()
+    bench.wait(1.0, alive=("a", "b"))
+    bench.now += 30.0  # the machine slept; timers come before the heartbeats that have gathered
+    bench._take(bench.core.on_timer(bench.now))
+    assert {i.state for i in bench.core.instances.values()} == {"active"}
+    assert len(bench.taken(Submit)) == 1
+
+
+def test_a_draining_instance_gets_nothing_new() -> None:
+    bench = Bench("a", "b")
+    draining = msgspec.structs.replace(load("a", 1), draining=True)
+    bench.say("a", draining)
+    for number in range(4):
+        bench.submit(f"r{number}")
+    assert {peer for peer, _ in bench.taken(Submit)} == {"b"}
+
+
+def test_two_models_are_not_mixed() -> None:
+    bench = Bench("a")
+    bench._take(bench.core.add_instance("b", bench.now))
+    other = msgspec.structs.replace(card("b", 1), model_digest="another")
+    bench.say("b", Attached(other, PROTOCOL_VERSION))
+    assert bench.core.instances["b"].state == "connecting"
+    assert "another model" in bench.core.instances["b"].refusal
+
+
+def test_bystanders_survive_engines_that_die_in_a_row() -> None:
+    bench = Bench("a")
+    bench.submit()
+    for incarnation in range(2, 7):
+        bench.attached("a", incarnation=incarnation)
+    assert ends_of(bench) == []
+    assert len(bench.taken(Submit)) == 6
+
+
+def test_missing_prompt_logprobs_are_asked_for_again() -> None:
+    bench = Bench("a")
+    params = SamplingParams(max_tokens=4, prompt_logprobs=0)
+    bench.submit(prompt_ids=[1, 2, 3], sampling=params)
+    bench.taken(Submit)
+    bench.row("a", TokenRow("r/0", 1, 0, [5]))  # their message was lost on the way
+    ((_, again),) = bench.taken(Submit)
+    assert again.sampling.prompt_logprobs == 0 and ids_of(bench) == []
+
+
+def test_services_speak_though_they_have_nothing_to_say() -> None:
+    bench = Bench("a", speak_every_s=1.0)
+    bench.wait(4.0, alive=("a",))
+    assert len(bench.taken(Credit)) >= 3
+
+
 def test_silence_is_suspected_then_lost_within_the_bound() -> None:
     bench = Bench("a", "b", suspect_after_s=1.0, lost_after_s=3.0)
     bench.submit()
@@ -225,8 +308,9 @@ def test_a_woken_zombie_is_reconciled_and_taken_back() -> None:
     bench.wait(4.0, alive=(other,))
     bench.sent.clear()
     bench.say(first, load(first, 99))
-    assert [peer for peer, _ in bench.taken(Resync)] == [first]
-    bench.say(first, Snapshot(first, 1, [LiveRequest("r/0", 1, 3)], 0, b""))
+    ((peer, resync),) = bench.taken(Resync)
+    assert peer == first
+    bench.say(first, Snapshot(first, 1, [LiveRequest("r/0", 1, 3)], 0, b"", resync.nonce))
     assert [(peer, m.attempt) for peer, m in bench.taken(Cancel)] == [(first, 1)]
     bench.wait(0.25, alive=(first, other))
     assert first in [peer for peer, _ in bench.taken(Attach)]
@@ -270,7 +354,7 @@ def test_a_restart_that_is_under_way_is_waited_for() -> None:
 
 
 def test_a_request_that_kills_its_engines_is_given_up() -> None:
-    bench = Bench("a", max_fruitless_attempts=2)
+    bench = Bench("a", max_failed_steps=2)
     bench.submit()
     failed = ErrorInfo("engine_failed", "boom")
     for attempt in (1, 2, 3):
@@ -292,8 +376,10 @@ def test_a_lost_submit_is_noticed_and_sent_again() -> None:
     bench.submit()
     bench.sent.clear()
     bench.wait(2.5, alive=("a",))
-    assert len(bench.taken(Resync)) == 1
-    bench.say("a", Snapshot("a", 1, [], 0, b""))
+    ((_, resync),) = bench.taken(Resync)
+    bench.say("a", Snapshot("a", 1, [], 0, b"", resync.nonce - 1))  # an older answer
+    assert bench.taken(Submit) == []
+    bench.say("a", Snapshot("a", 1, [], 0, b"", resync.nonce))
     ((_, again),) = bench.taken(Submit)
     assert again.attempt == 2
 
@@ -322,12 +408,12 @@ def test_cancel_is_final_for_the_caller_and_counted_back() -> None:
     bench = Bench("a")
     bench.submit(n=2)
     bench._take(bench.core.cancel("r", 1, bench.now))
-    bench.row("a", TokenRow("r/1", 1, 0, [5]), TokenRow("r/0", 1, 0, [6]))
+    bench.row("a", TokenRow("r/1", 1, 0, [], "cancelled"), TokenRow("r/0", 1, 0, [6]))
     assert ids_of(bench, choice=1) == [] and ids_of(bench, choice=0) == [6]
     bench._take(bench.core.cancel("r", None, bench.now))
     bench._take(bench.core.cancel("r", None, bench.now))
     assert [m.request_id for _, m in bench.taken(Cancel)] == ["r/1", "r/0"]
-    assert len(bench.core.journal) == 0 and bench.core.num_queued == 0
+    assert len(bench.core.journal) == 0 and bench.core.placement.num_queued == 0
 
 
 def test_prompt_logprobs_are_not_repeated_after_a_move() -> None:

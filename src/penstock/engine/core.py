@@ -127,8 +127,8 @@ class InstanceCore:
                 effects = self._attach(peer, message, now)
             case Detach():
                 effects = self._detach(peer, message)
-            case Resync():
-                effects = self._snapshot(peer)
+            case Resync(nonce=nonce):
+                effects = self._snapshot(peer, nonce)
             case Probe(nonce=nonce):
                 card = self.card
                 effects = [Send(peer, Probed(card.name, card.incarnation, nonce, self.ready))]
@@ -306,7 +306,7 @@ class InstanceCore:
         self.role, self.epoch = assign.role, assign.epoch
         return [Send(peer, Assigned(self.card.name, self.role, self.epoch))]
 
-    def _snapshot(self, peer: str) -> list[Effect]:
+    def _snapshot(self, peer: str, nonce: int) -> list[Effect]:
         link = self._links.get(peer)
         if link is None:
             return [Send(peer, Refused("resync", "attach first", code="not_attached"))]
@@ -315,7 +315,8 @@ class InstanceCore:
         ]
         keys = b"".join(self.scheduler.kv_keys()) if link.kv_events else b""
         card = self.card
-        return [Send(peer, Snapshot(card.name, card.incarnation, live, link.kv_sent, keys))]
+        snapshot = Snapshot(card.name, card.incarnation, live, link.kv_sent, keys, nonce)
+        return [Send(peer, snapshot)]
 
     # --- what goes out -------------------------------------------------------------------------
 

@@ -78,7 +78,9 @@ class Detach(msgspec.Struct, frozen=True, tag="detach"):
 
 
 class Resync(msgspec.Struct, frozen=True, tag="resync"):
-    """Ask for a `Snapshot`."""
+    """Ask for a `Snapshot`, which will carry the same nonce."""
+
+    nonce: int = 0
 
 
 class LiveRequest(msgspec.Struct, frozen=True, array_like=True):
@@ -95,6 +97,7 @@ class Snapshot(msgspec.Struct, frozen=True, tag="snapshot"):
     requests: list[LiveRequest]
     kv_number: int
     keys: bytes
+    nonce: int = 0
 
 
 class Load(msgspec.Struct, frozen=True, tag="load"):

@@ -60,8 +60,9 @@ class ServeConfig:
     max_body_bytes: int = 32 * MIB
     #: From SIGTERM to the end, requests in flight included.
     drain_timeout_s: float = 30.0
-    #: No heartbeat for this long (a predicted long step aside): the instance is suspect, then lost.
-    heartbeat_timeout_s: float = 3.0
+    #: No heartbeat for half of this: an instance gets no new work; for all of it: it is given up.
+    #: Heartbeats come every half second, from a thread that compute does not block.
+    heartbeat_timeout_s: float = 2.5
     restart: RestartPolicy = RestartPolicy()
     #: What engines know it by; empty: host and process id (two of one name push each other out).
     name: str = ""

@@ -1,36 +1,41 @@
 """ServiceCore: the service as a state machine without I/O.
 
-It keeps the journal, decides where each sequence runs, checks what comes back against the journal,
-and moves sequences when an instance fails. The driver (`service/app.py`) or the simulator carries
-out the effects; `Reply` hands a `TokenDelta` to whoever made the request.
+It accepts requests, checks what comes back against the journal, and watches the instances;
+`placement.py` decides where each sequence runs and moves those whose instance fails. The driver
+(`service/driver.py`) or the simulator carries out the effects; `Reply` hands a `TokenDelta` to
+whoever made the request.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable
-from dataclasses import dataclass
-
-import msgspec
+from dataclasses import dataclass, field
 
 from penstock.protocol.codec import PROTOCOL_VERSION, Message
 from penstock.protocol.effects import Effect, Reply, Send, SetTimer
 from penstock.protocol.errors import (
-    EngineFailed,
     EngineUnavailable,
     ErrorInfo,
     Overloaded,
     PenstockError,
     from_info,
 )
-from penstock.protocol.instance import Attach, Attached, Load, Probe, Probed, Resync, Snapshot
-from penstock.protocol.kv import KvEvents, Refused
-from penstock.protocol.request import Cancel, Submit
+from penstock.protocol.instance import (
+    Attach,
+    Attached,
+    Detach,
+    Load,
+    Probe,
+    Resync,
+    Snapshot,
+)
+from penstock.protocol.kv import Refused
+from penstock.protocol.request import Cancel
 from penstock.protocol.tokens import Credit, PromptLogprobs, TokenRow, Tokens
-from penstock.service.cluster.instances import Instance, view_of
+from penstock.service.cluster.instances import Instance
 from penstock.service.generation import GenerationSpec, TokenDelta
 from penstock.service.journal import Entry, Journal
-from penstock.service.policies.routing import Decision, Policy, RouteRequest, least_load
+from penstock.service.placement import Placement, PlacementConfig
+from penstock.service.policies.routing import Decision, Policy, least_load
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,62 +44,61 @@ class ServiceCoreConfig:
     incarnation: int = 1
     #: Sequences accepted that have had no token yet; more are refused with 429.
     max_queue: int = 1024
-    suspect_after_s: float = 1.5
-    lost_after_s: float = 4.0
+    #: Silence after which an instance gets no new work, and after which it is given up.
+    suspect_after_s: float = 1.25
+    lost_after_s: float = 2.5
+    #: Between two tries to attach; they grow to `attach_at_most_s` while nothing answers.
     attach_every_s: float = 0.25
+    attach_at_most_s: float = 2.0
     tick_s: float = 0.25
-    #: A sequence without progress for this long is looked after: is it still where we think?
+    #: A sequence without news for this long is looked after: is it still where we think?
     resync_after_s: float = 2.0
-    #: How long a sequence may be without an instance before it ends with an error, when nothing is
-    #: known to be on its way. `expect` says that an instance is being (re)started: then this long:
-    recovery_s: float = 4.0
-    restart_recovery_s: float = 120.0
-    #: Placements in a row that yield no token before the request is taken to be the cause.
-    max_fruitless_attempts: int = 3
+    #: A word at least this often, so that instances know that we live.
+    speak_every_s: float = 1.0
     credit_every: int = 32
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
 
 
 class ServiceCore:
     def __init__(self, config: ServiceCoreConfig, policy: Policy = least_load) -> None:
         self.config = config
-        self.policy = policy
-        self.journal = Journal()
-        self.instances: dict[str, Instance] = {}
-        self._homeless: deque[Entry] = deque()
-        self._num_queued = 0  # journal entries without any token yet
-        self._expected: set[str] = set()  # membership only, never iterated
-        self.num_resumed = 0
+        self.placement = Placement(config.placement, config.name, config.incarnation, policy)
+        self._model_digest: str | None = None
+        self._next_tick_s: float | None = None
+
+    @property
+    def journal(self) -> Journal:
+        return self.placement.journal
+
+    @property
+    def instances(self) -> dict[str, Instance]:
+        return self.placement.instances
+
+    @property
+    def ready(self) -> bool:
+        """Instances attach only after they have produced a token, so an active one is ready."""
+        return any(i.state == "active" for i in self.instances.values())
+
+    def explain(self, request_id: str) -> list[Decision | None]:
+        return [entry.decision for entry in self.journal.of_request(request_id)]
+
+    def check(self) -> None:
+        self.placement.check()
 
     # --- the driver's side: requests and the life of instances ----------------------------------
 
     def submit(self, spec: GenerationSpec, now: float) -> list[Effect]:
         """Accept a request. Raises `Overloaded`; after this each choice gets one terminal delta."""
-        if self._num_queued + spec.n > self.config.max_queue:
+        waiting = self.placement.num_queued
+        if waiting + spec.n > self.config.max_queue:
             raise Overloaded(
-                f"{self._num_queued} sequences wait already (the limit is "
-                f"{self.config.max_queue}): try again later",
+                f"{waiting} sequences wait already (the limit is {self.config.max_queue}): "
+                "try again later",
                 retry_after_s=1.0,
             )
-        deadline_s = None if spec.total_budget_s is None else now + spec.total_budget_s
         effects: list[Effect] = []
         for choice in range(spec.n):
-            entry = Entry(
-                key=f"{spec.request_id}/{choice}",
-                request_id=spec.request_id,
-                choice=choice,
-                prompt_ids=spec.prompt_ids,
-                sampling=spec.sampling,
-                constraint=spec.constraint,
-                request_class=spec.request_class,
-                priority=spec.priority,
-                cache_salt=spec.cache_salt,
-                accepted_s=now,
-                deadline_s=deadline_s,
-                progress_s=now,
-            )
-            self.journal.add(entry)
-            self._num_queued += 1
-            effects += self._place(entry, now)
+            effects += self.placement.accept(Entry.of(spec, choice, now), now)
         return effects
 
     def cancel(self, request_id: str, choice: int | None, now: float) -> list[Effect]:
@@ -102,40 +106,29 @@ class ServiceCore:
         effects: list[Effect] = []
         for entry in self.journal.of_request(request_id):
             if choice is None or entry.choice == choice:
-                if entry.instance is not None:
-                    effects.append(Send(entry.instance, Cancel(entry.key, entry.attempt)))
-                self._close(entry)
+                effects += self.placement.withdraw(entry)
         return effects
 
     def add_instance(self, name: str, now: float) -> list[Effect]:
         """A connection to `name` exists: attach to it."""
-        self.instances[name] = Instance(name, heard_s=now)
-        return self.on_timer(now)
+        instance = self.instances[name] = Instance(name, heard_s=now)
+        return [*self._look_after(instance, now), SetTimer(now + self.config.tick_s)]
 
     def expect(self, name: str, coming: bool) -> None:
         """The driver is (re)starting `name`: sequences without an instance may wait longer."""
-        (self._expected.add if coming else self._expected.discard)(name)
+        self.placement.expect(name, coming)
 
     def on_instance_lost(self, name: str, now: float) -> list[Effect]:
         """`name` has died or fallen silent: its sequences go on elsewhere, from the journal."""
-        instance = self.instances[name]
-        instance.state = "lost"
-        effects: list[Effect] = []
-        for entry in list(instance.entries.values()):
-            effects += self._replace(entry, now)
-        return effects
+        return self._give_up(self.instances[name], now)
 
-    @property
-    def ready(self) -> bool:
-        """Instances attach only after they have produced a token, so an active one is ready."""
-        return any(i.state == "active" for i in self.instances.values())
-
-    @property
-    def num_queued(self) -> int:
-        return self._num_queued
-
-    def explain(self, request_id: str) -> list[Decision | None]:
-        return [entry.decision for entry in self.journal.of_request(request_id)]
+    def close_all(self, error: PenstockError) -> list[Effect]:
+        """The service stops: whatever still lives ends with this error, here and there."""
+        effects: list[Effect] = [
+            self.placement.end(entry, error.info()) for entry in list(self.journal)
+        ]
+        detach = Detach(self.config.name, self.config.incarnation)
+        return effects + [Send(i.name, detach) for i in self.instances.values() if i.card]
 
     # --- messages ------------------------------------------------------------------------------
 
@@ -143,65 +136,60 @@ class ServiceCore:
         instance = self.instances.get(peer)
         if instance is None:
             return []
+        if isinstance(message, Attached):
+            return self._attached(instance, message, now)
+        if isinstance(message, Refused):
+            return self._refused(instance, message, now)
+        if getattr(message, "incarnation", None) != instance.incarnation:
+            return []  # from before a restart
+        instance.heard(now)
         match message:
             case Tokens():
                 return self._tokens(instance, message, now)
-            case Attached():
-                return self._attached(instance, message, now)
-            case Refused():
-                return self._refused(instance, message, now)
-        incarnation = getattr(message, "incarnation", None)
-        if instance.card is None or incarnation != instance.incarnation:
-            return []  # from before a restart
-        self._heard(instance, now)
-        match message:
             case Load():
-                instance.load = message
-                return self._revive(instance, now)
+                return self._load(instance, message, now)
             case Snapshot():
                 return self._reconcile(instance, message, now)
             case PromptLogprobs():
                 return self._prompt_logprobs(instance, message)
-            case Probed() | KvEvents():
-                return []
             case _:
-                return []
+                return []  # a Probed has been heard; KvEvents come only where they were asked for
 
     def _tokens(self, instance: Instance, message: Tokens, now: float) -> list[Effect]:
         """The hot path: every new token of every stream on this instance comes through here."""
-        if message.incarnation != instance.incarnation or message.number <= instance.tokens_seen:
-            return []  # from before a restart, or a duplicate
+        if message.number <= instance.tokens_seen:
+            return []  # a duplicate
         effects: list[Effect] = []
         if message.number != instance.tokens_seen + 1:
             effects += self._resync(instance, now)  # a gap: something was lost on the way
         instance.tokens_seen = message.number
-        self._heard(instance, now)
         entries = instance.entries
         for row in message.rows:
             entry = entries.get(row.request_id)
             if entry is None or row.attempt != entry.attempt:
-                continue  # cancelled, or an attempt that has been given up
-            if row.ids and row.start != len(entry.emitted):
-                if row.start > len(entry.emitted):
-                    effects += self._replace(entry, now)  # tokens are missing: draw them again
-                continue
-            if row.finish == "error" and row.error is not None:
+                if row.finish is None:  # cancelled or given up, and it does not know that
+                    effects.append(Send(instance.name, Cancel(row.request_id, row.attempt)))
+            elif row.ids and not self._follows(entry, row):
+                if row.start >= len(entry.emitted):
+                    effects += self.placement.move(entry, now)  # what is missing is drawn again
+            elif row.error is not None:
                 effects += self._row_failed(entry, row.error, now)
-                continue
-            effects.append(self._accept(instance, entry, row, now))
+            else:
+                effects.append(self._accept(entry, row, now))
         if instance.tokens_seen - instance.tokens_credited >= self.config.credit_every:
-            effects.append(self._credit(instance))
+            effects.append(self._credit(instance, now))
         return effects
 
-    def _accept(self, instance: Instance, entry: Entry, row: TokenRow, now: float) -> Reply:
+    @staticmethod
+    def _follows(entry: Entry, row: TokenRow) -> bool:
+        """Nothing is missing before the row, and nothing of it is known."""
+        return row.start == len(entry.emitted) and not (
+            entry.lacks_prompt_logprobs and not entry.emitted
+        )
+
+    def _accept(self, entry: Entry, row: TokenRow, now: float) -> Reply:
         if row.ids:
-            if entry.queued_tokens:
-                instance.started(entry)
-            if not entry.emitted:
-                self._num_queued -= 1
-            entry.emitted += row.ids
-            entry.progress_s = now
-            entry.attempts_without_progress = 0
+            self.placement.progress(entry, row.ids, now)
         if entry.cached_tokens is None:
             entry.cached_tokens = row.cached_tokens
         delta = TokenDelta(
@@ -214,13 +202,13 @@ class ServiceCore:
             queued_s=row.queued_s,
         )
         if row.finish is not None:
-            self._close(entry)
+            self.placement.close(entry)
         return Reply(entry.request_id, delta)
 
     def _row_failed(self, entry: Entry, error: ErrorInfo, now: float) -> list[Effect]:
         if from_info(error).retryable:
-            return self._replace(entry, now)
-        return [self._end_with(entry, error)]
+            return self.placement.retry(entry, now)
+        return [self.placement.end(entry, error)]
 
     def _prompt_logprobs(self, instance: Instance, message: PromptLogprobs) -> list[Effect]:
         entry = instance.entries.get(message.request_id)
@@ -229,224 +217,147 @@ class ServiceCore:
         known = entry.prompt_logprobs_done - message.start
         fresh = message.entries[max(0, known) :]
         if known < 0 or not fresh:
-            return []  # a gap is repaired with the tokens'; what is known already is not repeated
+            return []  # known already; or a gap, which the first tokens will find
         entry.prompt_logprobs_done += len(fresh)
         return [Reply(entry.request_id, TokenDelta(entry.choice, [], prompt_logprobs=fresh))]
 
     def _attached(self, instance: Instance, message: Attached, now: float) -> list[Effect]:
         effects: list[Effect] = []
-        if instance.card is not None and message.card.incarnation < instance.incarnation:
+        if message.card.incarnation < instance.incarnation:
             return []
-        if instance.card is None or message.card.incarnation > instance.incarnation:
+        if reason := self._other_model(instance, message.card.model_digest):
+            instance.refusal = reason
+            return []
+        if instance.card is not None and message.card.incarnation > instance.incarnation:
             # A new process under this name: whatever ran on the old one is gone.
-            effects += self.on_instance_lost(instance.name, now) if instance.card else []
-        else:
+            effects += self._give_up(instance, now)
+        elif instance.card is not None:
             effects += self._resync(instance, now)  # it was only away: who still runs there?
         # It may have forgotten us meanwhile and count from one again. If it has not, there is a gap
         # now, which a resync mends; what comes twice is known by its start.
         instance.tokens_seen = instance.tokens_credited = 0
-        instance.card = message.card
-        instance.state = "active"
-        self._expected.discard(instance.name)
-        self._heard(instance, now)
-        return effects + self._place_homeless(now)
+        instance.attached(message.card, now)
+        self._model_digest = message.card.model_digest
+        self.placement.expect(instance.name, False)
+        return effects + self.placement.house(now)
+
+    def _other_model(self, instance: Instance, digest: str) -> str:
+        """Two models must not share an answer: while one is in use, another is refused."""
+        others = [i for i in self.instances.values() if i is not instance and i.state == "active"]
+        if digest == self._model_digest or not (others or len(self.journal)):
+            return ""
+        return (
+            f"{instance.name} serves another model (digest {digest[:12]}, in use is "
+            f"{(self._model_digest or '')[:12]})"
+        )
 
     def _refused(self, instance: Instance, message: Refused, now: float) -> list[Effect]:
-        effects: list[Effect] = []
         if message.what == "attach":
-            instance.state = "lost"
-            return effects
+            instance.refusal = message.reason
+            return self._give_up(instance, now)
         if message.code == "not_attached":
-            # It has forgotten us (a lost Attach, or it dropped us for not reading): start over.
-            instance.state = "connecting"
+            # It has forgotten us: nothing of ours runs there any more.
+            return self._give_up(instance, now)
+        instance.draining = instance.draining or message.code == "draining"
         entry = instance.entries.get(message.request_id or "")
-        if entry is not None and entry.attempt == message.attempt:
-            effects += self._replace(entry, now, avoid=instance.name)
-        return effects
+        if entry is None or entry.attempt != message.attempt:
+            return []
+        return self.placement.move(entry, now, avoid=instance.name)
+
+    def _load(self, instance: Instance, load: Load, now: float) -> list[Effect]:
+        instance.load = load
+        instance.draining = load.draining
+        if instance.state == "lost":
+            # It was only stopped. It must attach anew, and be rid of what runs elsewhere by now.
+            return self._resync(instance, now)
+        return self.placement.house(now)
 
     def _reconcile(self, instance: Instance, snapshot: Snapshot, now: float) -> list[Effect]:
-        """Both sides agree again: what only it has is cancelled, what only we have is replaced."""
-        sent_s, instance.resync_sent_s = instance.resync_sent_s, None
+        """Both sides agree again: what only it has is cancelled, what only we have is moved."""
+        asked_s = instance.resync_sent_s
+        if asked_s is None or snapshot.nonce != instance.resync_nonce:
+            return []  # the answer to an older question
+        instance.resync_sent_s = None
         effects: list[Effect] = []
-        live = {r.request_id: r for r in snapshot.requests}
-        for request_id, request in live.items():
+        live = {r.request_id: r.attempt for r in snapshot.requests}
+        for request_id, attempt in live.items():
             entry = instance.entries.get(request_id)
-            if entry is None or entry.attempt != request.attempt:
-                effects.append(Send(instance.name, Cancel(request_id, request.attempt)))
+            if entry is None or entry.attempt != attempt:
+                effects.append(Send(instance.name, Cancel(request_id, attempt)))
         for entry in list(instance.entries.values()):
-            found = live.get(entry.key)
-            missing = found is None or found.attempt != entry.attempt
-            if missing and sent_s is not None and entry.submitted_s < sent_s:
-                effects += self._replace(entry, now)
+            if live.get(entry.key) == entry.attempt:
+                entry.confirmed_s = now
+            elif entry.submitted_s <= asked_s:  # asked after it: the snapshot should have had it
+                effects += self.placement.move(entry, now)
         return effects
 
     # --- time ----------------------------------------------------------------------------------
 
     def on_timer(self, now: float) -> list[Effect]:
         effects: list[Effect] = []
-        config = self.config
+        self._forgive_own_pause(now)
         for instance in self.instances.values():
             effects += self._look_after(instance, now)
-        for entry in list(self._homeless):
-            since_s = entry.homeless_since_s
-            bound_s = config.restart_recovery_s if self._expected else config.recovery_s
-            if since_s is not None and now - since_s > bound_s:
-                error = EngineUnavailable(
-                    f"no engine instance could take the request within {bound_s:g} s: "
-                    "check /health and the engine's log, then try again",
-                    retry_after_s=1.0,
-                )
-                effects.append(self._end_with(entry, error.info()))
-        late = [e for e in self.journal if e.deadline_s is not None and now > e.deadline_s]
-        for entry in late:
-            if entry.instance is not None:
-                effects.append(Send(entry.instance, Cancel(entry.key, entry.attempt)))
+        effects += self.placement.house(now)
+        for entry in [e for e in self.journal if e.deadline_s is not None and now > e.deadline_s]:
             error = EngineUnavailable("the request's time budget ran out before it finished")
-            effects.append(self._end_with(entry, error.info()))
-        effects.append(SetTimer(now + config.tick_s))
-        return effects
+            reply = Reply(
+                entry.request_id, TokenDelta(entry.choice, [], "error", error=error.info())
+            )
+            effects += [*self.placement.withdraw(entry), reply]
+        self._next_tick_s = now + self.config.tick_s
+        return [*effects, SetTimer(self._next_tick_s)]
+
+    def _forgive_own_pause(self, now: float) -> None:
+        """A timer that comes late means that this process was stopped (or the machine was):
+        instances must not be found silent for that time. Cassandra's failure detector does so."""
+        late_s = 0.0 if self._next_tick_s is None else now - self._next_tick_s
+        if late_s > 2 * self.config.tick_s:
+            for instance in self.instances.values():
+                instance.heard_s += late_s
+            self.placement.forgive(late_s)
 
     def _look_after(self, instance: Instance, now: float) -> list[Effect]:
         config = self.config
-        effects: list[Effect] = []
         if instance.state in ("connecting", "lost"):
-            if now - instance.attach_sent_s >= config.attach_every_s:
-                instance.attach_sent_s = now
-                attach = Attach(config.name, config.incarnation, PROTOCOL_VERSION)
-                effects.append(Send(instance.name, attach))
-            return effects
+            return self._attach(instance, now)
         silent_s = now - instance.heard_s
         if silent_s > config.lost_after_s:
-            return self.on_instance_lost(instance.name, now)
+            return self._give_up(instance, now)
         if silent_s > config.suspect_after_s:
             instance.state = "suspect"
-            effects.append(Send(instance.name, Probe(int(now * 1000))))
-            return effects
-        if instance.tokens_seen > instance.tokens_credited:
-            effects.append(self._credit(instance))
-        stale = any(
-            now - max(e.progress_s, e.submitted_s) > config.resync_after_s
-            for e in instance.entries.values()
-        )
-        if stale:
+            return [Send(instance.name, Probe(int(now * 1000)))]
+        effects: list[Effect] = []
+        behind = instance.tokens_seen > instance.tokens_credited
+        if behind or now - instance.credit_sent_s >= config.speak_every_s:
+            effects.append(self._credit(instance, now))
+        if any(now - e.news_s > config.resync_after_s for e in instance.entries.values()):
             effects += self._resync(instance, now)
         return effects
 
-    def _heard(self, instance: Instance, now: float) -> None:
-        instance.heard_s = now
-        if instance.state == "suspect":
-            instance.state = "active"
+    def _attach(self, instance: Instance, now: float) -> list[Effect]:
+        if now < instance.next_attach_s:
+            return []
+        pause_s = self.config.attach_every_s * 2**instance.attach_tries
+        instance.next_attach_s = now + min(pause_s, self.config.attach_at_most_s)
+        # A refusal stands until somebody changes something; until then there is no hurry.
+        instance.attach_tries = min(instance.attach_tries + 1, 8) if instance.refusal else 0
+        attach = Attach(self.config.name, self.config.incarnation, PROTOCOL_VERSION)
+        return [Send(instance.name, attach)]
 
-    def _revive(self, instance: Instance, now: float) -> list[Effect]:
-        """A lost instance that speaks again (it was only stopped) must attach anew, and be rid of
-        what has been placed elsewhere meanwhile."""
-        if instance.state != "lost":
-            return self._place_homeless(now) if self._homeless else []
-        instance.state = "connecting"
-        return self._resync(instance, now)
+    def _give_up(self, instance: Instance, now: float) -> list[Effect]:
+        instance.state = "lost"
+        return self.placement.evacuate(instance, now)
 
     def _resync(self, instance: Instance, now: float) -> list[Effect]:
+        """Ask who runs there; an answer that does not come is asked for again after a second."""
         if instance.resync_sent_s is not None and now - instance.resync_sent_s < 1.0:
             return []
         instance.resync_sent_s = now
-        return [Send(instance.name, Resync())]
+        instance.resync_nonce += 1
+        return [Send(instance.name, Resync(instance.resync_nonce))]
 
-    def _credit(self, instance: Instance) -> Send:
+    def _credit(self, instance: Instance, now: float) -> Send:
         instance.tokens_credited = instance.tokens_seen
+        instance.credit_sent_s = now
         return Send(instance.name, Credit(instance.tokens_seen))
-
-    # --- placement -----------------------------------------------------------------------------
-
-    def _place(self, entry: Entry, now: float, avoid: str | None = None) -> list[Effect]:
-        view = view_of(i for i in self.instances.values() if i.name != avoid)
-        if not view.names:
-            if entry.homeless_since_s is None:
-                entry.homeless_since_s = now
-            self._homeless.append(entry)
-            return []
-        entry.homeless_since_s = None
-        entry.decision = self.policy(view, RouteRequest(entry.num_tokens))
-        instance = self.instances[entry.decision.instance]
-        instance.place(entry)
-        entry.attempt += 1
-        entry.submitted_s = now
-        return [Send(instance.name, self._message_for(entry, instance, now))]
-
-    def _message_for(self, entry: Entry, instance: Instance, now: float) -> Submit:
-        assert instance.card is not None
-        sampling = entry.sampling
-        if sampling.prompt_logprobs is not None and entry.prompt_logprobs_done >= len(
-            entry.prompt_ids
-        ):
-            sampling = msgspec.structs.replace(sampling, prompt_logprobs=None)
-        return Submit(
-            request_id=entry.key,
-            attempt=entry.attempt,
-            service=self.config.name,
-            service_incarnation=self.config.incarnation,
-            prompt_ids=entry.prompt_ids,
-            resumed_ids=list(entry.emitted),
-            sampling=sampling,
-            choice=entry.choice,
-            group=entry.request_id,
-            block_keys=entry.block_keys(instance.card.model_digest),
-            cache_salt=entry.cache_salt,
-            constraint=entry.constraint,
-            request_class=entry.request_class,
-            priority=entry.priority,
-            total_budget_s=None if entry.deadline_s is None else entry.deadline_s - now,
-        )
-
-    def _replace(self, entry: Entry, now: float, avoid: str | None = None) -> list[Effect]:
-        """Give up the present attempt and go on elsewhere (or here again), from the journal."""
-        if entry.instance is not None:
-            self.instances[entry.instance].unplace(entry)
-        entry.attempts_without_progress += 1
-        if entry.attempts_without_progress > self.config.max_fruitless_attempts:
-            error = EngineFailed(
-                f"the request was given up after {entry.attempts_without_progress} attempts "
-                "without a new token: see the engine's log"
-            )
-            return [self._end_with(entry, error.info())]
-        self.num_resumed += 1
-        return self._place(entry, now, avoid)
-
-    def _place_homeless(self, now: float) -> list[Effect]:
-        effects: list[Effect] = []
-        waiting, self._homeless = self._homeless, deque()
-        for entry in waiting:
-            effects += self._place(entry, now)
-        return effects
-
-    # --- ends ----------------------------------------------------------------------------------
-
-    def _end_with(self, entry: Entry, error: ErrorInfo) -> Reply:
-        self._close(entry)
-        return Reply(entry.request_id, TokenDelta(entry.choice, [], "error", error=error))
-
-    def _close(self, entry: Entry) -> None:
-        if entry.instance is not None:
-            self.instances[entry.instance].unplace(entry)
-        elif entry.homeless_since_s is not None:
-            self._homeless.remove(entry)
-        if not entry.emitted:
-            self._num_queued -= 1
-        self.journal.remove(entry)
-
-    def close_all(self, error: PenstockError) -> list[Effect]:
-        """The service stops: whatever still lives ends with this error."""
-        return [self._end_with(entry, error.info()) for entry in list(self.journal)]
-
-    def check(self) -> None:
-        """Invariants, recounted: counters equal what the journal says."""
-        entries: Iterable[Entry] = list(self.journal)
-        assert self._num_queued == sum(1 for e in entries if not e.emitted)
-        for entry in entries:
-            placed = entry.instance is not None
-            assert placed != (entry.homeless_since_s is not None), entry.key
-            assert (entry in self._homeless) != placed
-        for instance in self.instances.values():
-            mine = [e for e in entries if e.instance == instance.name]
-            assert len(mine) == len(instance.entries)
-            assert instance.queued_tokens == sum(e.queued_tokens for e in mine)
-            assert instance.running == sum(1 for e in mine if not e.queued_tokens)

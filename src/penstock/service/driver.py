@@ -74,9 +74,23 @@ class Stream:
 class ServiceDriver:
     """Implements `Generator`. Belongs to one running event loop."""
 
-    def __init__(self, core: ServiceCore, on_ready: Callable[[str], None] = lambda _: None) -> None:
+    def __init__(
+        self,
+        core: ServiceCore,
+        *,
+        on_active: Callable[[str], None] = lambda _: None,
+        on_lost: Callable[[str], None] = lambda _: None,
+        on_broken: Callable[[BaseException], None] = lambda _: None,
+    ) -> None:
+        """Told by name: instances that take work, and instances that are lost (silence included).
+
+        `on_broken`: the core itself has raised. Its state cannot be trusted; the process should
+        end, since a service that half works lets requests hang.
+        """
         self.core = core
-        self._on_ready = on_ready
+        self._on_active = on_active
+        self._on_lost = on_lost
+        self._on_broken = on_broken
         self._loop = asyncio.get_running_loop()
         self._endpoints: dict[str, Endpoint] = {}
         self._connected_s: dict[str, float] = {}
@@ -84,7 +98,6 @@ class ServiceDriver:
         self._timer: asyncio.TimerHandle | None = None
         self._active: set[str] = set()
         self._closing = False
-        self.last_refusal = ""
 
     # --- instances -----------------------------------------------------------------------------
 
@@ -96,7 +109,14 @@ class ServiceDriver:
         endpoint = connect(address, self.core.config.name, name)
         self._endpoints[name] = endpoint
         self._connected_s[name] = self._loop.time()
-        self._loop.add_reader(endpoint.fileno(), self._readable, endpoint)
+        self._loop.add_reader(endpoint.fileno(), self._guarded, self._readable, endpoint)
+
+    def _guarded(self, call: Callable[..., None], *args: object) -> None:
+        try:
+            call(*args)
+        except Exception as exc:
+            log.exception("the service's core is broken")
+            self._on_broken(exc)
 
     def _renew_connections(self) -> None:
         """Who connects under our name cuts us off, and ZeroMQ does not tell: the old connection
@@ -120,9 +140,9 @@ class ServiceDriver:
                 message = decode(frame)
             except ProtocolError as exc:
                 log.warning("dropped a frame from %s: %s", peer, exc)
+                self.core.instances[peer].refusal = exc.message
                 continue
             if isinstance(message, Refused):
-                self.last_refusal = message.reason
                 log.warning("%s refused %s: %s", peer, message.what, message.reason)
             self._carry_out(self.core.on_message(peer, message, self._loop.time()))
         self._watch_states()
@@ -131,10 +151,11 @@ class ServiceDriver:
         for name, instance in self.core.instances.items():
             if instance.state == "active" and name not in self._active:
                 self._active.add(name)
-                self._on_ready(name)
+                self._on_active(name)
             elif instance.state == "lost" and name in self._active:
                 self._active.discard(name)
                 log.warning("%s is lost; its requests go on elsewhere or wait for it", name)
+                self._on_lost(name)
 
     def _carry_out(self, effects: list[Effect]) -> None:
         for effect in effects:
@@ -149,7 +170,7 @@ class ServiceDriver:
                 case SetTimer(at_s=at_s):
                     if self._timer is not None:
                         self._timer.cancel()
-                    self._timer = self._loop.call_at(at_s, self._on_timer)
+                    self._timer = self._loop.call_at(at_s, self._guarded, self._on_timer)
 
     def _on_timer(self) -> None:
         self._renew_connections()
@@ -205,8 +226,16 @@ class ServiceDriver:
         elif not ready:
             states = ", ".join(f"{i.name}: {i.state}" for i in self.core.instances.values())
             reason = f"no engine has produced a token yet ({states or 'none started'})"
-            reason += f"; {self.last_refusal}" if self.last_refusal else ""
-        return ServiceStatus(True, ready, reason, self.core.num_queued, instances)
+        refusals = [i.refusal for i in self.core.instances.values() if i.refusal]
+        placement = self.core.placement
+        return ServiceStatus(
+            live=True,
+            ready=ready,
+            reason="; ".join(filter(None, (reason, *refusals))),
+            queue_depth=placement.num_queued,
+            instances=instances,
+            num_resumed=placement.num_resumed,
+        )
 
     # --- the end -------------------------------------------------------------------------------
 
@@ -228,5 +257,5 @@ class ServiceDriver:
             self._timer.cancel()
         for endpoint in self._endpoints.values():
             self._loop.remove_reader(endpoint.fileno())
-            endpoint.close()
+            endpoint.close(flush_s=0.5)  # what detaches us
         self._endpoints.clear()

@@ -27,7 +27,6 @@ class GenerationSpec:
     request_class: RequestClass = "online"
     priority: int = 0
     cache_salt: str = ""
-    ttft_budget_s: float | None = None
     total_budget_s: float | None = None
 
 
@@ -69,10 +68,12 @@ class ServiceStatus:
     reason: str = ""
     queue_depth: int = 0
     instances: list[dict[str, object]] = field(default_factory=list)
+    #: Sequences that went on elsewhere after they had lost an instance, since the start.
+    num_resumed: int = 0
 
 
 class Generator(Protocol):
-    """Implemented by the service's driver (`service/app.py`) and by fakes in tests."""
+    """Implemented by the service's driver (`service/driver.py`) and by fakes in tests."""
 
     @property
     def card(self) -> InstanceCard | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from penstock.protocol.kv import BLOCK_TOKENS, KEY_BYTES, block_keys, next_key, root_key
 from penstock.protocol.request import Constraint, RequestClass, SamplingParams
+from penstock.service.generation import GenerationSpec
 from penstock.service.policies.routing import Decision
 
 
@@ -33,7 +34,11 @@ class Entry:
     queued_tokens: int = 0
     submitted_s: float = 0.0
     progress_s: float = 0.0
-    attempts_without_progress: int = 0
+    #: When a snapshot last said that it lives where we think.
+    confirmed_s: float = 0.0
+    #: Placements lost, and steps that raised, since the last token.
+    moves: int = 0
+    failed_steps: int = 0
     #: Since when the sequence has had no instance; None while it has one.
     homeless_since_s: float | None = None
     prompt_logprobs_done: int = 1  # the next prompt position to report; 0 never has one
@@ -41,6 +46,34 @@ class Entry:
     decision: Decision | None = None
     _keys: bytearray = field(default_factory=bytearray)
     _keys_digest: str = ""
+
+    @classmethod
+    def of(cls, spec: GenerationSpec, choice: int, now: float) -> Entry:
+        return cls(
+            key=f"{spec.request_id}/{choice}",
+            request_id=spec.request_id,
+            choice=choice,
+            prompt_ids=spec.prompt_ids,
+            sampling=spec.sampling,
+            constraint=spec.constraint,
+            request_class=spec.request_class,
+            priority=spec.priority,
+            cache_salt=spec.cache_salt,
+            accepted_s=now,
+            deadline_s=None if spec.total_budget_s is None else now + spec.total_budget_s,
+            progress_s=now,
+        )
+
+    @property
+    def news_s(self) -> float:
+        """When we last knew that it lives."""
+        return max(self.progress_s, self.submitted_s, self.confirmed_s)
+
+    @property
+    def lacks_prompt_logprobs(self) -> bool:
+        return self.sampling.prompt_logprobs is not None and self.prompt_logprobs_done < len(
+            self.prompt_ids
+        )
 
     @property
     def num_tokens(self) -> int:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from penstock.engine.core import CoreConfig, InstanceCore
+from penstock.engine.scheduler.batch import Batch, StepResult
 from penstock.engine.scheduler.config import SchedulerConfig
 from penstock.engine.scheduler.scheduler import Scheduler
 from penstock.protocol.codec import Message, decode, encode
@@ -45,6 +46,9 @@ class _Node:
     core: InstanceCore | ServiceCore
     runner: CostModelRunner | None = None
     alive: bool = True
+    #: While stopped, a process takes in nothing and sets nothing off; it does so afterwards.
+    stopped: bool = False
+    missed: list[Callable[[], None]] = field(default_factory=list)
     timer: int = 0
 
 
@@ -75,6 +79,7 @@ class World:
         self._nodes: dict[str, _Node] = {}
         self._incarnations: dict[str, int] = {}
         self._last_arrival_s: dict[tuple[str, str], float] = {}
+        self._cuts: dict[frozenset[str], float] = {}
 
     # --- building ------------------------------------------------------------------------------
 
@@ -152,6 +157,27 @@ class World:
             service.core.expect(name, True)
             self._carry_out(service, service.core.on_instance_lost(name, self.now))
 
+    def stop(self, name: str, for_s: float) -> None:
+        """SIGSTOP, and SIGCONT after `for_s`: what it missed comes then, in the order of events."""
+        self._log("stop", name)
+        node = self._nodes[name]
+        node.stopped = True
+
+        def go_on() -> None:
+            self._log("continue", name)
+            node.stopped = False
+            missed, node.missed = node.missed, []
+            for call in missed:
+                call()
+
+        self.at(self.now + for_s, go_on)
+
+    def cut(self, one: str, other: str, for_s: float) -> None:
+        """Nothing passes between the two for `for_s`; engines notice what they cannot send."""
+        self._log("cut", one, other)
+        pair = frozenset((one, other))
+        self._cuts[pair] = max(self._cuts.get(pair, 0.0), self.now + for_s)
+
     # --- running -------------------------------------------------------------------------------
 
     def at(self, when_s: float, call: Callable[[], None]) -> None:
@@ -177,14 +203,22 @@ class World:
                     self._log("reply", request_id, event.choice, event.ids, event.finish)
                     self.outcomes[request_id].take(event)
 
-    def _launch(self, node: _Node, batch: object) -> None:
+    def _when_running(self, node: _Node, call: Callable[[], None]) -> None:
+        if node.stopped:
+            node.missed.append(call)
+        elif node.alive:
+            call()
+
+    def _launch(self, node: _Node, batch: Batch) -> None:
         core, runner = node.core, node.runner
         assert isinstance(core, InstanceCore) and runner is not None
 
-        def done(result: object) -> None:
-            self._carry_out(node, core.on_step_done(result, self.now))  # type: ignore[arg-type]
+        def done(result: StepResult) -> None:
+            self._when_running(
+                node, lambda: self._carry_out(node, core.on_step_done(result, self.now))
+            )
 
-        runner.launch(batch, done)  # type: ignore[arg-type]
+        runner.launch(batch, done)
 
     def _set_timer(self, node: _Node, at_s: float) -> None:
         node.timer += 1
@@ -194,11 +228,17 @@ class World:
             if node.alive and node.timer == number:
                 self._carry_out(node, node.core.on_timer(self.now))
 
-        self.at(max(at_s, self.now), fire)
+        self.at(max(at_s, self.now), lambda: self._when_running(node, fire))
 
     def _send(self, source: str, target: str, message: Message) -> None:
         faults, draw = self._faults, self._random.random
-        if draw() < faults.loss:
+        passes = self._cuts.get(frozenset((source, target)), 0.0) <= self.now
+        sender = self._nodes[source].core
+        if isinstance(sender, InstanceCore):
+            # ZeroMQ tells a ROUTER when a peer is out of reach; a DEALER just keeps it.
+            gone = target not in self._nodes or not self._nodes[target].alive
+            sender.on_sent(target, passes and not gone, self.now)
+        if not passes or draw() < faults.loss:
             self._log("lost", source, target, type(message).__name__)
             return
         frame = encode(message)
@@ -218,8 +258,13 @@ class World:
         # What was on its way to (or from) a process that has died does not reach its successor.
         if node is None or node is not receiver or not node.alive or not sender.alive:
             return
-        self._log("deliver", source, target, frame.hex())
-        self._carry_out(node, node.core.on_message(source, decode(frame), self.now))
+        message = decode(frame)
+
+        def take() -> None:
+            self._log("deliver", source, target, frame.hex())
+            self._carry_out(node, node.core.on_message(source, message, self.now))
+
+        self._when_running(node, take)
 
     def _log(self, *what: object) -> None:
         self.history.append(f"{self.now:.9f} " + " ".join(str(part) for part in what))

@@ -24,11 +24,18 @@ class Instance:
     card: InstanceCard | None = None
     load: Load | None = None
     heard_s: float = 0.0
-    attach_sent_s: float = -1e9
+    next_attach_s: float = 0.0
+    attach_tries: int = 0
+    #: Why it may not be used ("" if it may): another protocol version, another model.
+    refusal: str = ""
+    #: It finishes what it has and takes nothing new.
+    draining: bool = False
     #: Number of the last `Tokens` message taken in, and the last one acknowledged by a Credit.
     tokens_seen: int = 0
     tokens_credited: int = 0
+    credit_sent_s: float = 0.0
     resync_sent_s: float | None = None
+    resync_nonce: int = 0
     #: Prompt tokens whose sequences have had no token yet, and sequences that have.
     queued_tokens: int = 0
     running: int = 0
@@ -37,6 +44,19 @@ class Instance:
     @property
     def incarnation(self) -> int:
         return self.card.incarnation if self.card else 0
+
+    def heard(self, now: float) -> None:
+        self.heard_s = now
+        if self.state == "suspect":
+            self.state = "active"
+
+    def attached(self, card: InstanceCard, now: float) -> None:
+        self.card = card
+        self.state = "active"
+        self.refusal = ""
+        self.draining = False
+        self.attach_tries = 0
+        self.heard(now)
 
     def place(self, entry: Entry) -> None:
         entry.instance = self.name
@@ -61,8 +81,8 @@ class Instance:
 
 
 def view_of(instances: Iterable[Instance]) -> ClusterView:
-    """The active instances as arrays for the policies."""
-    active = [i for i in instances if i.state == "active"]
+    """The instances that take new work, as arrays for the policies."""
+    active = [i for i in instances if i.state == "active" and not i.draining]
     costs = [i.load.cost if i.load else None for i in active]
 
     def column(values: list[float]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
