@@ -23,7 +23,7 @@ from penstock.engine.config import EngineConfig, WorkerConfig
 from penstock.engine.instance import EngineThread
 from penstock.protocol.errors import (
     ContextLengthExceeded,
-    EngineFailed,
+    EngineUnavailable,
     InvalidRequest,
     from_info,
 )
@@ -98,13 +98,15 @@ class LLM:
         self._engine = EngineThread(WorkerConfig(config, address))
         # A loop in a thread of its own: generate() may be called where one runs already (Jupyter).
         self._loop = asyncio.new_event_loop()
+        self._calls: set[asyncio.Task[Any]] = set()
+        self._closed = False
+        self._closing = threading.Lock()
         self._thread = threading.Thread(
             target=self._loop.run_forever, name="penstock-llm", daemon=True
         )
         self._thread.start()
         self._driver = self._on_loop(self._attach(address))
         self._max_model_len = self._driver.card.max_model_len  # type: ignore[union-attr]
-        self._closed = False
 
     async def _attach(self, address: str) -> ServiceDriver:
         attached = asyncio.Event()
@@ -166,10 +168,12 @@ class LLM:
         return self._texts.tokenizer
 
     def close(self) -> None:
-        if self._closed:
-            return
-        self._closed = True
-        self._on_loop(self._detach())
+        with self._closing:
+            if self._closed:
+                return
+            self._closed = True
+            detached = asyncio.run_coroutine_threadsafe(self._detach(), self._loop)
+        detached.result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -184,7 +188,11 @@ class LLM:
     # --- on the loop ---------------------------------------------------------------------------
 
     def _on_loop(self, work: Coroutine[Any, Any, T]) -> T:
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        with self._closing:
+            if self._closed:
+                work.close()
+                raise EngineUnavailable("this LLM has been closed: make another one")
+            future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()
         except BaseException:
@@ -192,11 +200,19 @@ class LLM:
             raise
 
     async def _detach(self) -> None:
-        self._driver.close(EngineFailed("the LLM was closed"))
+        """Calls of other threads end with an error, and have it before the loop stops."""
+        self._driver.refuse_new()
+        self._driver.close(EngineUnavailable("the LLM was closed"))
+        if self._calls:
+            await asyncio.wait(self._calls)
 
     async def _run_all(
         self, jobs: list[_Job], advance: Callable[[int], None]
     ) -> list[RequestOutput]:
+        call = asyncio.current_task()
+        assert call is not None
+        self._calls.add(call)
+        call.add_done_callback(self._calls.discard)
         room = asyncio.Semaphore(_IN_FLIGHT)
 
         async def run(job: _Job) -> RequestOutput:
