@@ -12,9 +12,10 @@ them. Scheduling, prefix cache and recovery are therefore what the server has.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -40,7 +41,7 @@ T = TypeVar("T")
 Prompt = str | list[int]
 
 _numbers = itertools.count()
-#: Prompts that wait in the engine at once; the rest waits here, where it costs nothing.
+#: Sequences with the engine at once; the rest waits here, where it costs nothing.
 _IN_FLIGHT = 1024
 
 
@@ -213,10 +214,10 @@ class LLM:
         assert call is not None
         self._calls.add(call)
         call.add_done_callback(self._calls.discard)
-        room = asyncio.Semaphore(_IN_FLIGHT)
+        room = _Room(_IN_FLIGHT)
 
         async def run(job: _Job) -> RequestOutput:
-            async with room:
+            async with room.for_sequences(job.spec.n):
                 output = await self._run(job)
             advance(sum(len(o.token_ids) for o in output.outputs))
             return output
@@ -263,8 +264,9 @@ class LLM:
         assert card is not None
         if not ids:
             raise InvalidRequest("a prompt has no tokens: give at least one")
-        if not all(0 <= i < card.vocab_size for i in ids):
-            raise InvalidRequest(f"prompt token ids must be in [0, {card.vocab_size})")
+        for name, wanted in (("prompt token ids", ids), ("logit_bias keys", params.logit_bias)):
+            if not all(0 <= i < card.vocab_size for i in wanted):
+                raise InvalidRequest(f"{name} must be in [0, {card.vocab_size})")
         if len(ids) >= card.max_model_len:
             raise ContextLengthExceeded(
                 f"the prompt has {len(ids)} tokens and the context {card.max_model_len}: "
@@ -285,6 +287,27 @@ class _Job:
     text: str | None
     params: SamplingParams
     spec: GenerationSpec
+
+
+class _Room:
+    """A semaphore that is taken several places at a time, first come, first served."""
+
+    def __init__(self, places: int) -> None:
+        self._places = places
+        self._semaphore = asyncio.Semaphore(places)
+        self._turn = asyncio.Lock()
+
+    @contextlib.asynccontextmanager
+    async def for_sequences(self, count: int) -> AsyncIterator[None]:
+        count = min(count, self._places)
+        async with self._turn:  # two who take place by place would block each other
+            for _ in range(count):
+                await self._semaphore.acquire()
+        try:
+            yield
+        finally:
+            for _ in range(count):
+                self._semaphore.release()
 
 
 class _Collector:

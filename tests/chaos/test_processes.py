@@ -113,29 +113,19 @@ async def test_a_disconnect_frees_the_engine(server: Server) -> None:
     settle(server)
 
 
-async def test_a_stopped_engine_is_an_error_within_the_bound_and_then_serves_again(
-    server: Server,
-) -> None:
+async def test_a_stopped_engine_is_replaced_and_its_requests_go_on(server: Server) -> None:
+    """SIGSTOP: it lives, holds its connections, and says nothing."""
     engine = server.engine()
     async with http() as client:
+        calm = await collect(client, server.url, body(3, max_tokens=400, n=1))
         started = asyncio.Event()
         task = asyncio.create_task(
-            collect(client, server.url, body(3, max_tokens=400, n=2), started)
+            collect(client, server.url, body(3, max_tokens=400, n=1), started)
         )
         await started.wait()
         engine.send_signal(signal.SIGSTOP)
-        try:
-            since_s = time.monotonic()
-            _, ends = await task
-            waited_s = time.monotonic() - since_s
-        finally:
-            engine.send_signal(signal.SIGCONT)
-        assert ends == ["engine_unavailable"]
-        assert waited_s < 30.0  # the bound is 3 + 4 s; the rest is for a machine under load
-        server.wait_ready()
-        # The woken engine must not add to what was answered, and takes new work.
-        _, ends = await collect(client, server.url, body(4))
-        assert ends == ["length"]
+        assert await task == calm
+        assert server.engine().pid != engine.pid
     settle(server)
 
 

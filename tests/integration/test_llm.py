@@ -148,7 +148,8 @@ def test_stop_strings_end_a_choice_and_free_it(llm: LLM) -> None:
 
 
 def test_user_mistakes_are_value_errors_and_run_nothing(llm: LLM) -> None:
-    for bad in ({"temperature": -1}, {"top_p": 0}, {"n": 0}, {"max_tokens": 0}, {"stop": [""]}):
+    for bad in ({"temperature": -1}, {"top_p": 0}, {"n": 0}, {"max_tokens": 0}, {"stop": [""]},
+                {"seed": 2**64}, {"top_k": 2**40}):  # fmt: skip
         with pytest.raises(InvalidRequest):
             SamplingParams(**bad)
     with pytest.raises(InvalidRequest, match="token ids"):
@@ -157,3 +158,10 @@ def test_user_mistakes_are_value_errors_and_run_nothing(llm: LLM) -> None:
         llm.generate([[1] * (llm.max_model_len + 1)], GREEDY, use_tqdm=False)
     with pytest.raises(InvalidRequest, match="2 prompts and 1"):
         llm.generate(PROMPTS[:2], [GREEDY], use_tqdm=False)
+
+
+def test_more_sequences_than_fit_at_once_all_come_out(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=1, temperature=1.0, n=40, seed=1)
+    outputs = llm.generate([[5, 6, 7]] * 30, params, use_tqdm=False)
+    assert [len(o.outputs) for o in outputs] == [40] * 30
+    assert all(c.finish_reason for o in outputs for c in o.outputs)

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import msgspec
+
 from penstock.protocol.errors import ErrorInfo
 from penstock.protocol.instance import InstanceCard
 from penstock.protocol.request import Constraint, RequestClass, SamplingParams
@@ -30,8 +32,7 @@ class GenerationSpec:
     total_budget_s: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class TokenDelta:
+class TokenDelta(msgspec.Struct, frozen=True, gc=False):
     """New tokens of one choice. Exactly one delta of each choice has `finish` set, its last.
 
     `ids` includes the token that stopped it (`stop_token`), which the API leaves out of the text.
