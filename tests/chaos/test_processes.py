@@ -103,6 +103,7 @@ async def test_kill_9_under_32_streams_loses_nothing(server: Server) -> None:
     assert server.engine().pid != killed
     assert all(ends == ["length"] for _, ends in stormy)
     assert stormy == calm
+    assert server.metric("penstock:sequences_resumed_total") > 0
     settle(server)
 
 

@@ -127,7 +127,15 @@ class Metrics(Collector):
             family.add_metric([self.model_name], found.cumulative(), found.total)
             yield family
         if self._status is not None:
-            yield from _instances(self.model_name, self._status().instances)
+            status = self._status()
+            resumed = CounterMetricFamily(
+                PREFIX + "sequences_resumed",
+                "Sequences that went on after they had lost an instance.",
+                labels=["model_name"],
+            )
+            resumed.add_metric([self.model_name], status.num_resumed)
+            yield resumed
+            yield from _instances(self.model_name, status.instances)
 
     def describe(self) -> list[Metric]:
         return []  # nothing to check against: the registry is our own
