@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import traceback
 from collections.abc import Sequence
@@ -39,6 +40,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever read our output has enough. Python must not try to flush it once more at exit.
         sys.stdout = None  # type: ignore[assignment]
         return EXIT_FAILURE
+    except (MemoryError, OSError, ImportError, RuntimeError) as exc:
+        if not _is_out_of_memory(exc):
+            raise
+        print(f"{PROJECT}: there is not enough memory, or none allowed: {exc}", file=sys.stderr)
+        return EXIT_FAILURE
+
+
+#: Only torch, the loader of libraries and the threads say it in words.
+_NO_MEMORY_WORDS = (
+    "can't allocate memory",
+    "cannot allocate memory",
+    "can't start new thread",
+    "failed to map segment",
+)
+
+
+def _is_out_of_memory(exc: BaseException) -> bool:
+    if isinstance(exc, MemoryError) or getattr(exc, "errno", None) == errno.ENOMEM:
+        return True
+    return any(word in str(exc).lower() for word in _NO_MEMORY_WORDS)
 
 
 def _run(arguments: list[str]) -> int:

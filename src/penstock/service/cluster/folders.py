@@ -16,7 +16,7 @@ _PREFIX = "penstock-"
 #: Held for as long as the service lives; the kernel lets go of it when the service dies.
 _LOCK = "lock"
 #: What a Unix socket's path may have, less room for our own part of it.
-_MAX_BASE_BYTES = 107 - 64
+_MAX_BASE_BYTES = 107 - 40
 
 
 class SocketFolder:
