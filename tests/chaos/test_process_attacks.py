@@ -288,7 +288,7 @@ def test_a_file_in_the_place_of_a_unix_socket_is_not_deleted(
     assert code == 2 and "Traceback" not in said
 
 
-# --- a machine that lacks something ----------------------------------------------------------------
+# --- a machine that lacks something --------------------------------------------------------------
 
 
 async def test_a_temporary_folder_with_a_very_long_name(checkpoint: str, tmp_path: Path) -> None:
