@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import resource
 import signal
 import socket
 import stat
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -19,6 +21,9 @@ import httpx
 import psutil
 import pytest
 
+from penstock.protocol.errors import StartupError
+from penstock.service.cluster.supervisor import Worker
+from penstock.service.config import RestartPolicy
 from tests.chaos.test_attacks import body, complete, settle
 from tests.helpers import raw_http
 from tests.helpers.checkpoints import make_checkpoint
@@ -405,3 +410,38 @@ async def test_memory_that_runs_out_while_serving(checkpoint: str) -> None:
             assert answer.status == 200 or answer.json["error"]["code"] in TYPED, answer
         settle(server)
         assert await complete(server.port) in {"length"} | TYPED
+
+
+async def test_no_processes_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    ends: list[tuple[str, int, bool]] = []
+    policy = RestartPolicy(max_delay_s=0.01)
+    worker = Worker("w", (), policy, lambda *end: ends.append(end))
+    real, failures = subprocess.Popen, 0
+
+    def popen(_: list[str], **options: object) -> subprocess.Popen[bytes]:
+        if failures:
+            raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+        return real([sys.executable, "-c", "import time; time.sleep(60)"], **options)
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    try:
+        failures = 1
+        with pytest.raises(StartupError, match="temporarily"):
+            worker.start()
+        failures = 0
+        worker.start()
+        worker.ready()
+        first = worker.pid
+        failures = 1
+        worker.kill()
+        deadline_s = time.monotonic() + 20.0
+        while len(ends) < 3:
+            assert time.monotonic() < deadline_s, ends
+            await asyncio.sleep(0.01)
+        failures = 0
+        while worker.pid == first:
+            assert time.monotonic() < deadline_s, ends
+            await asyncio.sleep(0.01)
+        assert all(again for _, _, again in ends)
+    finally:
+        await worker.stop(5.0)

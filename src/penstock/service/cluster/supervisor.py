@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 
+from penstock.protocol.errors import StartupError
 from penstock.service.cluster.folders import SocketFolder
 from penstock.service.config import RestartPolicy
 
@@ -49,6 +50,18 @@ class Worker:
         return self._process.pid if self._process else None
 
     def start(self) -> None:
+        """Raises `StartupError` when the machine has no process to give, the first time; later
+        that counts as an end like others, and is tried again."""
+        try:
+            self._start()
+        except OSError as exc:
+            reason = f"the engine's process cannot be started: {exc.strerror}"
+            if not self._was_ready:
+                raise StartupError(reason) from exc
+            log.error("%s", reason)
+            self._has_ended(1)
+
+    def _start(self) -> None:
         self._incarnation += 1
         command = [
             *(sys.executable, "-m", "penstock.cli.main", "worker", "--address", self.address),
@@ -56,9 +69,15 @@ class Worker:
             *("--parent-pid", str(os.getpid()), *self._args),
         ]
         # A session of its own: Ctrl-C in the terminal is for the service, which then drains it.
-        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+        try:
+            fd = os.pidfd_open(process.pid)
+        except OSError:
+            process.kill()
+            process.wait()
+            raise
+        self._process = process
         self._exited.clear()
-        fd = os.pidfd_open(self._process.pid)
         asyncio.get_running_loop().add_reader(fd, self._ended, fd)
 
     def ready(self) -> None:
@@ -79,8 +98,10 @@ class Worker:
         assert self._process is not None
         code = self._process.wait()
         self._exited.set()
-        if self._stopping:
-            return
+        if not self._stopping:
+            self._has_ended(code)
+
+    def _has_ended(self, code: int) -> None:
         self._failures += 1
         again = (
             self._policy.enabled
@@ -90,6 +111,7 @@ class Worker:
         what_next = "; starting it again" if again else ""
         log.error("engine %s ended (%s)%s", self.name, describe_exit(code), what_next)
         if again:
+            loop = asyncio.get_running_loop()
             self._restart = loop.call_later(self._delay_s(), self.start)
         self._on_exit(self.name, code, again)
 
