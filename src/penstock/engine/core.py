@@ -259,7 +259,10 @@ class InstanceCore:
 
     def _credit(self, peer: str, credit: Credit) -> list[Effect]:
         link = self._links.get(peer)
-        if link is None or credit.number > link.sent:
+        if link is None:
+            # A service that only listens would not notice for long that it is not known here.
+            return [Send(peer, Refused("credit", "attach first", code="not_attached"))]
+        if credit.number > link.sent:
             return []
         link.acknowledged = max(link.acknowledged, credit.number)
         if link.stalled_since_s is not None and self._outstanding(link) <= (

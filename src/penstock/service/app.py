@@ -28,6 +28,8 @@ from penstock.service.text.texts import Texts
 
 log = logging.getLogger(__name__)
 
+#: What an engine that has fallen silent gets to attach anew, before it is killed.
+_ANSWER_S = 2.0
 #: After the drain: how long engines get to stop, and uvicorn to close what is left.
 _STOP_S = 5.0
 
@@ -148,9 +150,19 @@ class _Service:
             self._on_ready(self._url())
 
     def _silent(self, name: str) -> None:
-        """It hangs, or it has ended: either way its successor goes on with what it had."""
-        if name in self._workers:
-            self._workers[name].kill()
+        """Perhaps it only has to attach anew. If it does not answer that either, it hangs, and its
+        successor goes on with what it had; until then its requests wait."""
+        if name not in self._workers:
+            return
+        incarnation = self._workers[name].incarnation
+
+        def kill() -> None:
+            worker = self._workers[name]
+            if worker.incarnation == incarnation and not self.driver.is_active(name):
+                worker.kill()
+
+        self.driver.core.expect(name, True)
+        asyncio.get_running_loop().call_later(_ANSWER_S, kill)
 
     def _engine_ended(self, name: str, code: int, starts_again: bool) -> None:
         if not self._announced:

@@ -129,6 +129,9 @@ class ServiceDriver:
                 old.close()
                 self._open(name, old.address)
 
+    def is_active(self, name: str) -> bool:
+        return name in self._active
+
     def instance_lost(self, name: str, coming_back: bool) -> None:
         self.core.expect(name, coming_back)
         self._active.discard(name)

@@ -38,7 +38,8 @@ class Worker:
         self._folder = SocketFolder()
         self.address = f"ipc://{self._folder.path}/{name}.sock"
         self._process: subprocess.Popen[bytes] | None = None
-        self._incarnation = 0
+        #: Counts the starts.
+        self.incarnation = 0
         self._failures = 0
         self._was_ready = False
         self._stopping = False
@@ -62,10 +63,10 @@ class Worker:
             self._has_ended(1)
 
     def _start(self) -> None:
-        self._incarnation += 1
+        self.incarnation += 1
         command = [
             *(sys.executable, "-m", "penstock.cli.main", "worker", "--address", self.address),
-            *("--name", self.name, "--incarnation", str(self._incarnation)),
+            *("--name", self.name, "--incarnation", str(self.incarnation)),
             *("--parent-pid", str(os.getpid()), *self._args),
         ]
         # A session of its own: Ctrl-C in the terminal is for the service, which then drains it.
