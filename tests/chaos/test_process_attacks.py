@@ -106,6 +106,7 @@ async def test_five_deaths_in_a_row_under_load(checkpoint: str) -> None:
         settle(server)
 
 
+@pytest.mark.slow
 async def test_killed_again_while_it_starts(checkpoint: str) -> None:
     with running(checkpoint, *FLAGS) as server:
         waiting = [asyncio.create_task(ends_of(server.port, i, max_tokens=400)) for i in range(6)]
@@ -132,6 +133,7 @@ async def test_an_engine_that_keeps_dying_ends_the_service_with_a_reason(checkpo
         assert "did not start" in server.log and "Traceback" not in server.log
 
 
+@pytest.mark.slow
 async def test_sigterm_while_the_engine_is_dead(checkpoint: str) -> None:
     """It comes back, what runs is finished, and only then the service ends."""
     with running(checkpoint, *FLAGS) as server:
@@ -360,6 +362,7 @@ async def test_a_clock_that_jumps(checkpoint: str, tmp_path: Path) -> None:
             assert word not in server.log, server.log
 
 
+@pytest.mark.slow
 async def test_few_file_descriptors(checkpoint: str) -> None:
     """More clients than files: those that fit are served, the others wait or are turned away."""
     with running(checkpoint, *FLAGS, limits={resource.RLIMIT_NOFILE: 64}) as server:
@@ -394,6 +397,7 @@ def test_too_little_memory_to_start(checkpoint: str, tmp_path: Path, limit_mib: 
     assert "memory" in done.stderr, done.stderr
 
 
+@pytest.mark.slow
 async def test_memory_that_runs_out_while_serving(checkpoint: str) -> None:
     """The engine may take nothing more than it has: each request ends with tokens or an error."""
     with running(checkpoint, *FLAGS) as server:
