@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from penstock.engine.admission import check_ids, check_supported
 from penstock.engine.cost import CostFitter
 from penstock.engine.scheduler.batch import Batch, StepResult
 from penstock.engine.scheduler.scheduler import DuplicateSubmit, Scheduler
@@ -20,10 +21,8 @@ from penstock.protocol.codec import PROTOCOL_VERSION, Message
 from penstock.protocol.effects import Effect, Launch, Send, SetTimer, Stop
 from penstock.protocol.errors import (
     EngineUnavailable,
-    InvalidRequest,
     PenstockError,
     ProtocolError,
-    UnsupportedFeature,
 )
 from penstock.protocol.instance import (
     Assign,
@@ -233,8 +232,8 @@ class InstanceCore:
             code, reason = refusal
             return [Send(peer, Refused("submit", reason, submit.request_id, submit.attempt, code))]
         try:
-            _check_supported(submit)
-            _check_ids(submit, self.card.vocab_size)
+            check_supported(submit)
+            check_ids(submit, self.card.vocab_size)
             # The scheduler knows services by the name their transport gave them.
             if submit.service != peer:
                 submit = msgspec.structs.replace(submit, service=peer)
@@ -490,26 +489,3 @@ def _queued_s(update: SequenceUpdate) -> float | None:
 
 def _terminal(request_id: str, attempt: int, start: int, error: PenstockError) -> TokenRow:
     return TokenRow(request_id, attempt, start, [], "error", error=error.info())
-
-
-def _check_supported(submit: Submit) -> None:
-    """What the protocol can say but this engine cannot do yet is refused by its name."""
-    if submit.adapter is not None:
-        raise UnsupportedFeature("adapters are not supported by this engine yet", param="adapter")
-    if submit.inputs:
-        kinds = ", ".join(sorted({part.kind for part in submit.inputs}))
-        raise UnsupportedFeature(f"inputs of kind {kinds} are not supported yet", param="inputs")
-    if any(stage.stage == "encode" or stage.reservation for stage in submit.plan):
-        raise UnsupportedFeature("disaggregated stages are not supported yet", param="plan")
-    if submit.ttft_budget_s is not None:
-        raise UnsupportedFeature("a bound on TTFT is not supported yet", param="ttft_budget_s")
-
-
-def _check_ids(submit: Submit, vocab_size: int) -> None:
-    """The service has checked what users send. This is for services that are wrong: an id without
-    an embedding would fail the step of everybody else in it."""
-    for name, ids in (("prompt_ids", submit.prompt_ids), ("resumed_ids", submit.resumed_ids)):
-        if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
-            raise InvalidRequest(f"{name} must be in [0, {vocab_size})", param=name)
-    if not 0 <= submit.choice < 2**32:
-        raise InvalidRequest(f"choice {submit.choice} must be in [0, 2**32)", param="choice")
