@@ -68,5 +68,6 @@ class CostFitter:
 def _features(batch: Batch) -> npt.NDArray[np.float64]:
     context = sum(row.start + row.num_tokens for row in batch.rows)
     attention = sum(row.num_tokens * (row.start + row.num_tokens) for row in batch.rows)
-    raw = np.array([1.0, batch.num_tokens, len(batch.rows), context, attention])
-    return raw * _SCALE
+    raw = np.array([1.0, batch.num_tokens, len(batch.rows), context, attention], dtype=np.float64)
+    scaled: npt.NDArray[np.float64] = raw * _SCALE
+    return scaled
