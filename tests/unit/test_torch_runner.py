@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import threading
 from typing import Any
 
 import pytest
@@ -30,7 +31,8 @@ class Executor:
 @pytest.mark.filterwarnings("error")
 def test_batches_finish_in_launch_order_each_once() -> None:
     executor: Any = Executor()
-    runner = TorchRunner(executor)
+    runner = TorchRunner()
+    runner.serve(executor)
     done: queue.SimpleQueue[StepResult] = queue.SimpleQueue()
     for step in range(50):
         runner.launch(Batch(step, []), done.put)
@@ -41,7 +43,8 @@ def test_batches_finish_in_launch_order_each_once() -> None:
 
 def test_a_batch_that_cannot_be_applied_loses_the_runner() -> None:
     executor: Any = Executor(lost_at=1)
-    runner = TorchRunner(executor)
+    runner = TorchRunner()
+    runner.serve(executor)
     done: queue.SimpleQueue[StepResult] = queue.SimpleQueue()
     for step in range(3):
         runner.launch(Batch(step, []), done.put)
@@ -50,3 +53,15 @@ def test_a_batch_that_cannot_be_applied_loses_the_runner() -> None:
     assert second.fatal and second.error is not None and "no memory to map" in second.error.message
     runner.close()
     assert executor.executed == [0] and done.empty()  # nothing ran on slots that cannot be trusted
+
+
+def test_what_is_called_runs_on_the_thread_that_computes() -> None:
+    runner = TorchRunner()
+    assert runner.call(lambda: threading.current_thread().name) == "penstock-compute"
+    with pytest.raises(ValueError, match="no such model"):
+        runner.call(fail)
+    runner.close()
+
+
+def fail() -> None:
+    raise ValueError("no such model")

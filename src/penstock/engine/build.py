@@ -48,6 +48,25 @@ def build_engine(
     progress: Callable[[float], None] | None = None,
 ) -> Engine:
     """Load the model and everything around it. Raises `StartupError`s with one-line reasons."""
+    runner = TorchRunner()
+    try:
+        executor, core = runner.call(
+            lambda: _assemble(config, name, incarnation, core_config, progress)
+        )
+    except BaseException:
+        runner.close()
+        raise
+    runner.serve(executor)
+    return Engine(core, runner)
+
+
+def _assemble(
+    config: EngineConfig,
+    name: str,
+    incarnation: int,
+    core_config: CoreConfig | None,
+    progress: Callable[[float], None] | None,
+) -> tuple[StepExecutor, InstanceCore]:
     checkpoint = resolve(config.model, revision=config.revision)
     platform = platform_for(config.device)
     config = config.for_device("cuda" if platform.device.type == "cuda" else "cpu")
@@ -117,7 +136,7 @@ def build_engine(
         can=CAPABILITIES,
         kernels=platform.kernels() | {"attention": attention.name},
     )
-    return Engine(InstanceCore(card, scheduler, core_config), TorchRunner(executor))
+    return executor, InstanceCore(card, scheduler, core_config)
 
 
 def kv_sizing(config: EngineConfig) -> KvSizing:
