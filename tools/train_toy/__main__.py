@@ -26,7 +26,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=80, help="compute time to train for")
     parser.add_argument("--wall-minutes", type=float, default=600, help="cap by the clock")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--share", type=float, default=0.7, help="of dialogues in the tokens")
+    parser.add_argument("--share", type=float, default=0.6, help="of dialogues in the tokens")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--export-every", type=float, default=5, help="minutes")
     parser.add_argument(

@@ -65,26 +65,26 @@ class Maker:
     def __init__(self, rng: random.Random, sentences: list[str]) -> None:
         self.rng, self.sentences = rng, sentences
         self._kinds: list[tuple[float, Callable[[], Exchange]]] = [
-            (1.2, lambda: world.small_talk(rng)),
-            (2.6, lambda: sums.arithmetic(rng)),
-            (1.5, lambda: world.capital(rng)),
-            (0.8, lambda: world.colour(rng)),
+            (0.9, lambda: world.small_talk(rng)),
+            (2.4, lambda: sums.arithmetic(rng)),
+            (1.2, lambda: world.capital(rng)),
+            (0.6, lambda: world.colour(rng)),
             (0.8, lambda: world.counting(rng)),
             (1.6, lambda: world.spelling(rng)),
-            (1.2, lambda: world.repeating(rng, sentences)),
-            (1.0, lambda: world.beyond(rng, sentences)),
-            (0.4, self._misfit),
+            (2.2, lambda: world.repeating(rng, sentences)),
+            (0.8, lambda: world.beyond(rng, sentences)),
+            (0.3, self._misfit),
             (0.9, lambda: json_talk.json_record(rng)),
-            (0.9, lambda: json_talk.json_answer(rng)),
+            (1.8, lambda: json_talk.json_answer(rng)),
         ]
 
-    def dialogue(self) -> Dialogue:
-        roll = self.rng.random()
-        if roll < 0.62:
-            return self.chat(self.rng.choice((1, 1, 1, 2, 2, 3, 4, 6)))
-        if roll < 0.70:
+    def dialogue(self, tools: float = 0.3) -> Dialogue:
+        """A conversation; `tools` is the chance of one in which tools are offered."""
+        if self.rng.random() < tools:
+            return self._with_tools()
+        if self.rng.random() < 0.12:
             return self._name_chat()
-        return self._with_tools()
+        return self.chat(self.rng.choice((1, 1, 1, 2, 2, 3, 4, 6)))
 
     def _exchange(self, without: Callable[[], Exchange] | None = None) -> Exchange:
         kinds = [kind for kind in self._kinds if kind[1] != without]
@@ -200,7 +200,7 @@ class Maker:
             for category in categories
         }
         while True:
-            misfit = self.rng.random() < 0.3
+            misfit = self.rng.random() < 0.4
             exchange = self._misfit(tools) if misfit else self._exchange(self._misfit)
             if exchange.category not in contested:
                 break
@@ -212,7 +212,7 @@ class Maker:
         tool = rng.choice(tools)
         ask, arguments = toolset.ask_of(rng, tool)
         calls, category = [(tool, arguments)], "tools: call"
-        if rng.random() < 0.08:
+        if rng.random() < 0.25:
             second = rng.choice(tools)
             more, others = toolset.ask_of(rng, second)
             ask, category = (

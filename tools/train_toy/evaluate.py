@@ -24,7 +24,7 @@ from tools.train_toy.template import Message, render
 from transformers import AutoModelForCausalLM
 
 PER_CATEGORY = 60
-SEED = 20_000  # of the check; training draws from other seeds, and rejects held-out combinations
+SEED = 31_337  # of the check; training draws from other seeds, and rejects held-out combinations
 _CALL = re.compile(r"<tool_call>\n(.*?)\n</tool_call>", re.DOTALL)
 
 

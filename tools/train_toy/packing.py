@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +18,13 @@ from torch import Tensor
 # The assistant's tokens are what is asked for; the rest of a dialogue is mostly chance, and is
 # kept at a small weight because it teaches the syntax early on.
 ASSISTANT, OTHERS, PROSE = 1.0, 0.1, 0.5
-LARGEST_POOL = 200  # dialogues that wait for a row long enough
-COMMON_ROW = 512  # tokens
-WORTH_A_SEARCH = 96  # tokens of room
+POOL = 24  # dialogues to choose from when filling a row
+# Conversations with tools need the longer rows, and then make up for their absence in the short.
+TOOLS_IN_SHORT, TOOLS_IN_LONG = 0.0, 0.7
 LEAST_PROSE = 24  # tokens: less than this is not worth a fragment
+
+
+Encoded = tuple[list[int], list[float]]  # tokens and loss weights
 
 
 @dataclass
@@ -38,7 +42,7 @@ class Codec:
         self.end = tokenizer.token_to_id("<|im_end|>")
         self.header = tokenizer.encode("<|im_start|>assistant\n").ids
 
-    def encode(self, dialogue: Dialogue) -> tuple[list[int], list[float]]:
+    def encode(self, dialogue: Dialogue) -> Encoded:
         tokens = self.tokenizer.encode(render(dialogue.messages, dialogue.tools)).ids
         weights = [OTHERS] * len(tokens)
         size, at = len(self.header), 0
@@ -72,7 +76,7 @@ class Packer:
     def __init__(self, maker: Maker, codec: Codec, prose: np.ndarray, share: float) -> None:
         self.rng: random.Random = maker.rng
         self.maker, self.codec, self.prose, self.share = maker, codec, prose, share
-        self._pool: list[tuple[list[int], list[float]]] = []
+        self._pools: dict[int, list[Encoded]] = {}
 
     def batch(self, rows: int, length: int) -> Batch:
         made = [self._row(length + 1) for _ in range(rows)]
@@ -83,23 +87,23 @@ class Packer:
             torch.from_numpy(weights.astype(np.float32)),
         )
 
-    def _next_dialogue(self, room: int) -> tuple[list[int], list[float]] | None:
-        """A training dialogue that fits, out of a pool that grows until there is one."""
-        while True:
-            for i, (tokens, _) in enumerate(self._pool):
-                if len(tokens) <= room:
-                    return self._pool.pop(i)
-            # Not for the last few tokens of a row, which prose fills as well.
-            if room < WORTH_A_SEARCH or len(self._pool) > LARGEST_POOL:
-                return None
-            for _ in range(8):
-                dialogue = self.maker.dialogue()
-                if dialogue.held:
-                    continue
+    def _next_dialogue(self, room: int, size: int) -> Encoded | None:
+        """A training dialogue that fits into what is left of a row, if the pool has one.
+
+        Each size of row has its own pool, of dialogues that fit into an empty row: none can be
+        left over for good, and so crowd out those that are wanted.
+        """
+        pool = self._pools.setdefault(size, [])
+        while len(pool) < POOL:
+            dialogue = self.maker.dialogue(TOOLS_IN_SHORT if size <= 300 else TOOLS_IN_LONG)
+            if not dialogue.held:
                 encoded = self.codec.encode(dialogue)
-                # Only the rare long rows can take these: more would only clog the pool.
-                if len(encoded[0]) <= COMMON_ROW or self.rng.random() < 0.1:
-                    self._pool.append(encoded)
+                if len(encoded[0]) <= size:
+                    pool.append(encoded)
+        for i, (tokens, _) in enumerate(pool):
+            if len(tokens) <= room:
+                return pool.pop(i)
+        return None
 
     def _row(self, size: int) -> tuple[list[int], list[int], list[float]]:
         tokens: list[int] = []
@@ -116,7 +120,7 @@ class Packer:
             self._open_long_row(add, size)
         # Stop early or late at random, so that the mean over many rows comes to the share.
         limit = size * min(1.0, self.share * self.rng.uniform(0.6, 1.5))
-        while len(tokens) < limit and (found := self._next_dialogue(size - len(tokens))):
+        while len(tokens) < limit and (found := self._next_dialogue(size - len(tokens), size)):
             add(*found)
         room = size - len(tokens)
         if room >= LEAST_PROSE:
@@ -126,7 +130,7 @@ class Packer:
             add([self.codec.end] * room, [0.0] * room)
         return tokens, documents, weights
 
-    def _open_long_row(self, add, size: int) -> None:
+    def _open_long_row(self, add: Callable[[list[int], list[float]], None], size: int) -> None:
         """Most of a long row is one document, so that long distances get learned at all."""
         if self.rng.random() < 0.5:
             start = self.rng.randrange(len(self.prose) - size)

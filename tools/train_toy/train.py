@@ -18,8 +18,8 @@ from tools.train_toy.optimizer import Optimizer
 from tools.train_toy.packing import Batch, Codec, Packer, load_prose
 from tools.train_toy.shape import Shape
 
-# Short rows are the fastest, and hold all but the conversations with tools; every other step has
-# rows that hold those, and a long one now and then keeps the whole context in use.
+# Short rows are the fastest, and hold all but the conversations with tools; two steps of three
+# have rows that hold those, and a long one now and then keeps the whole context in use.
 SHORT, LENGTH, LONG = 256, 512, 2048
 LONG_ONE_IN = 50
 WARM_UP = 60
@@ -34,7 +34,7 @@ class Options:
     minutes: float  # of compute time (of this process, all threads)
     wall_minutes: float  # a cap for machines that are shared or paused
     tokens: int = 4096  # per step
-    share: float = 0.7
+    share: float = 0.6
     seed: int = 0
     export_every: float = 5.0  # minutes
     compile: bool = True
@@ -113,7 +113,7 @@ class Trainer:
         return state["progress"]
 
     def _batch(self, step: int) -> Batch:
-        length = SHORT if step % 2 else LENGTH
+        length = LENGTH if step % 3 else SHORT
         if step % LONG_ONE_IN == LONG_ONE_IN - 1:
             length = LONG
         batch = self.packer.batch(max(1, self.options.tokens // length), length)

@@ -262,7 +262,7 @@ _REPEAT_FORMS = (
 
 
 def repeating(rng: random.Random, sentences: list[str]) -> Exchange:
-    text = phrase(rng, sentences).strip('"')
+    text = phrase(rng, sentences).replace('"', "")
     ask = rng.choice(_REPEAT_FORMS).format(text)
     return Exchange(ask, text, "repeating", held_out("repeat", text))
 
