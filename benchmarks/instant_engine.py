@@ -1,6 +1,6 @@
 """An engine instance that returns tokens at once: what is left is service, protocol and scheduler.
 
-    python -m benchmarks.instant_engine --address ipc:///tmp/instant.sock --model toy
+python -m benchmarks.instant_engine --address ipc:///tmp/instant.sock --model toy
 """
 
 from __future__ import annotations
