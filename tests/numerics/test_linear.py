@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from penstock.engine.platforms.base import Platform, TiedEmbedding
+from penstock.engine.platforms.base import Platform, QkNorms, TiedEmbedding
 from penstock.engine.platforms.cpu import kernels, linear
 from penstock.engine.platforms.cpu.platform import CpuPlatform
 from penstock.engine.platforms.cpu.small_ops import SmallOps
@@ -137,19 +137,24 @@ def test_silu_mul(native, dtype):
             assert (found != expected).float().mean() < 0.02
 
 
+@pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rope(native, dtype):
+def test_rope(native, dtype, normed):
     for tokens, dim in ((1, 128), (9, 24), (300, 64)):
+        norms = None
+        if normed:
+            norms = QkNorms(torch.randn(dim).to(dtype), torch.randn(dim).to(dtype), 1e-6)
         qkv = torch.randn(tokens, 8, dim).to(dtype)
         angles = torch.rand(tokens, dim // 2) * 9
         cos, sin = (torch.cat((x, x), -1) for x in (angles.cos(), angles.sin()))
         mine, theirs = qkv.clone(), qkv.clone()
-        native.rope_(mine[:, :4], mine[:, 4:6], cos, sin)
-        Platform().rope_(theirs[:, :4], theirs[:, 4:6], cos, sin)
+        native.rope_(mine[:, :4], mine[:, 4:6], cos, sin, norms)
+        Platform().rope_(theirs[:, :4], theirs[:, 4:6], cos, sin, norms)
         assert torch.equal(mine[:, 6:], qkv[:, 6:])
-        torch.testing.assert_close(
-            mine, theirs, rtol=2**-7 if dtype == torch.bfloat16 else 1e-5, atol=1e-6
-        )
+        # A rotation may cancel, so what the norm has rounded shows as an absolute error, too.
+        half_ulp = 2**-7 if dtype == torch.bfloat16 else 1e-5
+        atol = half_ulp * float(theirs.abs().max()) if normed else 1e-6
+        torch.testing.assert_close(mine, theirs, rtol=half_ulp, atol=atol)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

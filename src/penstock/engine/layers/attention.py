@@ -11,6 +11,7 @@ import torch
 from penstock.engine.attention.base import AttentionBackend, AttentionRow, AttentionShape
 from penstock.engine.layers.weights import Weights
 from penstock.engine.models.config import ModelConfig
+from penstock.engine.platforms.base import QkNorms
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,6 @@ class SelfAttention:
         heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
         self._platform = weights.platform
         self._layer = layer
-        self._eps = config.rms_norm_eps
         self._dim = dim
         self._splits = (heads * dim, kv_heads * dim, kv_heads * dim)
         self._qkv = weights.linear(
@@ -42,17 +42,16 @@ class SelfAttention:
         self._out = weights.linear(
             heads * dim, {f"{prefix}.o_proj": config.hidden_size}, bias=config.attention_out_bias
         )
-        self._q_norm_D = weights.vector(f"{prefix}.q_norm.weight", dim) if config.qk_norm else None
-        self._k_norm_D = weights.vector(f"{prefix}.k_norm.weight", dim) if config.qk_norm else None
+        self._norms: QkNorms | None = None
+        if config.qk_norm:
+            q_D, k_D = (weights.vector(f"{prefix}.{x}_norm.weight", dim) for x in "qk")
+            self._norms = QkNorms(q_D, k_D, config.rms_norm_eps)
 
     def __call__(self, x_TE: torch.Tensor, step: Step) -> torch.Tensor:
         """x_TE: normed hidden states [T, hidden]. Returns the attention's share of the residual."""
         parts = self._qkv(x_TE).split(self._splits, dim=-1)
         q_THD, k_TGD, v_TGD = (part.unflatten(-1, (-1, self._dim)) for part in parts)
-        if self._q_norm_D is not None and self._k_norm_D is not None:
-            q_THD = self._platform.rms_norm(q_THD, self._q_norm_D, self._eps)
-            k_TGD = self._platform.rms_norm(k_TGD, self._k_norm_D, self._eps)
-        self._platform.rope_(q_THD, k_TGD, step.cos, step.sin)
+        self._platform.rope_(q_THD, k_TGD, step.cos, step.sin, self._norms)
         out_THD = step.attention.run(self._layer, q_THD, k_TGD, v_TGD)
         return self._out(out_THD.flatten(1))
 

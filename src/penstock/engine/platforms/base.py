@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -32,6 +33,15 @@ class TiedEmbedding:
     def head(self, x_TE: torch.Tensor) -> torch.Tensor:
         """x @ matrix.T, [T, V]."""
         return functional.linear(x_TE, self._weight_VE)
+
+
+@dataclass(frozen=True, slots=True)
+class QkNorms:
+    """Qwen3's norms of each query and key head."""
+
+    query: torch.Tensor  # [D]
+    key: torch.Tensor
+    eps: float
 
 
 class Platform:
@@ -68,18 +78,27 @@ class Platform:
         return functional.silu(gate_TI) * up_TI
 
     def rope_(
-        self, q_THD: torch.Tensor, k_TGD: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor
+        self,
+        q_THD: torch.Tensor,
+        k_TGD: torch.Tensor,
+        cos_TD: torch.Tensor,
+        sin_TD: torch.Tensor,
+        norms: QkNorms | None = None,
     ) -> None:
-        """Rotate q and k in place, halves against halves ("rotate_half"), in float32.
+        """Rotate q and k in place, halves against halves ("rotate_half"), in float32; where there
+        are `norms`, each head is normed first.
 
         cos and sin are the tokens' rows [T, D], whose two halves are equal.
         """
+        if norms is not None:
+            q_THD.copy_(self.rms_norm(q_THD, norms.query, norms.eps))
+            k_TGD.copy_(self.rms_norm(k_TGD, norms.key, norms.eps))
         for x_THD in (q_THD, k_TGD):
             self.rotate_(x_THD, cos_TD, sin_TD)
 
     @staticmethod
     def rotate_(x_THD: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor) -> None:
-        """`rope_` for one of the two, in torch."""
+        """The rotation of one of the two, in torch."""
         x = x_THD.float()
         left, right = x.chunk(2, dim=-1)
         rotated = torch.cat((-right, left), dim=-1)

@@ -108,7 +108,7 @@ def open_library(path: Path) -> ctypes.CDLL:
         "attend": [pointer, flag],
         "rms_norm": [pointer] * 3 + [count] * 5 + [real] + [flag] * 2,
         "silu_mul": [pointer] * 2 + [count] * 3 + [flag] * 2,
-        "rope": [pointer] + [count] * 5 + [pointer] * 2 + [flag] * 2,
+        "rope": [pointer] + [flag] * 2,
     }
     for name, argtypes in signatures.items():
         function = getattr(library, f"penstock_{name}")

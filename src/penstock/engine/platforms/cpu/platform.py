@@ -8,7 +8,7 @@ from penstock.engine.attention import select
 from penstock.engine.memory.base import KvMemory
 from penstock.engine.memory.sizing import available_memory_bytes
 from penstock.engine.memory.xtensor import XTensorMemory
-from penstock.engine.platforms.base import Linear, Platform, TiedEmbedding
+from penstock.engine.platforms.base import Linear, Platform, QkNorms, TiedEmbedding
 from penstock.engine.platforms.cpu import kernels, linear
 from penstock.engine.platforms.cpu.small_ops import SmallOps
 from penstock.protocol.kv import KvLayout
@@ -46,11 +46,17 @@ class CpuPlatform(Platform):
         return super().silu_mul(gate_up_T2I)
 
     def rope_(
-        self, q_THD: torch.Tensor, k_TGD: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor
+        self,
+        q_THD: torch.Tensor,
+        k_TGD: torch.Tensor,
+        cos_TD: torch.Tensor,
+        sin_TD: torch.Tensor,
+        norms: QkNorms | None = None,
     ) -> None:
-        for x_THD in (q_THD, k_TGD):
-            if self._small_ops is None or not self._small_ops.rope_(x_THD, cos_TD, sin_TD):
-                self.rotate_(x_THD, cos_TD, sin_TD)
+        if self._small_ops is None or not self._small_ops.rope_(
+            q_THD, k_TGD, cos_TD, sin_TD, norms
+        ):
+            super().rope_(q_THD, k_TGD, cos_TD, sin_TD, norms)
 
     def kv_memory(
         self, layout: KvLayout, num_blocks: int, num_slots: int, max_blocks_per_slot: int

@@ -6,7 +6,31 @@ import ctypes
 
 import torch
 
+from penstock.engine.platforms.base import QkNorms
+
 _DTYPES = (torch.bfloat16, torch.float32)
+
+
+class _QueryKey(ctypes.Structure):
+    """Mirrors `QueryKey` in small_ops.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("q", "k", "q_norm", "k_norm", "cos", "sin")),
+        *(
+            (name, ctypes.c_int64)
+            for name in (
+                "num_tokens",
+                "num_heads",
+                "num_kv_heads",
+                "q_token_stride",
+                "q_head_stride",
+                "k_token_stride",
+                "k_head_stride",
+                "dim",
+            )
+        ),
+        ("eps", ctypes.c_float),
+    )
 
 
 class SmallOps:
@@ -60,24 +84,39 @@ class SmallOps:
         )
         return out_TI
 
-    def rope_(self, x_THD: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor) -> bool:
-        """Rotates x in place; cos and sin must be float32 and contiguous."""
+    def rope_(
+        self,
+        q_THD: torch.Tensor,
+        k_TGD: torch.Tensor,
+        cos_TD: torch.Tensor,
+        sin_TD: torch.Tensor,
+        norms: QkNorms | None,
+    ) -> bool:
+        """See `Platform.rope_`. cos and sin must be float32 and contiguous."""
+        dtype, dim = q_THD.dtype, q_THD.shape[2]
+        if dtype not in _DTYPES or q_THD.stride(2) != 1 or k_TGD.stride(2) != 1:
+            return False
         for table in (cos_TD, sin_TD):
             if table.dtype != torch.float32 or not table.is_contiguous():
                 return False
-        if x_THD.dtype not in _DTYPES or x_THD.stride(2) != 1:
+        if norms is not None and not (norms.query.dtype == norms.key.dtype == dtype):
             return False
-        num_tokens, num_heads, dim = x_THD.shape
-        self._rope(
-            x_THD.data_ptr(),
-            num_tokens,
-            num_heads,
-            x_THD.stride(0),
-            x_THD.stride(1),
-            dim,
-            cos_TD.data_ptr(),
-            sin_TD.data_ptr(),
-            torch.get_num_threads(),
-            x_THD.dtype == torch.bfloat16,
+        call = _QueryKey(
+            q=q_THD.data_ptr(),
+            k=k_TGD.data_ptr(),
+            q_norm=None if norms is None else norms.query.data_ptr(),
+            k_norm=None if norms is None else norms.key.data_ptr(),
+            cos=cos_TD.data_ptr(),
+            sin=sin_TD.data_ptr(),
+            num_tokens=q_THD.shape[0],
+            num_heads=q_THD.shape[1],
+            num_kv_heads=k_TGD.shape[1],
+            q_token_stride=q_THD.stride(0),
+            q_head_stride=q_THD.stride(1),
+            k_token_stride=k_TGD.stride(0),
+            k_head_stride=k_TGD.stride(1),
+            dim=dim,
+            eps=0.0 if norms is None else norms.eps,
         )
+        self._rope(ctypes.byref(call), torch.get_num_threads(), dtype == torch.bfloat16)
         return True
