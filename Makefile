@@ -56,12 +56,14 @@ install: $(INSTALLED) ## what `make serve` needs
 install-dev: $(INSTALLED_DEV) ## what tests and checks need
 
 # Build tools first, so that an editable install needs no isolated build and works offline; torch
-# before what depends on it, so that no looser range ever chooses its build.
+# before what depends on it, so that no looser range ever chooses its build. The CPU kernels are
+# compiled now rather than at the first start; without a compiler it says so and goes on.
 $(INSTALLED): pyproject.toml constraints.txt | $(PY)
 	@echo "Installing into $(VENV) (once)..."
 	@$(PIP_INSTALL) setuptools
 	@$(PIP_INSTALL) torch
 	@$(PIP_INSTALL) --no-build-isolation -e .
+	@$(PY) -m penstock.engine.platforms.cpu.kernels || true
 	@touch $@
 
 $(INSTALLED_DEV): $(INSTALLED)

@@ -193,3 +193,8 @@ def _intact(library: Path) -> bool:
     except OSError:
         return False
     return hashlib.sha256(content[:-_SEAL_BYTES]).digest() == content[-_SEAL_BYTES:]
+
+
+if __name__ == "__main__":
+    # What installers call, so that the first start need not compile.
+    load()
