@@ -1,4 +1,4 @@
-"""The seam between deciding and computing: `launch(batch) -> handle`.
+"""The seam between deciding and computing: `launch(batch, done)`.
 
 A runner stands for N ranks of one device kind. The torch runner computes; the simulator's runner is
 a cost model. Whoever drives the core calls `launch` as often as the core says; batches finish in

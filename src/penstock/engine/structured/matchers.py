@@ -168,12 +168,6 @@ class MaskService:
             return NO_MASKS
         return self._wait(self._matchers.fill, list(slots))
 
-    def wants_stop(self, slot: int) -> bool:
-        """As `Matchers.wants_stop`. Waits for the advances made so far."""
-        if slot not in self._constrained:
-            return False
-        return self._wait(self._matchers.wants_stop, slot)
-
     def close(self) -> None:
         self._worker.shutdown(wait=True, cancel_futures=True)
 
