@@ -56,6 +56,8 @@ class InstanceDriver:
         self._endpoint: Endpoint | None = None
         self._done: deque[StepResult] = deque()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        # Reentrant: a signal's handler may ring while this very thread closes the bell.
+        self._bell = threading.RLock()
         self._timer_s = 0.0
         self._stopping = False
         self._failure: str | None = None
@@ -77,7 +79,7 @@ class InstanceDriver:
             endpoint.close(flush_s=1.0)
             if self._failure is None:  # else its thread hangs, and so would we
                 self._runner.close()
-                os.close(self._wake)
+                self._close_bell()
         if self._failure is not None:
             raise EngineFailed(self._failure)
 
@@ -139,7 +141,7 @@ class InstanceDriver:
     def _finished(self, result: StepResult) -> None:
         """Called by the runner's thread."""
         self._done.append(result)
-        os.eventfd_write(self._wake, 1)
+        self._ring()
 
     # --- from outside --------------------------------------------------------------------------
 
@@ -177,15 +179,26 @@ class InstanceDriver:
         self._carry_out(self.core.on_message(_SELF, Detach(_SELF, 1), self._clock()))
         self._own_rows.clear()
 
+    def _ring(self) -> None:
+        """Wake the loop; nothing if it has ended, which it may do while somebody stops it."""
+        with self._bell:
+            if self._wake >= 0:
+                os.eventfd_write(self._wake, 1)
+
+    def _close_bell(self) -> None:
+        with self._bell:
+            os.close(self._wake)
+            self._wake = -1
+
     def drain(self) -> None:
         """Finish what runs, take nothing new, then return from `run`. From any thread or signal."""
         self._draining = True
-        os.eventfd_write(self._wake, 1)
+        self._ring()
 
     def stop(self) -> None:
         """Return from `run` as soon as the batch in flight is done."""
         self._stopping = True
-        os.eventfd_write(self._wake, 1)
+        self._ring()
 
 
 def run_worker(config: WorkerConfig) -> int:
