@@ -71,13 +71,13 @@ class Decoder:
             config.rope, config.head_dim, config.max_model_len, weights.platform.device
         )
         vocab, hidden = config.vocab_size, config.hidden_size
-        embedding_VE = weights.matrix("model.embed_tokens.weight", vocab, hidden)
         self._embed: Callable[[torch.Tensor], torch.Tensor]
         self._head: Linear
         if config.tie_word_embeddings:
-            tied = weights.platform.make_tied_embedding(embedding_VE)
+            tied = weights.tied_embedding("model.embed_tokens", vocab, hidden)
             self._embed, self._head = tied.embed, tied.head
         else:
+            embedding_VE = weights.embedding("model.embed_tokens", vocab, hidden)
             self._embed = partial(functional.embedding, weight=embedding_VE)
         self._layers = [DecoderLayer(config, i, weights) for i in range(config.num_layers)]
         self._norm_E = weights.vector("model.norm.weight", hidden)

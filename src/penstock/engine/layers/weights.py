@@ -13,7 +13,8 @@ from collections.abc import Mapping
 
 import torch
 
-from penstock.engine.platforms.base import Linear, Platform
+from penstock.engine.platforms.base import Linear, Platform, TiedEmbedding
+from penstock.engine.quantization.weight import QuantizedWeight, stack
 
 
 class Weights(ABC):
@@ -42,15 +43,44 @@ class Weights(ABC):
         self.fill(name, out_NK)
         return out_NK
 
+    def read_quantized(self, name: str, rows: int, columns: int) -> QuantizedWeight | None:
+        """The linear or embedding called `name` (without ".weight") in the few bits in which it is
+        stored or wanted, or None: then it is a plain tensor and `fill` reads it."""
+        return None
+
     def linear(self, in_features: int, outputs: Mapping[str, int], *, bias: bool) -> Linear:
         """Several linears over the same input as one: `outputs` is name -> out_features, and the
         outputs stand one after the other in that order."""
+        bias_N = self._biases(outputs) if bias else None
+        few_bits = [self.read_quantized(name, n, in_features) for name, n in outputs.items()]
+        found = [part for part in few_bits if part is not None]
+        if len(found) == len(outputs) and (stacked := stack(found)) is not None:
+            return self.platform.make_quantized_linear(stacked, bias_N, self.dtype)
         weight_NK = self.empty(sum(outputs.values()), in_features)
-        bias_N = self.empty(sum(outputs.values())) if bias else None
-        start = 0
-        for name, rows in outputs.items():
-            self.fill(f"{name}.weight", weight_NK[start : start + rows])
-            if bias_N is not None:
-                self.fill(f"{name}.bias", bias_N[start : start + rows])
-            start += rows
+        parts_NK = weight_NK.split(list(outputs.values()))
+        for name, part_NK, quantized in zip(outputs, parts_NK, few_bits, strict=True):
+            if quantized is None:
+                self.fill(f"{name}.weight", part_NK)
+            else:
+                part_NK.copy_(quantized.dequantize())
         return self.platform.make_linear(weight_NK, bias_N)
+
+    def tied_embedding(self, name: str, rows: int, columns: int) -> TiedEmbedding:
+        """One matrix for both ends of a model."""
+        quantized = self.read_quantized(name, rows, columns)
+        if quantized is not None:
+            return self.platform.make_quantized_embedding(quantized, self.dtype)
+        return self.platform.make_tied_embedding(self.matrix(f"{name}.weight", rows, columns))
+
+    def embedding(self, name: str, rows: int, columns: int) -> torch.Tensor:
+        """An embedding that is not the output head as well: a plain matrix [rows, columns]."""
+        quantized = self.read_quantized(name, rows, columns)
+        if quantized is not None:
+            return quantized.dequantize().to(self.dtype)
+        return self.matrix(f"{name}.weight", rows, columns)
+
+    def _biases(self, outputs: Mapping[str, int]) -> torch.Tensor:
+        bias_N = self.empty(sum(outputs.values()))
+        for name, part_N in zip(outputs, bias_N.split(list(outputs.values())), strict=True):
+            self.fill(f"{name}.bias", part_N)
+        return bias_N

@@ -14,6 +14,7 @@ from penstock.engine.attention.base import AttentionBackend, AttentionShape
 from penstock.engine.attention.reference import ReferenceAttention
 from penstock.engine.memory.base import KvMemory
 from penstock.engine.memory.paged import PagedMemory
+from penstock.engine.quantization.weight import QuantizedWeight
 from penstock.protocol.kv import KvLayout
 
 #: x_TK -> y_TN, for a weight [N, K].
@@ -65,6 +66,19 @@ class Platform:
     def make_tied_embedding(self, weight_VE: torch.Tensor) -> TiedEmbedding:
         """Embedding and head over one copy of the weight. The caller drops its reference."""
         return TiedEmbedding(weight_VE)
+
+    def make_quantized_linear(
+        self, weight: QuantizedWeight, bias_N: torch.Tensor | None, dtype: torch.dtype
+    ) -> Linear:
+        """x @ weight.T + bias over activations of `dtype`, the weight kept in its few bits where
+        there is a kernel for them; without one it is dequantized once."""
+        return self.make_linear(weight.dequantize().to(dtype), bias_N)
+
+    def make_quantized_embedding(
+        self, weight: QuantizedWeight, dtype: torch.dtype
+    ) -> TiedEmbedding:
+        """The same for a matrix that is both embedding and head."""
+        return self.make_tied_embedding(weight.dequantize().to(dtype))
 
     def rms_norm(self, x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor:
         """Over the last dimension, in float32, with transformers' order of roundings."""

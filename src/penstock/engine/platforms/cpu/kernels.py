@@ -25,8 +25,8 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 _HERE = Path(__file__).parent
-_SOURCES = ("attention.cpp", "small_ops.cpp")
-_HEADERS = ("common.h", "attention.h", "decode.h", "prefill.h")
+_SOURCES = ("attention.cpp", "small_ops.cpp", "ops.cpp")
+_HEADERS = ("common.h", "attention.h", "decode.h", "prefill.h", "ops.h")
 _FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fopenmp"),
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi"),
@@ -103,6 +103,8 @@ def open_library(path: Path) -> ctypes.CDLL:
         raise CompileFailed(f"{path} does not load: {exc}") from exc
     pointer, count, real, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
     signatures = {
+        "run": [pointer, pointer, flag],
+        "replay": [pointer, pointer, count, flag],
         "tile_queries": [],
         "store_kv": [pointer, flag],
         "attend": [pointer, flag],

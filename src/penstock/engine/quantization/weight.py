@@ -1,0 +1,89 @@
+"""A weight in a few bits, as everything in the engine hands it on: what a format is read into, what
+a scheme makes, and what a platform packs for its kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from penstock.protocol.errors import CheckpointError
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedWeight:
+    """weight[n, k] = scale[n, g] * code[n, k] + offset[n, g], with g = k // group_size.
+
+    Codes are unsigned, one a byte, whatever `bits` is: packing is the platform's business and
+    happens layer by layer. `offsets_NG` None means symmetric: -scale * 2 ** (bits - 1). A group as
+    long as a row is a scale for each output channel.
+
+    `input_order_K` (GPTQ's act-order): column k of the codes belongs to input input_order_K[k]; so
+    x[:, input_order_K] is what the codes are multiplied by. None: the natural order.
+    """
+
+    bits: int  # 4 or 8
+    group_size: int
+    codes_NK: torch.Tensor  # uint8
+    scales_NG: torch.Tensor  # float32
+    offsets_NG: torch.Tensor | None = None  # float32
+    input_order_K: torch.Tensor | None = None  # int64
+
+    def __post_init__(self) -> None:
+        rows, columns = self.codes_NK.shape
+        groups = (rows, columns // self.group_size)
+        assert self.bits in (4, 8), self.bits
+        assert columns % self.group_size == 0, (columns, self.group_size)
+        assert self.codes_NK.dtype == torch.uint8 and self.scales_NG.shape == groups
+        assert self.offsets_NG is None or self.offsets_NG.shape == groups
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, columns = self.codes_NK.shape
+        return rows, columns
+
+    @property
+    def per_channel(self) -> bool:
+        return self.group_size == self.codes_NK.shape[1]
+
+    def offsets(self) -> torch.Tensor:
+        """offsets_NG, spelt out where they are implied."""
+        if self.offsets_NG is not None:
+            return self.offsets_NG
+        return self.scales_NG * -float(1 << (self.bits - 1))
+
+    def dequantize(self) -> torch.Tensor:
+        """float32 [N, K], the columns in the order of the inputs."""
+        rows, columns = self.codes_NK.shape
+        codes_NGK = self.codes_NK.view(rows, -1, self.group_size).float()
+        weight_NGK = codes_NGK * self.scales_NG[..., None] + self.offsets()[..., None]
+        weight_NK = weight_NGK.view(rows, columns)
+        if self.input_order_K is None:
+            return weight_NK
+        return torch.empty_like(weight_NK).index_copy_(1, self.input_order_K, weight_NK)
+
+
+def stack(parts: list[QuantizedWeight]) -> QuantizedWeight | None:
+    """Several weights over the same input as one, the outputs one after the other; None if they
+    cannot be one (other bits, groups or input orders)."""
+    first = parts[0]
+    for part in parts[1:]:
+        if (part.bits, part.group_size) != (first.bits, first.group_size):
+            return None
+        if part.shape[1] != first.shape[1]:
+            raise CheckpointError(f"{part.shape[1]} inputs beside {first.shape[1]}")
+        if not _same_order(part.input_order_K, first.input_order_K):
+            return None
+    symmetric = all(part.offsets_NG is None for part in parts)
+    return QuantizedWeight(
+        first.bits,
+        first.group_size,
+        torch.cat([part.codes_NK for part in parts]),
+        torch.cat([part.scales_NG for part in parts]),
+        None if symmetric else torch.cat([part.offsets() for part in parts]),
+        first.input_order_K,
+    )
+
+
+def _same_order(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and torch.equal(a, b))
