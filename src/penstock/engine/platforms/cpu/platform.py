@@ -10,6 +10,7 @@ from penstock.engine.memory.sizing import available_memory_bytes
 from penstock.engine.memory.xtensor import XTensorMemory
 from penstock.engine.platforms.base import Linear, Platform, QkNorms, TiedEmbedding
 from penstock.engine.platforms.cpu import kernels, linear
+from penstock.engine.platforms.cpu.ops import Ops
 from penstock.engine.platforms.cpu.small_ops import SmallOps
 from penstock.protocol.kv import KvLayout
 
@@ -23,6 +24,8 @@ class CpuPlatform(Platform):
     def __init__(self, device: torch.device | str = "cpu") -> None:
         super().__init__(device)
         library = kernels.load()
+        #: None where the kernels cannot be compiled.
+        self.ops = Ops(library) if library is not None else None
         self._small_ops = SmallOps(library) if library is not None else None
 
     def make_linear(self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None = None) -> Linear:
