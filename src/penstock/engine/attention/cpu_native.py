@@ -2,44 +2,36 @@
 
 Rows with few queries (decode) are cut along the context, so that one long sequence keeps all
 threads busy and each byte of KV is read once; rows with many queries (prefill) are cut into tiles
-of queries. One parallel region computes both.
+of queries. One operation stores the step's keys and values and computes both.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+import weakref
 
-import numpy as np
 import torch
 
 from penstock.engine.attention.base import AttentionRow, AttentionShape
 from penstock.engine.memory.base import KvMemory
 from penstock.engine.platforms.cpu import kernels
+from penstock.engine.platforms.cpu.ops import Ops
 
 #: Compiled into the kernels (`attend_dim` in attention.cpp).
 HEAD_DIMS = (16, 32, 48, 64, 80, 96, 128, 256)
 
-#: Up to this many queries of one kv head, reading the keys costs more than the arithmetic.
-_FEW_QUERIES = 8
-#: The shortest stretch of context worth an item of its own.
-_MIN_STRETCH_TOKENS = 256
-_ITEMS_PER_THREAD = 4
+#: Below this many products of a query and a key, waking the other threads costs more than they save.
+_SERIAL_PRODUCTS = 256
 
 
-class _Call(ctypes.Structure):
+class _Args(ctypes.Structure):
     """Mirrors `Call` in attention.h."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("out", "q", "k", "v")),
-        *((name, ctypes.c_void_p) for name in ("rows", "tiles", "items", "joins", "partials")),
+        *((name, ctypes.c_void_p) for name in ("num_tokens", "plan", "out", "q", "k", "v")),
         *(
             (name, ctypes.c_int64)
             for name in (
-                "num_rows",
-                "num_tiles",
-                "num_items",
-                "num_joins",
                 "q_token_stride",
                 "k_token_stride",
                 "v_token_stride",
@@ -51,15 +43,24 @@ class _Call(ctypes.Structure):
                 "head_dim",
                 "block_tokens",
                 "sliding_window",
-                "num_threads",
+                "is_bf16",
             )
         ),
         ("scale", ctypes.c_float),
     )
 
 
+class _Row(ctypes.Structure):
+    """Mirrors `Row` in attention.h."""
+
+    _fields_ = tuple((name, ctypes.c_int64) for name in ("base", "start", "num_tokens", "first"))
+
+
 class NativeCpuAttention:
-    """See `AttentionBackend`. Needs memory whose slots are contiguous address ranges."""
+    """See `AttentionBackend`. Needs memory whose slots are contiguous address ranges.
+
+    A recorded call knows the address of the plan, which stays the same from step to step.
+    """
 
     name = "cpu_native"
 
@@ -75,97 +76,61 @@ class NativeCpuAttention:
             return "the native kernels could not be compiled"
         return None
 
-    def __init__(self, shape: AttentionShape, memory: KvMemory) -> None:
-        library = kernels.load()
-        assert library is not None, "ask `unsupported` first"
+    def __init__(self, shape: AttentionShape, memory: KvMemory, ops: Ops | None = None) -> None:
+        if ops is None:
+            library = kernels.load()
+            assert library is not None, "ask `unsupported` first"
+            ops = Ops(library)
         layout = memory.layout
-        self._library = library
+        self._ops = ops
         self._memory = memory
-        self._is_bf16 = int(layout.dtype == "bfloat16")
         self._layer_bytes = layout.block_bytes // layout.num_layers
-        self._group = shape.num_heads // shape.num_kv_heads
-        self._tile_queries = library.penstock_tile_queries()
-        self._window = shape.sliding_window or 0
-        self._call = _Call(
+        self._attend = ops.address("attend")
+        self._plan = ops.library.penstock_plan_new()
+        weakref.finalize(self, ops.library.penstock_plan_free, self._plan)
+        self._rows = (_Row * 1)()
+        self._serial = False
+        self._args = _Args(
+            plan=self._plan,
             block_stride_bytes=memory.block_stride_bytes,
             num_heads=shape.num_heads,
             num_kv_heads=shape.num_kv_heads,
             head_dim=shape.head_dim,
             block_tokens=layout.block_tokens,
-            sliding_window=self._window,
+            sliding_window=shape.sliding_window or 0,
             scale=shape.scale,
         )
-        self._partials = torch.empty(0)
 
     def plan(self, rows: list[AttentionRow]) -> None:
-        self._call.num_threads = torch.get_num_threads()
-        addresses, tiles, items, joins = [], [], [], []
-        stretch = self._stretch_tokens(rows)
-        first = num_partials = 0
+        if len(rows) > len(self._rows):
+            self._rows = (_Row * (2 * len(rows)))()
+        base, block_tokens, into = self._memory.base, self._args.block_tokens, self._rows
+        first = products = 0
         for i, row in enumerate(rows):
-            num_blocks = -(-(row.start + row.num_tokens) // self._call.block_tokens)
-            base = self._memory.base(row.slot, num_blocks)
-            addresses.append((base, row.start, row.num_tokens, first))
-            first += row.num_tokens
-            if not self._few_queries(row):
-                tiles += self._tiles(i, row)
-                continue
-            starts = range(self._first_key(row), row.start + row.num_tokens, stretch)
-            num_queries = row.num_tokens * self._group
-            for head in range(self._call.num_kv_heads):
-                joins.append((i, head, num_partials, len(starts)))
-                for start in starts:
-                    end = min(start + stretch, row.start + row.num_tokens)
-                    items.append((i, head, start, end, num_partials))
-                    num_partials += num_queries
-        self._keep(rows=addresses, tiles=tiles, items=items, joins=joins)
-        width = 2 + self._call.head_dim
-        if len(self._partials) < num_partials * width:
-            self._partials = torch.empty(num_partials * width, dtype=torch.float32)
-        self._call.partials = self._partials.data_ptr()
+            start, num_tokens = row.start, row.num_tokens
+            end = start + num_tokens
+            into[i] = (base(row.slot, -(-end // block_tokens)), start, num_tokens, first)
+            first += num_tokens
+            products += num_tokens * end
+        self._serial = products * self._args.num_heads < _SERIAL_PRODUCTS
+        self._ops.library.penstock_plan(
+            self._plan, ctypes.byref(self._args), into, len(rows), torch.get_num_threads()
+        )
 
     def run(
         self, layer: int, q_THD: torch.Tensor, k_TGD: torch.Tensor, v_TGD: torch.Tensor
     ) -> torch.Tensor:
         q_THD, k_TGD, v_TGD = (_heads_together(x) for x in (q_THD, k_TGD, v_TGD))
-        out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype)
-        call = self._call
-        call.out, call.out_token_stride = out_THD.data_ptr(), out_THD.stride(0)
-        call.q, call.q_token_stride = q_THD.data_ptr(), q_THD.stride(0)
-        call.k, call.k_token_stride = k_TGD.data_ptr(), k_TGD.stride(0)
-        call.v, call.v_token_stride = v_TGD.data_ptr(), v_TGD.stride(0)
-        call.layer_offset_bytes = layer * self._layer_bytes
-        self._library.penstock_store_kv(ctypes.byref(call), self._is_bf16)
-        refused = self._library.penstock_attend(ctypes.byref(call), self._is_bf16)
-        assert not refused, f"head_dim {call.head_dim} is not compiled in"
+        out_THD = self._ops.empty(tuple(q_THD.shape), q_THD.dtype)
+        args = _Args.from_buffer_copy(self._args)
+        args.is_bf16 = q_THD.dtype == torch.bfloat16
+        args.out, args.out_token_stride = out_THD.data_ptr(), out_THD.stride(0)
+        args.q, args.q_token_stride = q_THD.data_ptr(), q_THD.stride(0)
+        args.k, args.k_token_stride = k_TGD.data_ptr(), k_TGD.stride(0)
+        args.v, args.v_token_stride = v_TGD.data_ptr(), v_TGD.stride(0)
+        args.layer_offset_bytes = layer * self._layer_bytes
+        self._ops.run(self._attend, args, len(q_THD), serial=self._serial, keep=(self,))
         return out_THD
-
-    def _few_queries(self, row: AttentionRow) -> bool:
-        return row.num_tokens == 1 or row.num_tokens * self._group <= _FEW_QUERIES
-
-    def _first_key(self, row: AttentionRow) -> int:
-        """The first position that any query of the row sees."""
-        return max(0, row.start - self._window + 1) if self._window else 0
-
-    def _tiles(self, i: int, row: AttentionRow) -> list[tuple[int, int, int]]:
-        """Last queries first: they see the most, and a long tile should not start at the end."""
-        firsts = range(0, row.num_tokens * self._group, self._tile_queries)
-        heads = range(self._call.num_kv_heads)
-        return [(i, head, first) for first in reversed(firsts) for head in heads]
-
-    def _stretch_tokens(self, rows: list[AttentionRow]) -> int:
-        """How much context one item takes, so that there are a few items for each thread."""
-        few = [row for row in rows if self._few_queries(row)]
-        tokens = sum(row.start + row.num_tokens - self._first_key(row) for row in few)
-        wanted = self._call.num_threads * _ITEMS_PER_THREAD
-        return max(_MIN_STRETCH_TOKENS, -(-tokens * self._call.num_kv_heads // wanted))
-
-    def _keep(self, **lists: Sequence[tuple[int, ...]]) -> None:
-        """Hand the lists to the kernel as arrays that live until the next plan."""
-        self._arrays = {name: np.array(found, dtype=np.int64) for name, found in lists.items()}
-        for name, array in self._arrays.items():
-            setattr(self._call, name, array.ctypes.data)
-            setattr(self._call, f"num_{name}", len(array))
 
 
 def _heads_together(x_THD: torch.Tensor) -> torch.Tensor:

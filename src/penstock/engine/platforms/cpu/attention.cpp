@@ -1,76 +1,86 @@
-// Attention over virtually contiguous KV: the entry points.
+// Attention over virtually contiguous KV: the operation, and its plan.
 
 #include <omp.h>
 
 #include "attention.h"
 #include "decode.h"
+#include "ops.h"
+#include "plan.h"
 #include "prefill.h"
 
 namespace penstock {
 
-template <typename T> void store_kv(const Call& call) {
-    const int64_t dim_bytes = call.head_dim * sizeof(T);
-    int64_t num_tokens = 0;
-    for (int64_t r = 0; r < call.num_rows; r++) num_tokens += row_of(call, r).num_tokens;
-#pragma omp parallel for num_threads(call.num_threads) schedule(static) if (num_tokens > 64)
-    for (int64_t part = 0; part < call.num_rows * call.num_kv_heads; part++) {
-        const Row row = row_of(call, part / call.num_kv_heads);
-        const int64_t head = part % call.num_kv_heads;
-        const T* k = static_cast<const T*>(call.k) + head * call.head_dim;
-        const T* v = static_cast<const T*>(call.v) + head * call.head_dim;
-        for (int64_t i = 0; i < row.num_tokens; i++) {
-            const int64_t position = row.start + i, token = row.first + i;
-            T* to = keys_of<T>(call, row, position / call.block_tokens, head) +
-                    position % call.block_tokens * call.head_dim;
-            std::memcpy(to, k + token * call.k_token_stride, dim_bytes);
-            std::memcpy(to + values_offset(call), v + token * call.v_token_stride, dim_bytes);
+// Items of about equal cost for each thread, one after the other.
+template <typename T, int NV> void attend_items(const Call& call, const Plan& plan) {
+    const int64_t count = plan.items.size();
+    const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+    const auto& before = plan.cost_before;
+    const auto first_of = [&](int64_t t) {
+        const int64_t cost = before[count] * t / threads;
+        return std::lower_bound(before.begin(), before.begin() + count, cost) - before.begin();
+    };
+    const int64_t end = first_of(thread + 1);
+    for (int64_t i = first_of(thread); i < end; i++) attend_item<T, NV>(call, plan, plan.items[i]);
+}
+
+// Few queries: an item stores what it reads itself. Many: tiles of all threads read what is new.
+template <typename T, int NV> void attend(const Call& call) {
+    const Plan& plan = *call.plan;
+    const int64_t num_chunks = plan.chunks.size(), num_tiles = plan.tiles.size();
+    const int64_t num_joins = plan.joins.size();
+    if (num_chunks > 0) {
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < num_chunks; i++) {
+            const Chunk& chunk = plan.chunks[i];
+            store_kv<T>(call, plan.rows[chunk.row], 0, call.num_kv_heads, chunk.first, chunk.end);
         }
     }
-}
-
-template <typename T, int NV> void attend(const Call& call) {
-#pragma omp parallel num_threads(call.num_threads)
-    {
+    attend_items<T, NV>(call, plan);
+    if (num_tiles > 0) {
 #pragma omp for schedule(dynamic, 1) nowait
-        for (int64_t i = 0; i < call.num_tiles; i++) attend_tile<T>(call, call.tiles + i * 3);
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < call.num_items; i++) attend_item<T, NV>(call, call.items + i * 5);
+        for (int64_t i = 0; i < num_tiles; i++) attend_tile<T>(call, plan, plan.tiles[i]);
+    }
+#pragma omp barrier
+    if (num_joins > 0) {
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < call.num_joins; i++) join<T, NV>(call, call.joins + i * 4);
+        for (int64_t i = 0; i < num_joins; i++) join<T, NV>(call, plan, plan.joins[i]);
     }
 }
 
-template <typename T> int attend_dim(const Call& call) {
+template <typename T> void attend_dim(const Call& call) {
     switch (call.head_dim) {
-        case 16: attend<T, 16 / kLanes>(call); return 0;
-        case 32: attend<T, 32 / kLanes>(call); return 0;
-        case 48: attend<T, 48 / kLanes>(call); return 0;
-        case 64: attend<T, 64 / kLanes>(call); return 0;
-        case 80: attend<T, 80 / kLanes>(call); return 0;
-        case 96: attend<T, 96 / kLanes>(call); return 0;
-        case 128: attend<T, 128 / kLanes>(call); return 0;
-        case 256: attend<T, 256 / kLanes>(call); return 0;
+        case 16: return attend<T, 16 / kLanes>(call);
+        case 32: return attend<T, 32 / kLanes>(call);
+        case 48: return attend<T, 48 / kLanes>(call);
+        case 64: return attend<T, 64 / kLanes>(call);
+        case 80: return attend<T, 80 / kLanes>(call);
+        case 96: return attend<T, 96 / kLanes>(call);
+        case 128: return attend<T, 128 / kLanes>(call);
+        case 256: return attend<T, 256 / kLanes>(call);
     }
-    return 1;
+}
+
+void attend_any(const Call& call) {
+    if (call.is_bf16) attend_dim<BFloat16>(call);
+    else attend_dim<float>(call);
 }
 
 }  // namespace penstock
 
-using penstock::BFloat16;
-using penstock::Call;
+PENSTOCK_OPERATION(attend, penstock::Call, penstock::attend_any)
 
 extern "C" {
 
-// How many queries a tile takes: the planner cuts rows accordingly.
-PENSTOCK_EXPORT int penstock_tile_queries() { return penstock::kTileQueries; }
+PENSTOCK_EXPORT penstock::Plan* penstock_plan_new() { return new penstock::Plan; }
 
-PENSTOCK_EXPORT void penstock_store_kv(const Call* call, int is_bf16) {
-    if (is_bf16) penstock::store_kv<BFloat16>(*call);
-    else penstock::store_kv<float>(*call);
-}
+PENSTOCK_EXPORT void penstock_plan_free(penstock::Plan* plan) { delete plan; }
 
-// 0, or 1 for a head_dim that was not compiled in.
-PENSTOCK_EXPORT int penstock_attend(const Call* call, int is_bf16) {
-    return is_bf16 ? penstock::attend_dim<BFloat16>(*call) : penstock::attend_dim<float>(*call);
+// `call` gives the shape, `rows` what a step asks for. The cost of few queries is returned in keys
+// of one head, that of a tile as that of all keys it sees.
+PENSTOCK_EXPORT void penstock_plan(penstock::Plan* plan, const penstock::Call* call,
+                                   const penstock::Row* rows, int64_t num_rows,
+                                   int64_t num_threads) {
+    plan->rows.assign(rows, rows + num_rows);
+    penstock::Planner(*plan, *call, num_threads, penstock::kTileQueries).make();
 }
 }

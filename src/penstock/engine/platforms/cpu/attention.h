@@ -1,4 +1,4 @@
-// What one call of attention is given, and where a sequence's keys and values stand.
+// What the attention operation is given, and where a sequence's keys and values stand.
 //
 // A sequence's block i is at base + i * block_stride; inside it one layer's keys are
 // [kv_head][token][dim] at layer_offset, its values right behind. The query heads that share a kv
@@ -6,39 +6,69 @@
 #pragma once
 
 #include <cmath>
+#include <memory>
+#include <vector>
 
 #include "common.h"
 
 namespace penstock {
 
-// Mirrored by `_Call` in attention/cpu_native.py. Strides are in elements unless in bytes by name.
+// The queries at positions [start, start + num_tokens) of the sequence whose KV begins at `base`;
+// they stand at `first` in the flat token axis of q, k, v and out.
+struct Row {
+    int64_t base, start, num_tokens, first;
+    int64_t end() const { return start + num_tokens; }
+};
+
+// Tokens [first, end) of a row, to be stored by themselves because tiles of other threads read them.
+struct Chunk {
+    int64_t row, first, end;
+};
+
+// A tile of queries of one kv head, for rows of many queries.
+struct TileOf {
+    int64_t row, head, first_query;
+};
+
+// Keys [first, end) of kv heads [head, end_head), for rows of few queries. The results go to
+// `partial` on, query by query within head by head, or straight to the output where it is -1.
+struct Item {
+    int64_t row, head, end_head, first, end, partial;
+};
+
+// Stretches to be put together: that of one kv head after `step` partials.
+struct Join {
+    int64_t row, head, partial, step, num_stretches;
+};
+
+// What one step computes. Its address is all that a recorded call knows of it: every step
+// overwrites the contents.
+struct Plan {
+    std::vector<Row> rows;
+    std::vector<Chunk> chunks;
+    std::vector<TileOf> tiles;
+    std::vector<Item> items;
+    std::vector<int64_t> cost_before;  // of all items before each, and last of all of them
+    std::vector<Join> joins;
+    std::unique_ptr<float[]> partials;  // [partial][max, sum, acc * dim]
+    int64_t partials_capacity = 0;
+};
+
+// Mirrored by `_Args` in attention/cpu_native.py. Strides are in elements unless in bytes by name.
 struct Call {
+    const int64_t* num_tokens;  // not needed: the plan has the rows
+    const Plan* plan;
     void* out;
     const void* q;
     const void* k;
     const void* v;
-    const int64_t* rows;   // [num_rows][4]: base address, start, num_tokens, first flat token
-    const int64_t* tiles;  // [num_tiles][3]: row, kv head, first query
-    const int64_t* items;  // [num_items][5]: row, kv head, first key, past the last key, partial
-    const int64_t* joins;  // [num_joins][4]: row, kv head, first partial, number of stretches
-    float* partials;       // [partial][max, sum, acc * dim]
-    int64_t num_rows, num_tiles, num_items, num_joins;
     int64_t q_token_stride, k_token_stride, v_token_stride, out_token_stride;
     int64_t block_stride_bytes, layer_offset_bytes;
     int64_t num_heads, num_kv_heads, head_dim, block_tokens;
     int64_t sliding_window;  // 0: none
-    int64_t num_threads;
+    int64_t is_bf16;         // q, k, v and out; else float32
     float scale;
 };
-
-struct Row {
-    int64_t base, start, num_tokens, first;
-};
-
-inline Row row_of(const Call& call, int64_t row) {
-    const int64_t* p = call.rows + row * 4;
-    return {p[0], p[1], p[2], p[3]};
-}
 
 // The keys [token][dim] of one block, layer and head; the values are `values_offset` further on.
 template <typename T> inline T* keys_of(const Call& call, const Row& row, int64_t block, int64_t head) {
@@ -60,6 +90,24 @@ inline T* query_at(const Call& call, T* base, int64_t token_stride, const Row& r
     const int64_t group = group_of(call);
     return base + (row.first + i / group) * token_stride +
            (head * group + i % group) * call.head_dim;
+}
+
+// Stores keys and values at positions [first, end) of heads [head, end_head).
+template <typename T>
+void store_kv(const Call& call, const Row& row, int64_t head, int64_t end_head, int64_t first,
+              int64_t end) {
+    const int64_t dim = call.head_dim;
+    for (int64_t position = first; position < end; position++) {
+        const int64_t token = row.first + position - row.start;
+        const T* k = static_cast<const T*>(call.k) + token * call.k_token_stride;
+        const T* v = static_cast<const T*>(call.v) + token * call.v_token_stride;
+        for (int64_t h = head; h < end_head; h++) {
+            T* to = keys_of<T>(call, row, position / call.block_tokens, h) +
+                    position % call.block_tokens * dim;
+            std::memcpy(to, k + h * dim, dim * sizeof(T));
+            std::memcpy(to + values_offset(call), v + h * dim, dim * sizeof(T));
+        }
+    }
 }
 
 }  // namespace penstock

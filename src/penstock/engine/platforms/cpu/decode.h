@@ -168,11 +168,17 @@ inline void fold_all(Query<T, NV>* queries, int num, const T* keys, const T* val
     if (i < num) fold<1>(queries + i, keys, values, first, count, scale);
 }
 
-template <typename T, int NV> void attend_item(const Call& call, const int64_t* item) {
-    const Row row = row_of(call, item[0]);
-    const int64_t head = item[1], first_key = item[2], end_key = item[3];
+template <typename T, int NV>
+void write_query(const Query<T, NV>& query, float* to) {
+    to[0] = query.top;
+    to[1] = sum(query.total);
+    query.gathered.write(to + 2);
+}
+
+// The queries of one kv head over the item's keys; results go to `partial` or to the output.
+template <typename T, int NV>
+void attend_head(const Call& call, const Row& row, const Item& item, int64_t head, float* partial) {
     const int64_t group = group_of(call), num_queries = row.num_tokens * group;
-    float* partial = call.partials + item[4] * (2 + NV * kLanes);
     Query<T, NV> queries[kQueries];
     for (int64_t done = 0; done < num_queries; done += kQueries) {
         const int num = int(std::min<int64_t>(kQueries, num_queries - done));
@@ -185,13 +191,13 @@ template <typename T, int NV> void attend_item(const Call& call, const int64_t* 
             query.last_key = row.start + (done + i) / group;
             query.first_key = call.sliding_window ? query.last_key - call.sliding_window + 1 : 0;
         }
-        for (int64_t key = first_key; key < end_key;) {
+        for (int64_t key = item.first; key < item.end;) {
             const int64_t block = key / call.block_tokens, offset = key % call.block_tokens;
             const int count = int(
-                std::min<int64_t>({kFoldTokens, call.block_tokens - offset, end_key - key}));
+                std::min<int64_t>({kFoldTokens, call.block_tokens - offset, item.end - key}));
             const T* keys = keys_of<T>(call, row, block, head) + offset * NV * kLanes;
             const int64_t next = key + count;
-            if (next < end_key) {
+            if (next < item.end) {
                 const T* next_keys = keys_of<T>(call, row, next / call.block_tokens, head) +
                                      next % call.block_tokens * NV * kLanes;
                 prefetch(next_keys, kFoldTokens * NV * kLanes);
@@ -201,31 +207,49 @@ template <typename T, int NV> void attend_item(const Call& call, const int64_t* 
             key = next;
         }
         for (int i = 0; i < num; i++) {
-            float* to = partial + (done + i) * (2 + NV * kLanes);
-            to[0] = queries[i].top;
-            to[1] = sum(queries[i].total);
-            queries[i].gathered.write(to + 2);
+            if (partial != nullptr) {
+                write_query(queries[i], partial + (done + i) * (2 + NV * kLanes));
+                continue;
+            }
+            float found[2 + NV * kLanes];
+            write_query(queries[i], found);
+            T* out = query_at(call, static_cast<T*>(call.out), call.out_token_stride, row, head,
+                              done + i);
+            for (int j = 0; j < NV; j++) store(out + j * kLanes, load(found + 2 + j * kLanes) / found[1]);
         }
     }
 }
 
+template <typename T, int NV>
+void attend_item(const Call& call, const Plan& plan, const Item& item) {
+    const Row& row = plan.rows[item.row];
+    const int64_t num_queries = row.num_tokens * group_of(call);
+    store_kv<T>(call, row, item.head, item.end_head, std::max(item.first, row.start), item.end);
+    for (int64_t head = item.head; head < item.end_head; head++) {
+        const int64_t at = item.partial + (head - item.head) * num_queries;
+        float* partial = item.partial < 0 ? nullptr : plan.partials.get() + at * (2 + NV * kLanes);
+        attend_head<T, NV>(call, row, item, head, partial);
+    }
+}
+
 // Puts the stretches of one row and kv head together and writes the output.
-template <typename T, int NV> void join(const Call& call, const int64_t* which) {
-    const Row row = row_of(call, which[0]);
+template <typename T, int NV> void join(const Call& call, const Plan& plan, const Join& which) {
+    const Row& row = plan.rows[which.row];
     const int64_t width = 2 + NV * kLanes, num_queries = row.num_tokens * group_of(call);
     for (int64_t query = 0; query < num_queries; query++) {
-        const float* from = call.partials + (which[2] + query) * width;
+        const float* from = plan.partials.get() + (which.partial + query) * width;
+        const int64_t step = which.step * width;
         float top = kMinusInf;
-        for (int64_t s = 0; s < which[3]; s++) top = std::max(top, from[s * num_queries * width]);
+        for (int64_t s = 0; s < which.num_stretches; s++) top = std::max(top, from[s * step]);
         Vec acc[NV] = {};
         float total = 0;
-        for (int64_t s = 0; s < which[3]; s++) {
-            const float* part = from + s * num_queries * width;
+        for (int64_t s = 0; s < which.num_stretches; s++) {
+            const float* part = from + s * step;
             const float keep = std::exp(part[0] - top);
             total += part[1] * keep;
             for (int i = 0; i < NV; i++) acc[i] += load(part + 2 + i * kLanes) * keep;
         }
-        T* out = query_at(call, static_cast<T*>(call.out), call.out_token_stride, row, which[1],
+        T* out = query_at(call, static_cast<T*>(call.out), call.out_token_stride, row, which.head,
                           query);
         for (int i = 0; i < NV; i++) store(out + i * kLanes, acc[i] / total);
     }

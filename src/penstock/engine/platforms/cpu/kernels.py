@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 _HERE = Path(__file__).parent
 _SOURCES = ("attention.cpp", "small_ops.cpp", "ops.cpp")
-_HEADERS = ("common.h", "attention.h", "decode.h", "prefill.h", "ops.h")
+_HEADERS = ("common.h", "attention.h", "decode.h", "prefill.h", "plan.h", "ops.h")
 _FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fopenmp"),
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi"),
@@ -105,9 +105,9 @@ def open_library(path: Path) -> ctypes.CDLL:
     signatures = {
         "run": [pointer, pointer, flag],
         "replay": [pointer, pointer, count, flag],
-        "tile_queries": [],
-        "store_kv": [pointer, flag],
-        "attend": [pointer, flag],
+        "plan_new": [],
+        "plan_free": [pointer],
+        "plan": [pointer] * 3 + [count] * 2,
         "rms_norm": [pointer] * 3 + [count] * 5 + [real] + [flag] * 2,
         "silu_mul": [pointer] * 2 + [count] * 3 + [flag] * 2,
         "rope": [pointer] + [flag] * 2,
@@ -115,7 +115,7 @@ def open_library(path: Path) -> ctypes.CDLL:
     for name, argtypes in signatures.items():
         function = getattr(library, f"penstock_{name}")
         function.argtypes = argtypes
-        function.restype = flag if name in ("attend", "tile_queries") else None
+        function.restype = pointer if name == "plan_new" else None
     return library
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 
 from penstock.engine.attention import select
+from penstock.engine.attention.base import AttentionBackend, AttentionShape
+from penstock.engine.attention.cpu_native import NativeCpuAttention
 from penstock.engine.memory.base import KvMemory
 from penstock.engine.memory.sizing import available_memory_bytes
 from penstock.engine.memory.xtensor import XTensorMemory
@@ -65,6 +67,14 @@ class CpuPlatform(Platform):
         self, layout: KvLayout, num_blocks: int, num_slots: int, max_blocks_per_slot: int
     ) -> KvMemory:
         return XTensorMemory(layout, num_blocks, num_slots, max_blocks_per_slot)
+
+    def attention(
+        self, shape: AttentionShape, memory: KvMemory, dtype: torch.dtype, name: str = "auto"
+    ) -> AttentionBackend:
+        chosen = select.choose(shape, dtype, self.device, name, self.backends)
+        if chosen is NativeCpuAttention:
+            return NativeCpuAttention(shape, memory, self.ops)
+        return chosen(shape, memory)
 
     def available_bytes(self) -> int:
         return available_memory_bytes()

@@ -202,10 +202,10 @@ void finish_tile(const Call& call, const Row& row, int64_t head, int64_t first, 
     }
 }
 
-template <typename T> void attend_tile(const Call& call, const int64_t* which) {
+template <typename T> void attend_tile(const Call& call, const Plan& plan, const TileOf& which) {
     static thread_local Tile<T> tile;
-    const Row row = row_of(call, which[0]);
-    const int64_t head = which[1], first_query = which[2], window = call.sliding_window;
+    const Row& row = plan.rows[which.row];
+    const int64_t head = which.head, first_query = which.first_query, window = call.sliding_window;
     start_tile(call, row, head, first_query, tile);
     const int64_t last_query = first_query + tile.num_queries - 1;
     const int64_t end = row.start + last_query / group_of(call) + 1;
