@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.nn import functional
 
 from penstock.engine.platforms.base import Platform, QkNorms, TiedEmbedding
-from penstock.engine.platforms.cpu import kernels, linear
+from penstock.engine.platforms.cpu import kernels, linear, onednn
+from penstock.engine.platforms.cpu.ops import Ops
 from penstock.engine.platforms.cpu.platform import CpuPlatform
 from penstock.engine.platforms.cpu.small_ops import SmallOps
 from penstock.engine.platforms.select import platform_for
@@ -17,7 +22,7 @@ DTYPES = [torch.bfloat16, torch.float32]
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-5}
 
 can_pack = pytest.mark.skipif(
-    linear.cannot_pack(torch.bfloat16) is not None, reason="oneDNN needs AVX-512 for bfloat16"
+    onednn.cannot_pack(torch.bfloat16) is not None, reason="oneDNN needs AVX-512 for bfloat16"
 )
 
 
@@ -54,7 +59,7 @@ def test_a_packed_linear_needs_its_weight_no_longer():
     weight_NK = torch.randn(256, 128).bfloat16()
     x_TK = torch.randn(3, 128).bfloat16()
     expected = functional.linear(x_TK, weight_NK)
-    apply = linear.PackedLinear(weight_NK)
+    apply = onednn.PackedLinear(weight_NK)
     weight_NK.fill_(float("nan"))
     assert_near(apply(x_TK), expected, torch.bfloat16)
 
@@ -76,8 +81,8 @@ def test_tied_embedding_gives_rows_bit_by_bit_and_logits(dtype, shape):
 def test_a_tied_embedding_is_held_once():
     weight_VE = torch.randn(2000, 128).bfloat16()
     kept_VE = weight_VE.clone()
-    tied = linear.make_tied_embedding(weight_VE)
-    assert isinstance(tied, linear.PackedTiedEmbedding)
+    tied = onednn.make_tied_embedding(weight_VE)
+    assert isinstance(tied, onednn.PackedTiedEmbedding)
     weight_VE.fill_(float("nan"))
     assert torch.equal(tied.embed(torch.arange(2000)), kept_VE)
     assert not tied.head(kept_VE[:1]).isnan().any()
@@ -85,9 +90,9 @@ def test_a_tied_embedding_is_held_once():
 
 @can_pack
 def test_an_unknown_weight_layout_falls_back_to_the_plain_matrix(monkeypatch):
-    monkeypatch.setattr(linear, "_PANEL_ROWS", (24,))
+    monkeypatch.setattr(onednn, "_PANEL_ROWS", (24,))
     weight_VE = torch.randn(480, 64).bfloat16()
-    tied = linear.make_tied_embedding(weight_VE)
+    tied = onednn.make_tied_embedding(weight_VE)
     assert type(tied) is TiedEmbedding
     assert torch.equal(tied.embed(torch.tensor([479, 3])), weight_VE[[479, 3]])
 
@@ -95,10 +100,63 @@ def test_an_unknown_weight_layout_falls_back_to_the_plain_matrix(monkeypatch):
 @can_pack
 def test_one_wrong_value_is_enough_to_distrust_a_layout():
     weight_VE = torch.randn(5000, 64).bfloat16()
-    packed = linear.PackedLinear(weight_VE).packed
-    assert linear.Panels.find(packed, weight_VE) is not None
+    packed = onednn.PackedLinear(weight_VE).packed
+    assert onednn.Panels.find(packed, weight_VE) is not None
     weight_VE[4999, 63] += 1
-    assert linear.Panels.find(packed, weight_VE) is None
+    assert onednn.Panels.find(packed, weight_VE) is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("build", ["native", "haswell", "x86-64"])
+@settings(max_examples=25, deadline=None)
+@given(
+    outputs=st.integers(1, 400),
+    words=st.integers(1, 150),
+    tokens=st.integers(0, 40),
+    gap=st.integers(0, 5),
+    seed=st.integers(0, 2**31),
+)
+def test_native_linears_are_exact_sums(build, threads, dtype, outputs, words, tokens, gap, seed):
+    """Against float64; outputs poisoned, inputs strided, every token the same in any company."""
+    if kernels.load() is None:
+        pytest.skip("needs a C++ compiler")
+    gen = torch.Generator().manual_seed(seed)
+    inputs = words * (4 // dtype.itemsize)
+    weight_NK = torch.randn(outputs, inputs, generator=gen).to(dtype)
+    bias_N = torch.randn(outputs, generator=gen).to(dtype) if seed % 2 else None
+    wide_TK = torch.randn(tokens, inputs + gap, generator=gen).to(dtype)
+    x_TK = wide_TK[:, :inputs]
+    apply = linear.NativeLinear(PoisonedOps(build, threads), weight_NK, bias_N)
+    found_TN = apply(x_TK)
+    expected_TN = x_TK.double() @ weight_NK.double().T + (0 if bias_N is None else bias_N.double())
+    scale = x_TK.double().abs() @ weight_NK.double().abs().T + 1.0
+    scale = scale + (0 if bias_N is None else bias_N.double().abs())
+    error = (found_TN.double() - expected_TN).abs() / scale
+    assert found_TN.shape == (tokens, outputs)
+    assert torch.all(error <= (2**-8 if dtype == torch.bfloat16 else 2**-18))
+    if tokens:
+        alone_1N = apply(x_TK[tokens // 2 : tokens // 2 + 1])
+        assert torch.equal(alone_1N[0], found_TN[tokens // 2])
+
+
+class PoisonedOps(Ops):
+    """Operations of one build on so many threads; what they leave out shows up as NaN."""
+
+    def __init__(self, build: str, threads: int) -> None:
+        super().__init__(kernels.open_library(kernels.build(build)))
+        self._threads = threads
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.full(shape, float("nan"), dtype=dtype)
+
+    def run(self, *args: Any, **options: Any) -> None:
+        before = torch.get_num_threads()
+        torch.set_num_threads(self._threads)
+        try:
+            super().run(*args, **options)
+        finally:
+            torch.set_num_threads(before)
 
 
 @pytest.fixture(params=["native", "haswell", "x86-64"])
@@ -107,7 +165,8 @@ def native(request):
     if kernels.load() is None:
         pytest.skip("needs a C++ compiler")
     platform = CpuPlatform()
-    platform._small_ops = SmallOps(kernels.open_library(kernels.build(request.param)))
+    platform.ops = Ops(kernels.open_library(kernels.build(request.param)))
+    platform._small_ops = SmallOps(platform.ops)
     return platform
 
 

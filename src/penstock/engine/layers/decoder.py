@@ -11,7 +11,6 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch.nn import functional
 
 from penstock.engine.attention.base import AttentionBackend
 from penstock.engine.layers.attention import SelfAttention, Step
@@ -39,22 +38,26 @@ class GatedMlp:
 
 
 class DecoderLayer:
+    """Norms come before attention and MLP; the one of the next layer is the caller's to apply,
+    together with the addition to the residual stream."""
+
     def __init__(self, config: ModelConfig, layer: int, weights: Weights) -> None:
         prefix = f"model.layers.{layer}"
         self._platform = weights.platform
         self._eps = config.rms_norm_eps
         hidden = config.hidden_size
-        self._attention_norm_E = weights.vector(f"{prefix}.input_layernorm.weight", hidden)
+        self.input_norm_E = weights.vector(f"{prefix}.input_layernorm.weight", hidden)
         self._attention = SelfAttention(config, layer, weights, f"{prefix}.self_attn")
         self._mlp_norm_E = weights.vector(f"{prefix}.post_attention_layernorm.weight", hidden)
         self._mlp = GatedMlp(config, weights, f"{prefix}.mlp")
 
-    def __call__(self, hidden_TE: torch.Tensor, step: Step) -> torch.Tensor:
-        norm = self._platform.rms_norm
-        hidden_TE = hidden_TE + self._attention(
-            norm(hidden_TE, self._attention_norm_E, self._eps), step
-        )
-        return hidden_TE + self._mlp(norm(hidden_TE, self._mlp_norm_E, self._eps))
+    def __call__(
+        self, hidden_TE: torch.Tensor, normed_TE: torch.Tensor, step: Step
+    ) -> torch.Tensor:
+        """Adds the attention's share to hidden in place; returns the MLP's, still to be added."""
+        share_TE = self._attention(normed_TE, step)
+        normed_TE = self._platform.add_rms_norm_(hidden_TE, share_TE, self._mlp_norm_E, self._eps)
+        return self._mlp(normed_TE)
 
 
 class Decoder:
@@ -67,9 +70,7 @@ class Decoder:
         self.config = config
         self.dtype = weights.dtype
         self._platform = weights.platform
-        self._rotary = Rotary(
-            config.rope, config.head_dim, config.max_model_len, weights.platform.device
-        )
+        self._rotary = Rotary(config.rope, config.head_dim, config.max_model_len, weights.platform)
         vocab, hidden = config.vocab_size, config.hidden_size
         self._embed: Callable[[torch.Tensor], torch.Tensor]
         self._head: Linear
@@ -78,9 +79,11 @@ class Decoder:
             self._embed, self._head = tied.embed, tied.head
         else:
             embedding_VE = weights.embedding("model.embed_tokens", vocab, hidden)
-            self._embed = partial(functional.embedding, weight=embedding_VE)
+            self._embed = partial(self._platform.embedding, matrix_VE=embedding_VE)
         self._layers = [DecoderLayer(config, i, weights) for i in range(config.num_layers)]
-        self._norm_E = weights.vector("model.norm.weight", hidden)
+        #: Of each layer's input, and of the whole's output.
+        self._norms_E = [layer.input_norm_E for layer in self._layers]
+        self._norms_E.append(weights.vector("model.norm.weight", hidden))
         if not config.tie_word_embeddings:
             self._head = weights.linear(hidden, {"lm_head": vocab}, bias=False)
 
@@ -94,10 +97,12 @@ class Decoder:
         by `build_attention`; positions are int64 and count from the start of each sequence."""
         cos_TD, sin_TD = self._rotary.cos_sin(positions_T)
         step = Step(cos_TD, sin_TD, attention)
-        hidden_TE = self._embed(input_ids_T)
-        for layer in self._layers:
-            hidden_TE = layer(hidden_TE, step)
-        return self._platform.rms_norm(hidden_TE, self._norm_E, self.config.rms_norm_eps)
+        hidden_TE, eps = self._embed(input_ids_T), self.config.rms_norm_eps
+        normed_TE = self._platform.rms_norm(hidden_TE, self._norms_E[0], eps)
+        for layer, norm_E in zip(self._layers, self._norms_E[1:], strict=True):
+            share_TE = layer(hidden_TE, normed_TE, step)
+            normed_TE = self._platform.add_rms_norm_(hidden_TE, share_TE, norm_E, eps)
+        return normed_TE
 
     def logits(self, hidden_RE: torch.Tensor) -> torch.Tensor:
         """float32 [R, V] for the rows asked for, which is usually one a sequence."""

@@ -12,26 +12,23 @@ import math
 import torch
 
 from penstock.engine.models.config import RopeConfig
+from penstock.engine.platforms.base import Platform
 
 
 class Rotary:
     """`cos_sin(positions_T)` gives what a step needs, the same for all layers."""
 
     def __init__(
-        self, rope: RopeConfig, head_dim: int, max_model_len: int, device: torch.device
+        self, rope: RopeConfig, head_dim: int, max_model_len: int, platform: Platform
     ) -> None:
-        self._inv_freq_F = inverse_frequencies(rope, head_dim, max_model_len).to(device)
+        self._platform = platform
+        self._inv_freq_F = inverse_frequencies(rope, head_dim, max_model_len).to(platform.device)
         self._scale = rope.attention_factor
 
     def cos_sin(self, positions_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Both float32 [T, head_dim], their halves equal: dimensions f and f + head_dim / 2 are a
         pair and turn by the same angle."""
-        angles_TF = positions_T.float()[:, None] * self._inv_freq_F
-        angles_TD = torch.cat((angles_TF, angles_TF), dim=-1)
-        cos_TD, sin_TD = angles_TD.cos(), angles_TD.sin()
-        if self._scale != 1.0:
-            cos_TD, sin_TD = cos_TD * self._scale, sin_TD * self._scale
-        return cos_TD, sin_TD
+        return self._platform.cos_sin(positions_T, self._inv_freq_F, self._scale)
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int, max_model_len: int) -> torch.Tensor:

@@ -80,11 +80,26 @@ class Platform:
         """The same for a matrix that is both embedding and head."""
         return self.make_tied_embedding(weight.dequantize().to(dtype))
 
+    def embedding(self, ids_T: torch.Tensor, matrix_VE: torch.Tensor) -> torch.Tensor:
+        """Rows ids_T (int64) of a plain matrix, [T, E]."""
+        return functional.embedding(ids_T, matrix_VE)
+
     def rms_norm(self, x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor:
         """Over the last dimension, in float32, with transformers' order of roundings."""
         x = x_TH.float()
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
         return weight_H * x.to(x_TH.dtype)
+
+    def add_rms_norm_(
+        self,
+        hidden_TE: torch.Tensor,
+        delta_TE: torch.Tensor,
+        weight_E: torch.Tensor,
+        eps: float,
+    ) -> torch.Tensor:
+        """Adds delta to hidden in place; returns the norm of the sum."""
+        hidden_TE += delta_TE
+        return self.rms_norm(hidden_TE, weight_E, eps)
 
     def silu_mul(self, gate_up_T2I: torch.Tensor) -> torch.Tensor:
         """silu(gate) * up of [gate | up], side by side in the last dimension. Returns [T, I]."""
@@ -117,6 +132,15 @@ class Platform:
         left, right = x.chunk(2, dim=-1)
         rotated = torch.cat((-right, left), dim=-1)
         x_THD.copy_(x * cos_TD.float()[:, None] + rotated * sin_TD.float()[:, None])
+
+    def cos_sin(
+        self, positions_T: torch.Tensor, inv_freq_F: torch.Tensor, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `rope_` wants for these positions (int64): scaled cosines and sines, float32
+        [T, 2 F], their halves equal."""
+        angles_TF = positions_T.float()[:, None] * inv_freq_F
+        angles_TD = torch.cat((angles_TF, angles_TF), dim=-1)
+        return angles_TD.cos() * scale, angles_TD.sin() * scale
 
     def kv_memory(
         self, layout: KvLayout, num_blocks: int, num_slots: int, max_blocks_per_slot: int

@@ -25,8 +25,8 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 _HERE = Path(__file__).parent
-_SOURCES = ("attention.cpp", "small_ops.cpp", "ops.cpp")
-_HEADERS = ("common.h", "attention.h", "decode.h", "prefill.h", "plan.h", "ops.h")
+_SOURCES = ("attention.cpp", "small_ops.cpp", "ops.cpp", "linear.cpp")
+_HEADERS = ("common.h", "attention.h", "decode.h", "prefill.h", "plan.h", "ops.h", "linear.h")
 _FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fopenmp"),
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi"),
@@ -101,21 +101,19 @@ def open_library(path: Path) -> ctypes.CDLL:
         library = ctypes.CDLL(str(path))
     except OSError as exc:
         raise CompileFailed(f"{path} does not load: {exc}") from exc
-    pointer, count, real, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+    pointer, count, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     signatures = {
         "run": [pointer, pointer, flag],
         "replay": [pointer, pointer, count, flag],
         "plan_new": [],
         "plan_free": [pointer],
         "plan": [pointer] * 3 + [count] * 2,
-        "rms_norm": [pointer] * 3 + [count] * 5 + [real] + [flag] * 2,
-        "silu_mul": [pointer] * 2 + [count] * 3 + [flag] * 2,
-        "rope": [pointer] + [flag] * 2,
+        "lanes": [],
     }
     for name, argtypes in signatures.items():
         function = getattr(library, f"penstock_{name}")
         function.argtypes = argtypes
-        function.restype = pointer if name == "plan_new" else None
+        function.restype = {"lanes": flag, "plan_new": pointer}.get(name)
     return library
 
 

@@ -1,131 +1,191 @@
-"""Linears on a CPU: weights re-ordered once for oneDNN, and an embedding that shares such a weight.
+"""Linears on a CPU, by what this machine does best.
 
-oneDNN wants a weight in panels of output features, so that a product walks memory in order. torch's
-`linear` re-orders (or strides) at every call; doing it once is up to twice as fast at decode and
-never slower beyond tiny sizes (figures in docs/design/memory.md). The row-major original is dropped
-then; a tied embedding, which must still find its rows, reads them out of the panels.
+`NativeLinear` is our kernel over a packed weight (linear.h): it reads weights at the speed of memory
+for a few tokens and computes at the rate of the vector units for many. oneDNN (onednn.py) has the
+matrix units of AMX, and the narrower machines' float32; torch's `linear` takes everything else.
+The row-major original is dropped once it is packed.
 """
 
 from __future__ import annotations
 
 import ctypes
-import logging
+import mmap
 
 import torch
 from torch.nn import functional
 
 from penstock.engine.platforms.base import Linear, TiedEmbedding
+from penstock.engine.platforms.cpu import onednn
+from penstock.engine.platforms.cpu.ops import Ops
 
-logger = logging.getLogger(__name__)
-
-_PANEL_ROWS = (64, 48, 32, 16)
+_PANEL = 64  # kPanel in linear.h
+_HUGE_PAGE_BYTES = 2 << 20
 #: Below this many weights, a float32 call costs more in oneDNN's dispatch than in arithmetic.
 _SMALL_WEIGHTS = 1 << 16
+_AVX512_LANES = 16
 
 
-def cannot_pack(dtype: torch.dtype) -> str | None:
-    """None where oneDNN takes re-ordered weights of this dtype on this machine, else why not."""
-    if not torch.backends.mkldnn.is_available():
-        return "this torch has no oneDNN"
-    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return "oneDNN needs AVX-512 for bfloat16"
-    if dtype not in (torch.bfloat16, torch.float32):
-        return f"{dtype} weights are not re-ordered"
-    return None
+class _Linear(ctypes.Structure):
+    """Mirrors `Linear` in linear.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("num_tokens", "out", "x", "weight", "bias")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("x_stride", "out_stride", "num_outputs", "words", "parts")
+        ),
+    )
 
 
-def make_linear(weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> Linear:
-    """Re-ordered where that helps, else torch's linear over the weight as it is."""
-    tiny = weight_NK.dtype == torch.float32 and weight_NK.numel() < _SMALL_WEIGHTS
-    if tiny or cannot_pack(weight_NK.dtype) is not None:
+class _Embed(ctypes.Structure):
+    """Mirrors `Embed` in linear.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("num_tokens", "out", "ids", "weight")),
+        *((name, ctypes.c_int64) for name in ("words", "columns")),
+    )
+
+
+def cannot_run(ops: Ops | None, dtype: torch.dtype) -> str | None:
+    """None where `NativeLinear` is the fastest for this dtype on this machine, else why not."""
+    if ops is None:
+        return "the native kernels could not be compiled"
+    if dtype == torch.bfloat16:
+        return "oneDNN uses AMX" if torch.cpu._is_amx_tile_supported() else None
+    if dtype == torch.float32:
+        wide = ops.library.penstock_lanes() == _AVX512_LANES
+        return None if wide else "oneDNN is faster without AVX-512"
+    return f"{dtype} is not compiled in"
+
+
+def kind(ops: Ops | None, dtype: torch.dtype) -> str:
+    """What runs linears of this dtype, for `penstock doctor`."""
+    if cannot_run(ops, dtype) is None:
+        return "native"
+    refusal = onednn.cannot_pack(dtype)
+    return "onednn re-ordered" if refusal is None else f"torch ({refusal})"
+
+
+def make_linear(ops: Ops | None, weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> Linear:
+    """The fastest that can take this weight."""
+    dtype = weight_NK.dtype
+    if ops is not None and cannot_run(ops, dtype) is None and packable(weight_NK):
+        return NativeLinear(ops, weight_NK, bias_N)
+    tiny = dtype == torch.float32 and weight_NK.numel() < _SMALL_WEIGHTS
+    if tiny or onednn.cannot_pack(dtype) is not None:
         return lambda x_TK: functional.linear(x_TK, weight_NK, bias_N)
-    return PackedLinear(weight_NK, bias_N)
+    return onednn.PackedLinear(weight_NK, bias_N)
 
 
-class PackedLinear:
-    """x_TK -> y_TN with the weight held in oneDNN's layout alone."""
+def make_tied_embedding(ops: Ops | None, weight_VE: torch.Tensor) -> TiedEmbedding:
+    if ops is not None and cannot_run(ops, weight_VE.dtype) is None and packable(weight_VE):
+        return NativeTiedEmbedding(NativeLinear(ops, weight_VE))
+    if onednn.cannot_pack(weight_VE.dtype) is not None:
+        return TiedEmbedding(weight_VE)
+    return onednn.make_tied_embedding(weight_VE)
 
-    def __init__(self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None = None) -> None:
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight_NK.detach(), None)
+
+def packable(weight_NK: torch.Tensor) -> bool:
+    """Rows of whole 32-bit words."""
+    return weight_NK.shape[1] * weight_NK.element_size() % 4 == 0
+
+
+class NativeLinear:
+    """x_TK -> y_TN with the weight held in panels [N / 64][K / pair][64][pair] alone; pair is two
+    for bfloat16, one for float32. A token's result depends on nothing but the token."""
+
+    def __init__(
+        self, ops: Ops, weight_NK: torch.Tensor, bias_N: torch.Tensor | None = None
+    ) -> None:
+        self.ops = ops
+        self.dtype = weight_NK.dtype
+        self.num_outputs, self.num_inputs = weight_NK.shape
+        self.words_PWN = pack(weight_NK)
         self._bias_N = bias_N
-        self._call = torch.ops.mkldnn._linear_pointwise.default
+        is_bf16 = self.dtype == torch.bfloat16
+        self._operation = ops.address("linear_bf16" if is_bf16 else "linear_f32")
+        # Held by every recorded call as well.
+        self._keep = (self.words_PWN, bias_N)
 
     def __call__(self, x_TK: torch.Tensor) -> torch.Tensor:
-        out_TN: torch.Tensor = self._call(x_TK, self.packed, self._bias_N, "none", [], "")
+        if x_TK.stride(1) != 1 or x_TK.dtype != self.dtype:
+            x_TK = x_TK.to(self.dtype).contiguous()
+        num_tokens = x_TK.shape[0]
+        out_TN = self.ops.empty((num_tokens, self.num_outputs), self.dtype)
+        num_panels, words, _ = self.words_PWN.shape
+        args = _Linear(
+            out=out_TN.data_ptr(),
+            x=x_TK.data_ptr(),
+            weight=self.words_PWN.data_ptr(),
+            bias=None if self._bias_N is None else self._bias_N.data_ptr(),
+            x_stride=x_TK.stride(0),
+            out_stride=self.num_outputs,
+            num_outputs=self.num_outputs,
+            words=words,
+            parts=_parts(num_panels, torch.get_num_threads()),
+        )
+        self.ops.run(self._operation, args, num_tokens, keep=self._keep)
         return out_TN
 
 
-class PackedTiedEmbedding(TiedEmbedding):
-    """One matrix [V, E] for both ends of a model, held once, in oneDNN's layout."""
+class NativeTiedEmbedding(TiedEmbedding):
+    """One matrix [V, E] for both ends of a model, held once, in panels."""
 
-    def __init__(self, linear: PackedLinear, panels: Panels) -> None:
+    def __init__(self, linear: NativeLinear) -> None:
         self._linear = linear
-        self._panels = panels
+        is_bf16 = linear.dtype == torch.bfloat16
+        self._operation = linear.ops.address("embed_bf16" if is_bf16 else "embed_f32")
 
     def embed(self, ids_T: torch.Tensor) -> torch.Tensor:
-        return self._panels.rows(ids_T)
+        linear = self._linear
+        out_TE = linear.ops.empty((len(ids_T), linear.num_inputs), linear.dtype)
+        args = _Embed(
+            out=out_TE.data_ptr(),
+            ids=ids_T.data_ptr(),
+            weight=linear.words_PWN.data_ptr(),
+            words=linear.words_PWN.shape[1],
+            columns=linear.num_inputs,
+        )
+        serial = len(ids_T) < 16
+        linear.ops.run(self._operation, args, len(ids_T), serial=serial, keep=(linear.words_PWN,))
+        return out_TE
 
     def head(self, x_TE: torch.Tensor) -> torch.Tensor:
         return self._linear(x_TE)
 
 
-def make_tied_embedding(weight_VE: torch.Tensor) -> TiedEmbedding:
-    """Re-ordered if its rows can be read back bit by bit, else the plain matrix."""
-    if cannot_pack(weight_VE.dtype) is not None:
-        return TiedEmbedding(weight_VE)
-    linear = PackedLinear(weight_VE)
-    panels = Panels.find(linear.packed, weight_VE)
-    if panels is None:
-        logger.info("oneDNN's weight layout is not known here: the tied head stays row-major")
-        return TiedEmbedding(weight_VE)
-    return PackedTiedEmbedding(linear, panels)
+def pack(weight_NK: torch.Tensor) -> torch.Tensor:
+    """int32 words [panels, K / pair, 64]; outputs beyond the last are zeros."""
+    words_NW = weight_NK.detach().contiguous().view(torch.int32)
+    rows, words = words_NW.shape
+    num_panels = -(-rows // _PANEL)
+    out_PWN = empty_huge((num_panels, words, _PANEL), torch.int32)
+    whole = rows // _PANEL
+    out_PWN[:whole].copy_(words_NW[: whole * _PANEL].view(whole, _PANEL, words).transpose(1, 2))
+    if whole < num_panels:
+        out_PWN[whole].zero_()
+        out_PWN[whole, :, : rows - whole * _PANEL] = words_NW[whole * _PANEL :].T
+    return out_PWN
 
 
-class Panels:
-    """Reads single rows out of a re-ordered weight.
+def empty_huge(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Memory in huge pages where the system gives them to who asks: fewer page faults while a model
+    loads, fewer misses of the address cache while it is read."""
+    num_bytes = dtype.itemsize
+    for size in shape:
+        num_bytes *= size
+    if num_bytes < 2 * _HUGE_PAGE_BYTES:
+        return torch.empty(shape, dtype=dtype)
+    region = mmap.mmap(-1, num_bytes + _HUGE_PAGE_BYTES)
+    region.madvise(mmap.MADV_HUGEPAGE)
+    start = -ctypes.addressof(ctypes.c_char.from_buffer(region)) % _HUGE_PAGE_BYTES
+    flat = torch.frombuffer(region, dtype=torch.uint8, count=num_bytes, offset=start)
+    return flat.view(dtype).view(shape)
 
-    The layout is [N / panel][K / pair][panel][pair]: panels of output features, within them one
-    32-bit word (two bfloat16 inputs, or one float32) of each feature after the other. It is
-    oneDNN's business and may change, so `find` believes only what it has verified on all rows.
-    """
 
-    def __init__(self, packed: torch.Tensor, dtype: torch.dtype, columns: int, panel: int) -> None:
-        self._packed = packed  # keeps the memory alive
-        self._dtype = dtype
-        self._columns = columns
-        self._panel = panel
-        num_bytes = torch.ops.mkldnn._nbytes(packed)
-        address = torch.ops.mkldnn.data_ptr(packed)
-        words = torch.frombuffer(
-            (ctypes.c_char * num_bytes).from_address(address), dtype=torch.int32
-        )
-        num_panels = -(-packed.shape[0] // panel)
-        self._words = words.view(num_panels, -1, panel)
-
-    @classmethod
-    def find(cls, packed: torch.Tensor, weight_NK: torch.Tensor) -> Panels | None:
-        for panel in _PANEL_ROWS:
-            num_panels = -(-weight_NK.shape[0] // panel)
-            words = torch.ops.mkldnn._nbytes(packed) // 4
-            row_words = -(-weight_NK.shape[1] * weight_NK.element_size() // 4)
-            if words % (num_panels * panel) or words // (num_panels * panel) < row_words:
-                continue
-            found = cls(packed, weight_NK.dtype, weight_NK.shape[1], panel)
-            if found._same(weight_NK):
-                return found
-        return None
-
-    def rows(self, ids_T: torch.Tensor) -> torch.Tensor:
-        words_TW = self._words[ids_T // self._panel, :, ids_T % self._panel]
-        return words_TW.view(self._dtype)[:, : self._columns]
-
-    def _same(self, weight_NK: torch.Tensor, rows_at_once: int = 4096) -> bool:
-        bits = torch.int16 if self._dtype.itemsize == 2 else torch.int32
-        return all(
-            torch.equal(
-                self.rows(torch.arange(start, start + len(part))).view(bits), part.view(bits)
-            )
-            for start, part in zip(
-                range(0, len(weight_NK), rows_at_once), weight_NK.split(rows_at_once), strict=True
-            )
-        )
+def _parts(num_panels: int, num_threads: int) -> int:
+    """Into how many pieces to cut a panel, so that no thread of a large machine is idle."""
+    parts = 1
+    while parts < 4 and num_panels * parts < 2 * num_threads:
+        parts *= 2
+    return parts

@@ -28,13 +28,20 @@ class CpuPlatform(Platform):
         library = kernels.load()
         #: None where the kernels cannot be compiled.
         self.ops = Ops(library) if library is not None else None
-        self._small_ops = SmallOps(library) if library is not None else None
+        self._small_ops = SmallOps(self.ops) if self.ops is not None else None
 
     def make_linear(self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None = None) -> Linear:
-        return linear.make_linear(weight_NK, bias_N)
+        return linear.make_linear(self.ops, weight_NK, bias_N)
 
     def make_tied_embedding(self, weight_VE: torch.Tensor) -> TiedEmbedding:
-        return linear.make_tied_embedding(weight_VE)
+        return linear.make_tied_embedding(self.ops, weight_VE)
+
+    def embedding(self, ids_T: torch.Tensor, matrix_VE: torch.Tensor) -> torch.Tensor:
+        if self._small_ops is not None:
+            out_TE = self._small_ops.embedding(ids_T, matrix_VE)
+            if out_TE is not None:
+                return out_TE
+        return super().embedding(ids_T, matrix_VE)
 
     def rms_norm(self, x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor:
         if self._small_ops is not None:
@@ -42,6 +49,19 @@ class CpuPlatform(Platform):
             if out_TH is not None:
                 return out_TH
         return super().rms_norm(x_TH, weight_H, eps)
+
+    def add_rms_norm_(
+        self,
+        hidden_TE: torch.Tensor,
+        delta_TE: torch.Tensor,
+        weight_E: torch.Tensor,
+        eps: float,
+    ) -> torch.Tensor:
+        if self._small_ops is not None:
+            out_TE = self._small_ops.add_rms_norm_(hidden_TE, delta_TE, weight_E, eps)
+            if out_TE is not None:
+                return out_TE
+        return super().add_rms_norm_(hidden_TE, delta_TE, weight_E, eps)
 
     def silu_mul(self, gate_up_T2I: torch.Tensor) -> torch.Tensor:
         if self._small_ops is not None:
@@ -63,6 +83,13 @@ class CpuPlatform(Platform):
         ):
             super().rope_(q_THD, k_TGD, cos_TD, sin_TD, norms)
 
+    def cos_sin(
+        self, positions_T: torch.Tensor, inv_freq_F: torch.Tensor, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._small_ops is None:
+            return super().cos_sin(positions_T, inv_freq_F, scale)
+        return self._small_ops.cos_sin(positions_T, inv_freq_F, scale)
+
     def kv_memory(
         self, layout: KvLayout, num_blocks: int, num_slots: int, max_blocks_per_slot: int
     ) -> KvMemory:
@@ -80,9 +107,8 @@ class CpuPlatform(Platform):
         return available_memory_bytes()
 
     def kernels(self) -> dict[str, str]:
-        refusal = linear.cannot_pack(self.default_dtype)
         small = "torch" if self._small_ops is None else "native"
         return {
-            "linear": "onednn re-ordered" if refusal is None else f"torch ({refusal})",
+            "linear": linear.kind(self.ops, self.default_dtype),
             **dict.fromkeys(("rms_norm", "silu_mul", "rope"), small),
         }

@@ -4,19 +4,9 @@
 
 #include <cmath>
 
-#include <omp.h>
-
-#include "common.h"
+#include "ops.h"
 
 namespace penstock {
-
-// Below this many elements, waking the other threads costs more than they save.
-constexpr int64_t kParallelElements = 1 << 15;
-
-// Rows are addressed as [outer][inner], so that heads inside a wider projection need no copy.
-struct Rows {
-    int64_t num_outer, num_inner, outer_stride, inner_stride, dim;
-};
 
 // `to` may be `from`.
 template <typename T>
@@ -52,31 +42,76 @@ inline void rope_row(T* left, const float* c, const float* s, int64_t half) {
     }
 }
 
-template <typename T>
-void rms_norm(T* out, const T* x, const T* weight, Rows rows, float eps, int num_threads) {
-    const int64_t num_rows = rows.num_outer * rows.num_inner, dim = rows.dim;
-#pragma omp parallel for num_threads(num_threads) if (num_rows * dim > kParallelElements)
-    for (int64_t r = 0; r < num_rows; r++)
-        norm_row(out + r * dim,
-                 x + r / rows.num_inner * rows.outer_stride + r % rows.num_inner * rows.inner_stride,
-                 weight, dim, eps);
+// out = x / rms(x) * weight, over rows that are addressed as [token][inner]: heads inside a wider
+// projection need no copy.
+struct RmsNorm {
+    const int64_t* num_tokens;
+    void* out;
+    const void *x, *weight;
+    int64_t num_inner, token_stride, inner_stride, dim;
+    float eps;
+};
+
+template <typename T> void rms_norm(const RmsNorm& call) {
+    const int64_t num_inner = call.num_inner, dim = call.dim;
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < *call.num_tokens * num_inner; r++)
+        norm_row(static_cast<T*>(call.out) + r * dim,
+                 static_cast<const T*>(call.x) + r / num_inner * call.token_stride +
+                     r % num_inner * call.inner_stride,
+                 static_cast<const T*>(call.weight), dim, call.eps);
 }
 
-template <typename T>
-void silu_mul(T* out, const T* gate_up, int64_t num_tokens, int64_t dim, int64_t stride,
-              int num_threads) {
-#pragma omp parallel for num_threads(num_threads) if (num_tokens * dim > kParallelElements)
-    for (int64_t t = 0; t < num_tokens; t++) {
-        const T *gate = gate_up + t * stride, *up = gate + dim;
-        T* to = out + t * dim;
+// hidden += delta, then out = the norm of hidden. All contiguous.
+struct AddRmsNorm {
+    const int64_t* num_tokens;
+    void *out, *hidden;
+    const void *delta, *weight;
+    int64_t dim;
+    float eps;
+};
+
+template <typename T> void add_rms_norm(const AddRmsNorm& call) {
+    const int64_t dim = call.dim;
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < *call.num_tokens; t++) {
+        T* hidden = static_cast<T*>(call.hidden) + t * dim;
+        const T* delta = static_cast<const T*>(call.delta) + t * dim;
         int64_t i = 0;
-        for (; i + kLanes <= dim; i += kLanes) {
+        for (; i + kLanes <= dim; i += kLanes)
+            store(hidden + i, load(hidden + i) + load(delta + i));
+        for (; i < dim; i++) hidden[i] = from_float<T>(to_float(hidden[i]) + to_float(delta[i]));
+        norm_row(static_cast<T*>(call.out) + t * dim, hidden, static_cast<const T*>(call.weight),
+                 dim, call.eps);
+    }
+}
+
+// out = silu(gate) * up of [gate | up].
+struct SiluMul {
+    const int64_t* num_tokens;
+    void* out;
+    const void* gate_up;
+    int64_t dim, stride;
+};
+
+template <typename T> void silu_mul(const SiluMul& call) {
+    // Pieces of a row, so that a single token is enough work for all threads.
+    constexpr int64_t kPiece = 512;
+    const int64_t dim = call.dim, pieces = (dim + kPiece - 1) / kPiece;
+#pragma omp for schedule(static)
+    for (int64_t piece = 0; piece < *call.num_tokens * pieces; piece++) {
+        const int64_t t = piece / pieces, from = piece % pieces * kPiece;
+        const int64_t end = from + kPiece < dim ? from + kPiece : dim;
+        const T *gate = static_cast<const T*>(call.gate_up) + t * call.stride, *up = gate + dim;
+        T* to = static_cast<T*>(call.out) + t * dim;
+        int64_t i = from;
+        for (; i + kLanes <= end; i += kLanes) {
             const Vec x = load(gate + i);
             // `exp` ends at 88; below -88 silu is smaller than any normal float anyway.
             const Vec minus = x < -88.0f ? splat(88.0f) : -x;
             store(to + i, rounded<T>(x / (exp(minus) + 1.0f)) * load(up + i));
         }
-        for (; i < dim; i++) {
+        for (; i < end; i++) {
             const float x = to_float(gate[i]);
             const float silu = to_float(from_float<T>(x / (1.0f + std::exp(-x))));
             to[i] = from_float<T>(silu * to_float(up[i]));
@@ -86,19 +121,19 @@ void silu_mul(T* out, const T* gate_up, int64_t num_tokens, int64_t dim, int64_t
 
 // Queries and keys of all tokens in place: normed by head where there are weights, then rotated.
 struct QueryKey {
+    const int64_t* num_tokens;
     void *q, *k;
     const void *q_norm, *k_norm;
     const float *cos, *sin;
-    int64_t num_tokens, num_heads, num_kv_heads, q_token_stride, q_head_stride, k_token_stride,
-        k_head_stride, dim;
+    int64_t num_heads, num_kv_heads, q_token_stride, q_head_stride, k_token_stride, k_head_stride,
+        dim;
     float eps;
 };
 
-template <typename T> void rope(const QueryKey& call, int num_threads) {
+template <typename T> void rope(const QueryKey& call) {
     const int64_t heads = call.num_heads + call.num_kv_heads, dim = call.dim;
-    const int64_t num_rows = call.num_tokens * heads;
-#pragma omp parallel for num_threads(num_threads) if (num_rows * dim > 2 * kParallelElements)
-    for (int64_t r = 0; r < num_rows; r++) {
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < *call.num_tokens * heads; r++) {
         const int64_t token = r / heads, head = r % heads, kv_head = head - call.num_heads;
         T* x = kv_head < 0 ? static_cast<T*>(call.q) + token * call.q_token_stride +
                                  head * call.q_head_stride
@@ -110,37 +145,57 @@ template <typename T> void rope(const QueryKey& call, int num_threads) {
     }
 }
 
+// Cosines and sines of positions times frequencies, both halves of a row alike.
+struct CosSin {
+    const int64_t* num_tokens;
+    float *cos, *sin;  // [T][2 * half]
+    const int64_t* positions;
+    const float* inv_freq;
+    int64_t half;
+    float scale;
+};
+
+void cos_sin(const CosSin& call) {
+    const int64_t half = call.half;
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < *call.num_tokens; t++) {
+        float *c = call.cos + t * 2 * half, *s = call.sin + t * 2 * half;
+        for (int64_t i = 0; i < half; i++) {
+            const float angle = float(call.positions[t]) * call.inv_freq[i];
+            c[i] = c[half + i] = std::cos(angle) * call.scale;
+            s[i] = s[half + i] = std::sin(angle) * call.scale;
+        }
+    }
+}
+
+// Rows of a plain matrix: an embedding that is no output head.
+struct GatherRows {
+    const int64_t* num_tokens;
+    void* out;
+    const int64_t* ids;
+    const void* matrix;
+    int64_t row_bytes;
+};
+
+void gather_rows(const GatherRows& call) {
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < *call.num_tokens; t++)
+        std::memcpy(static_cast<char*>(call.out) + t * call.row_bytes,
+                    static_cast<const char*>(call.matrix) + call.ids[t] * call.row_bytes,
+                    call.row_bytes);
+}
+
 }  // namespace penstock
 
-using penstock::BFloat16;
-using penstock::Rows;
+using namespace penstock;
 
-extern "C" {
-
-PENSTOCK_EXPORT void penstock_rms_norm(void* out, const void* x, const void* weight, int64_t num_outer,
-                       int64_t num_inner, int64_t outer_stride, int64_t inner_stride, int64_t dim,
-                       float eps, int num_threads, int is_bf16) {
-    const Rows rows{num_outer, num_inner, outer_stride, inner_stride, dim};
-    if (is_bf16)
-        penstock::rms_norm(static_cast<BFloat16*>(out), static_cast<const BFloat16*>(x),
-                           static_cast<const BFloat16*>(weight), rows, eps, num_threads);
-    else
-        penstock::rms_norm(static_cast<float*>(out), static_cast<const float*>(x),
-                           static_cast<const float*>(weight), rows, eps, num_threads);
-}
-
-PENSTOCK_EXPORT void penstock_silu_mul(void* out, const void* gate_up, int64_t num_tokens, int64_t dim,
-                       int64_t stride, int num_threads, int is_bf16) {
-    if (is_bf16)
-        penstock::silu_mul(static_cast<BFloat16*>(out), static_cast<const BFloat16*>(gate_up),
-                           num_tokens, dim, stride, num_threads);
-    else
-        penstock::silu_mul(static_cast<float*>(out), static_cast<const float*>(gate_up),
-                           num_tokens, dim, stride, num_threads);
-}
-
-PENSTOCK_EXPORT void penstock_rope(const penstock::QueryKey* call, int num_threads, int is_bf16) {
-    if (is_bf16) penstock::rope<BFloat16>(*call, num_threads);
-    else penstock::rope<float>(*call, num_threads);
-}
-}
+PENSTOCK_OPERATION(rms_norm_bf16, RmsNorm, rms_norm<BFloat16>)
+PENSTOCK_OPERATION(rms_norm_f32, RmsNorm, rms_norm<float>)
+PENSTOCK_OPERATION(add_rms_norm_bf16, AddRmsNorm, add_rms_norm<BFloat16>)
+PENSTOCK_OPERATION(add_rms_norm_f32, AddRmsNorm, add_rms_norm<float>)
+PENSTOCK_OPERATION(silu_mul_bf16, SiluMul, silu_mul<BFloat16>)
+PENSTOCK_OPERATION(silu_mul_f32, SiluMul, silu_mul<float>)
+PENSTOCK_OPERATION(rope_bf16, QueryKey, rope<BFloat16>)
+PENSTOCK_OPERATION(rope_f32, QueryKey, rope<float>)
+PENSTOCK_OPERATION(cos_sin, CosSin, cos_sin)
+PENSTOCK_OPERATION(gather_rows, GatherRows, gather_rows)
