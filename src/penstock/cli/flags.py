@@ -95,6 +95,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, help="of random weights, and of requests that bring none")
     add("--attention-backend", metavar="NAME", help="auto takes the fastest that can")
     add("--kv-memory", choices=("auto", "plain"), help="plain: without mapped memory, slower")
+    add("--trace", metavar="FILE", help="write what ran when, for ui.perfetto.dev")
     add("--num-threads", type=count, metavar="N", help="threads of the CPU's kernels")
 
 

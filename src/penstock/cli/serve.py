@@ -24,6 +24,7 @@ from penstock.cli.parser import Parser, count, seconds
 from penstock.engine.config import EngineConfig, WorkerConfig
 from penstock.protocol.errors import ConfigError
 from penstock.service.config import RestartPolicy, ServeConfig
+from penstock.trace import new_file
 
 _DESCRIPTION = "Serve MODEL over HTTP with OpenAI's API: the service and its engine in one go."
 _EPILOG = """Flags carry vLLM's names where they mean the same; others are answered with what
@@ -153,6 +154,9 @@ def run(arguments: list[str]) -> int:
     logs.set_up(config.log_level, name=config.name or "service")
     if config.uds is None:
         ports.require_free(config.host, config.port)
+
+    if engine.trace is not None:
+        new_file(engine.trace)
 
     # Fetched once, here, rather than by service and engine side by side.
     checkpoint = resolve(config.model, revision=config.revision)

@@ -25,6 +25,7 @@ from penstock.engine.scheduler.config import SchedulerConfig
 from penstock.engine.scheduler.scheduler import Scheduler
 from penstock.engine.structured.matchers import MaskService
 from penstock.protocol.instance import InstanceCard
+from penstock.trace import NO_TRACE, Trace
 
 #: What this engine can do, as instance cards say it.
 CAPABILITIES = ("prefill", "decode", "logprobs", "prompt_logprobs", "structured", "prefix_cache")
@@ -46,12 +47,13 @@ def build_engine(
     incarnation: int = 1,
     core_config: CoreConfig | None = None,
     progress: Callable[[float], None] | None = None,
+    trace: Trace = NO_TRACE,
 ) -> Engine:
     """Load the model and everything around it. Raises `StartupError`s with one-line reasons."""
     runner = TorchRunner()
     try:
         executor, core = runner.call(
-            lambda: _assemble(config, name, incarnation, core_config, progress)
+            lambda: _assemble(config, name, incarnation, core_config, progress, trace)
         )
     except BaseException:
         runner.close()
@@ -66,6 +68,7 @@ def _assemble(
     incarnation: int,
     core_config: CoreConfig | None,
     progress: Callable[[float], None] | None,
+    trace: Trace,
 ) -> tuple[StepExecutor, InstanceCore]:
     checkpoint = resolve(config.model, revision=config.revision)
     platform = platform_for(config.device)
@@ -107,6 +110,7 @@ def _assemble(
         max_num_seqs=config.max_num_seqs,
         max_model_len=max_model_len,
         device=platform.device,
+        trace=trace,
     )
     scheduler = Scheduler(
         SchedulerConfig(

@@ -46,6 +46,8 @@ class EngineConfig:
     #: "plain": contiguous tensors in place of mapped memory (CPU only; the oracle of its tests).
     kv_memory: Literal["auto", "plain"] = "auto"
     num_threads: int | None = None
+    #: Where a trace of what ran when is written; None: nowhere.
+    trace: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_bytes",

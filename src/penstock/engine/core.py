@@ -17,6 +17,7 @@ from penstock.engine.cost import CostFitter
 from penstock.engine.scheduler.batch import Batch, StepResult
 from penstock.engine.scheduler.scheduler import DuplicateSubmit, Scheduler
 from penstock.engine.scheduler.sequence import SequenceUpdate
+from penstock.engine.step_counts import StepCounts
 from penstock.protocol.codec import PROTOCOL_VERSION, Message
 from penstock.protocol.effects import Effect, Launch, Send, SetTimer, Stop
 from penstock.protocol.errors import (
@@ -86,6 +87,8 @@ class _Flight:
     batch: Batch
     launched_s: float
     predicted_s: float | None
+    #: There was work ever since its predecessor ended.
+    follows: bool
 
 
 class InstanceCore:
@@ -106,7 +109,7 @@ class InstanceCore:
         self._free_at_s = 0.0  # when the device is predicted to have done all it was given
         self._next_beat_s = 0.0
         self._load_number = 0
-        self._steps = 0
+        self._counts = StepCounts()
         self._last_done_s = 0.0
         self._idle_beats = 0
 
@@ -145,14 +148,15 @@ class InstanceCore:
     def on_step_done(self, result: StepResult, now: float) -> list[Effect]:
         flight = self._flights.popleft()
         assert flight.batch.step == result.step, "the runner finished steps out of order"
-        self._steps += 1
+        self._counts.observe(result, flight.follows)
         self._last_done_s = now
         if result.error is None:
             self.cost.observe(flight.batch, result.compute_s or now - flight.launched_s)
             self.ready = self.ready or any(row.ids for row in result.rows)
         # Predictions err; what is left in flight starts now, whatever was thought before.
         self._free_at_s = now + sum(f.predicted_s or 0.0 for f in self._flights)
-        return self._settle(self._publish(self.scheduler.apply(result), now), now)
+        published = self._publish(self.scheduler.apply(result), now)
+        return self._settle(published, now, step_done=True)
 
     def on_timer(self, now: float) -> list[Effect]:
         effects: list[Effect] = []
@@ -176,7 +180,7 @@ class InstanceCore:
 
     # --- one turn of the loop ------------------------------------------------------------------
 
-    def _settle(self, effects: list[Effect], now: float) -> list[Effect]:
+    def _settle(self, effects: list[Effect], now: float, step_done: bool = False) -> list[Effect]:
         """What every input ends with: keep the device fed, say when to wake up."""
         wake_s = self._next_beat_s
         launches: list[Effect] = []
@@ -191,7 +195,8 @@ class InstanceCore:
             for newcomer in self.scheduler.newcomers:
                 newcomer.started_s = now
             predicted_s = self.cost.predict(batch)
-            self._flights.append(_Flight(batch, now, predicted_s))
+            follows = step_done or bool(self._flights)
+            self._flights.append(_Flight(batch, now, predicted_s, follows))
             self._free_at_s = max(self._free_at_s, now) + (predicted_s or 0.0)
             launches.append(Launch(batch))
             self._idle_beats = 0
@@ -400,7 +405,7 @@ class InstanceCore:
             instance=card.name,
             incarnation=card.incarnation,
             number=self._load_number,
-            step=self._steps,
+            step=self._counts.steps,
             step_end_in_s=max(0.0, self._free_at_s - now) if self._flights else 0.0,
             waiting=dict(s.waiting),
             running=dict(s.running),
@@ -412,7 +417,7 @@ class InstanceCore:
             preemptions=s.preemptions,
             prefix_hit_tokens=s.prefix_hit_tokens,
             prefix_query_tokens=s.prefix_query_tokens,
-            steps=self._steps,
+            **self._counts.for_load(),
             cost=self.cost.model(),
             role=self.role,
             epoch=self.epoch,

@@ -33,6 +33,7 @@ from penstock.protocol.request import SamplingParams, Submit
 from penstock.protocol.tokens import TokenRow, Tokens
 from penstock.protocol.transport.base import Endpoint
 from penstock.protocol.transport.open import listen
+from penstock.trace import NO_TRACE, Trace, new_file, open_trace
 
 log = logging.getLogger(__name__)
 
@@ -48,9 +49,14 @@ class InstanceDriver:
     """`run` until `stop` is called or the core has drained."""
 
     def __init__(
-        self, core: InstanceCore, runner: Runner, clock: Callable[[], float] = time.monotonic
+        self,
+        core: InstanceCore,
+        runner: Runner,
+        clock: Callable[[], float] = time.monotonic,
+        trace: Trace = NO_TRACE,
     ) -> None:
         self.core = core
+        self._trace = trace
         self._runner = runner
         self._clock = clock
         self._endpoint: Endpoint | None = None
@@ -77,6 +83,7 @@ class InstanceDriver:
                 self._turn(poller)
         finally:
             endpoint.close(flush_s=1.0)
+            self._trace.close()
             if self._failure is None:  # else its thread hangs, and so would we
                 self._runner.close()
                 self._close_bell()
@@ -93,11 +100,13 @@ class InstanceDriver:
         self._take_finished()
         assert self._endpoint is not None
         for peer, frame in self._endpoint.drain(_FRAMES_A_TURN):
-            self._receive(peer, frame)
+            with self._trace.span("message"):
+                self._receive(peer, frame)
             if self._done:
                 break  # the device must not wait behind a crowd of messages
         if self._clock() >= self._timer_s:
-            self._carry_out(self.core.on_timer(self._clock()))
+            with self._trace.span("timer"):
+                self._carry_out(self.core.on_timer(self._clock()))
 
     def _take_finished(self) -> None:
         """Raises `EngineFailed` if the runner is lost: the process ends and its successor, not this
@@ -107,7 +116,11 @@ class InstanceDriver:
             if result.fatal:
                 assert result.error is not None
                 raise from_info(result.error)
-            self._carry_out(self.core.on_step_done(result, self._clock()))
+            with self._trace.span("schedule"):
+                effects = self.core.on_step_done(result, self._clock())
+            self._trace.count("KV blocks in use", self.core.scheduler.num_blocks_used)
+            with self._trace.span("launch and publish"):
+                self._carry_out(effects)
 
     def _receive(self, peer: str, frame: bytes) -> None:
         try:
@@ -207,10 +220,14 @@ def run_worker(config: WorkerConfig) -> int:
         _die_with_parent(config.parent_pid)
     # The driver's thread must get its turn between the many small calls of the compute thread.
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    trace = _open_trace(config)
     engine = build_engine(
-        config.engine, name=config.name, incarnation=config.incarnation or time.time_ns()
+        config.engine,
+        name=config.name,
+        incarnation=config.incarnation or time.time_ns(),
+        trace=trace,
     )
-    driver = InstanceDriver(engine.core, engine.runner)
+    driver = InstanceDriver(engine.core, engine.runner, trace=trace)
 
     def on_term(_signum: int, _frame: object) -> None:
         driver.stop() if driver.core.draining else driver.drain()
@@ -229,8 +246,11 @@ class EngineThread:
     """
 
     def __init__(self, config: WorkerConfig) -> None:
-        engine = build_engine(config.engine, name=config.name, incarnation=config.incarnation)
-        self._driver = InstanceDriver(engine.core, engine.runner)
+        trace = _open_trace(config)
+        engine = build_engine(
+            config.engine, name=config.name, incarnation=config.incarnation, trace=trace
+        )
+        self._driver = InstanceDriver(engine.core, engine.runner, trace=trace)
         self._driver.warm_up()
         endpoint = listen(config.address, config.name)
         self._thread = threading.Thread(
@@ -242,6 +262,14 @@ class EngineThread:
         if self._thread.is_alive():
             self._driver.stop()
             self._thread.join()
+
+
+def _open_trace(config: WorkerConfig) -> Trace:
+    """A worker of a service goes on in the file that the service has begun."""
+    path = config.engine.trace
+    if path is not None and config.parent_pid is None:
+        new_file(path)
+    return open_trace(path, config.name)
 
 
 def _die_with_parent(parent_pid: int) -> None:

@@ -29,6 +29,20 @@ class CostModel(msgspec.Struct, frozen=True):
     num_steps: int = 0
 
 
+class MapCounts(msgspec.Struct, frozen=True):
+    """Blocks mapped into address ranges since the start, and what that took: ahead of the step that
+    needs them, while another one computes, or at its start, where compute waits for it. What was
+    still mapped from before is in neither."""
+
+    ahead: int = 0
+    ahead_s: float = 0.0
+    at_start: int = 0
+    at_start_s: float = 0.0
+
+
+NO_MAPS = MapCounts()
+
+
 class InstanceCard(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What an instance is, as it says when a service attaches."""
 
@@ -124,6 +138,12 @@ class Load(msgspec.Struct, frozen=True, tag="load"):
     prefix_query_tokens: int
     steps: int
     cost: CostModel
+    #: Seconds of all steps; and of the pauses between two steps while there was work, how many
+    #: there were and how long they were together.
+    step_s: float = 0.0
+    step_gaps: int = 0
+    step_gap_s: float = 0.0
+    maps: MapCounts = NO_MAPS
     role: Role = "any"
     epoch: int = 0
     draining: bool = False

@@ -290,6 +290,19 @@ _LOAD_COUNTERS: tuple[tuple[str, str, Callable[[Load], float]], ...] = (
     ("prefix_cache_hits", "Prompt tokens found in the prefix cache.",
      lambda load: load.prefix_hit_tokens),
     ("engine_steps", "Steps that the instance has computed.", lambda load: load.steps),
+    ("engine_step_seconds", "Time in steps.", lambda load: load.step_s),
+    ("engine_step_gaps", "Pauses between two steps while there was work.",
+     lambda load: load.step_gaps),
+    ("engine_step_gap_seconds", "Time in them: nothing was computed.",
+     lambda load: load.step_gap_s),
+    ("kv_maps_ahead", "KV blocks mapped while another step was computed.",
+     lambda load: load.maps.ahead),
+    ("kv_map_ahead_seconds", "Time that took, off the steps' path.",
+     lambda load: load.maps.ahead_s),
+    ("kv_maps_at_start", "KV blocks mapped while their step waited.",
+     lambda load: load.maps.at_start),
+    ("kv_map_at_start_seconds", "Time that took, at the start of steps.",
+     lambda load: load.maps.at_start_s),
 )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import torch
 
+from penstock.protocol.instance import NO_MAPS, MapCounts
 from penstock.protocol.kv import KvLayout
 
 
@@ -20,6 +21,8 @@ class KvMemory(Protocol):
     #: Bytes from one block of a sequence to the next: layout.block_bytes rounded up to the page.
     block_stride_bytes: int
     device: torch.device
+    #: What mapping has cost so far; nothing where it costs nothing.
+    maps: MapCounts
 
     def map(self, slot: int, index: int, block: int) -> None:
         """Put physical `block` at position `index` of the slot's range (idempotent)."""
@@ -54,6 +57,8 @@ class KvMemory(Protocol):
 
 class ContiguousAccess:
     """`write` and `read` for memories whose `slot_blocks` is a view."""
+
+    maps: MapCounts = NO_MAPS
 
     def slot_blocks(self, slot: int, num_blocks: int) -> torch.Tensor:
         raise NotImplementedError

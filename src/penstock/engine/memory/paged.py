@@ -11,11 +11,14 @@ import torch
 from penstock.engine.memory.base import tokens_in_order
 from penstock.engine.memory.sizing import block_shape, torch_dtype
 from penstock.protocol.errors import NotEnoughMemory
+from penstock.protocol.instance import NO_MAPS
 from penstock.protocol.kv import KvLayout
 
 
 class PagedMemory:
     """See `KvMemory`. Raises `NotEnoughMemory` when the device cannot hold the pool."""
+
+    maps = NO_MAPS
 
     def __init__(
         self,

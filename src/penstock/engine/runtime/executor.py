@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import logging
 import time
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,8 +21,9 @@ from penstock.engine.models.base import Model
 from penstock.engine.sampling.sampler import Sampler
 from penstock.engine.scheduler.batch import Batch, BatchRow, RowResult, StepResult
 from penstock.engine.structured.matchers import MaskService
-from penstock.protocol.errors import EngineFailed, PenstockError
+from penstock.protocol.errors import EngineFailed, ErrorInfo, PenstockError
 from penstock.protocol.tokens import TokenLogprobs
+from penstock.trace import NO_TRACE, Trace
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +42,10 @@ class StepExecutor:
         max_num_seqs: int,
         max_model_len: int,
         device: torch.device,
+        trace: Trace = NO_TRACE,
     ) -> None:
+        self._trace = trace
+        self._ended_s: float | None = None  # the last step
         self._model = model
         self._memory = memory
         self._attention = attention
@@ -54,17 +60,31 @@ class StepExecutor:
         """A step that fails to compute says so in its result. Raises only if the batch cannot even
         be applied to the slots: after that nothing here can be trusted."""
         started_s = time.perf_counter()
-        self._apply(batch)
+        idle_since_s = started_s if self._ended_s is None else self._ended_s
+        with self._trace.span("apply"):
+            self._apply(batch)
+        rows, error = self._attempt(batch)
+        self._ended_s = ended_s = time.perf_counter()
+        self._trace.add("idle", idle_since_s, started_s)
+        self._trace.add(f"step {batch.step}", started_s, ended_s, partial(_about, batch))
+        return StepResult(
+            batch.step,
+            rows,
+            ended_s - started_s,
+            error,
+            gap_s=started_s - idle_since_s,
+            maps=self._memory.maps,
+        )
+
+    def _attempt(self, batch: Batch) -> tuple[list[RowResult], ErrorInfo | None]:
         try:
             with torch.inference_mode():
-                rows = self._compute(batch.rows)
-            return StepResult(batch.step, rows, time.perf_counter() - started_s)
+                return self._compute(batch.rows), None
         except Exception as exc:
             log.exception("step %d failed", batch.step)
             reason = f"step {batch.step} failed: {type(exc).__name__}: {exc}"
             error = exc if isinstance(exc, PenstockError) else EngineFailed(reason)
-            rows = [RowResult(row.slot, []) for row in batch.rows]
-            return StepResult(batch.step, rows, time.perf_counter() - started_s, error.info())
+            return [RowResult(row.slot, []) for row in batch.rows], error.info()
 
     def _compute(self, rows: list[BatchRow]) -> list[RowResult]:
         hidden_TH = self._forward(rows)
@@ -93,16 +113,20 @@ class StepExecutor:
             self._sampler.admit(new)
             if new.constraint is not None:
                 self._masks.admit(new.slot, new.constraint, new.token_ids[new.num_prompt_tokens :])
-        for m in batch.maps:
-            self._memory.map(m.slot, m.index, m.block)
+        if batch.maps:
+            with self._trace.span("map"):
+                for m in batch.maps:
+                    self._memory.map(m.slot, m.index, m.block)
 
     def _forward(self, rows: list[BatchRow]) -> torch.Tensor:
         ids = [self._tokens_SL[r.slot, r.start : r.start + r.num_tokens] for r in rows]
         positions = [np.arange(r.start, r.start + r.num_tokens) for r in rows]
         ids_T = torch.from_numpy(np.concatenate(ids)).to(self._device)
         positions_T = torch.from_numpy(np.concatenate(positions)).to(self._device)
-        self._attention.plan([AttentionRow(r.slot, r.start, r.num_tokens) for r in rows])
-        return self._model.forward(ids_T, positions_T, self._attention)
+        with self._trace.span("plan"):
+            self._attention.plan([AttentionRow(r.slot, r.start, r.num_tokens) for r in rows])
+        with self._trace.span("forward"):
+            return self._model.forward(ids_T, positions_T, self._attention)
 
     def _sample(
         self,
@@ -111,11 +135,13 @@ class StepExecutor:
         hidden_RH: torch.Tensor,
         results: list[RowResult],
     ) -> None:
-        logits_RV = self._model.logits(hidden_RH)
+        with self._trace.span("logits"):
+            logits_RV = self._model.logits(hidden_RH)
         slots = [rows[i].slot for i in drawn]
         at = [rows[i].start + rows[i].num_tokens for i in drawn]
         outputs = [p - int(self._num_prompt_S[s]) for p, s in zip(at, slots, strict=True)]
-        sampled = self._sampler.sample(logits_RV, slots, outputs, self._masks.masks(slots))
+        with self._trace.span("sample"):
+            sampled = self._sampler.sample(logits_RV, slots, outputs, self._masks.masks(slots))
         for j, i in enumerate(drawn):
             slot, token, error = slots[j], sampled.ids[j], sampled.errors.get(j)
             if error is None:
@@ -145,3 +171,14 @@ class StepExecutor:
     def close(self) -> None:
         self._masks.close()
         self._memory.close()
+
+
+def _about(batch: Batch) -> dict[str, Any]:
+    """What a trace says of a step."""
+    kinds = {"decode" if row.num_tokens == 1 else "prefill" for row in batch.rows}
+    return {
+        "rows": len(batch.rows),
+        "tokens": batch.num_tokens,
+        "kind": kinds.pop() if len(kinds) == 1 else "mixed",
+        "maps": len(batch.maps),
+    }

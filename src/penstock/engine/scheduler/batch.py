@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from penstock.protocol.errors import ErrorInfo
+from penstock.protocol.instance import NO_MAPS, MapCounts
 from penstock.protocol.request import Constraint, SamplingParams
 from penstock.protocol.tokens import TokenLogprobs
 
@@ -87,6 +88,9 @@ class StepResult:
     may fail: rows of a batch launched meanwhile rely on it, or they would write to blocks that
     belong to others by now. A runner that cannot do it is lost as a whole (`fatal`): it runs
     nothing more, and its driver ends the instance.
+
+    `gap_s` is how long nothing was computed before the step; whether there was anything to compute
+    the core knows. `maps` counts from the start on.
     """
 
     step: int
@@ -94,3 +98,5 @@ class StepResult:
     compute_s: float = 0.0
     error: ErrorInfo | None = None
     fatal: bool = False
+    gap_s: float = 0.0
+    maps: MapCounts = NO_MAPS

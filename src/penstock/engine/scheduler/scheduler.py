@@ -431,6 +431,10 @@ class Scheduler:
         return min(limits, spare_blocks * self._config.block_tokens)
 
     @property
+    def num_blocks_used(self) -> int:
+        return self._pool.num_held
+
+    @property
     def stats(self) -> SchedulerStats:
         waiting = [seq for queue in self._queues.values() for seq in queue]
         return SchedulerStats(

@@ -1,0 +1,37 @@
+"""Totals over the steps of an instance, as its `Load` carries them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from penstock.engine.scheduler.batch import StepResult
+from penstock.protocol.instance import NO_MAPS, MapCounts
+
+
+class StepCounts:
+    def __init__(self) -> None:
+        self.steps = 0
+        self._step_s = 0.0
+        self._gaps = 0
+        self._gap_s = 0.0
+        self._maps: MapCounts = NO_MAPS
+
+    def observe(self, result: StepResult, follows: bool) -> None:
+        """`follows`: there was work all the time since the step before, so that a pause between
+        the two was a loss."""
+        self.steps += 1
+        self._step_s += result.compute_s
+        if follows:
+            self._gaps += 1
+            self._gap_s += result.gap_s
+        self._maps = result.maps
+
+    def for_load(self) -> dict[str, Any]:
+        """Fields of `Load`."""
+        return {
+            "steps": self.steps,
+            "step_s": self._step_s,
+            "step_gaps": self._gaps,
+            "step_gap_s": self._gap_s,
+            "maps": self._maps,
+        }
