@@ -3,6 +3,7 @@ a scheme makes, and what a platform packs for its kernels."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -52,15 +53,29 @@ class QuantizedWeight:
             return self.offsets_NG
         return self.scales_NG * -float(1 << (self.bits - 1))
 
-    def dequantize(self) -> torch.Tensor:
-        """float32 [N, K], the columns in the order of the inputs."""
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """[N, K] in `dtype`, the columns in the order of the inputs. Computed in float32, a few
+        rows at a time: there is never a whole copy in float32 beside the result."""
         rows, columns = self.codes_NK.shape
-        codes_NGK = self.codes_NK.view(rows, -1, self.group_size).float()
-        weight_NGK = codes_NGK * self.scales_NG[..., None] + self.offsets()[..., None]
-        weight_NK = weight_NGK.view(rows, columns)
-        if self.input_order_K is None:
+        weight_NK = torch.empty(rows, columns, dtype=dtype, device=self.codes_NK.device)
+        if weight_NK.is_meta:
             return weight_NK
-        return torch.empty_like(weight_NK).index_copy_(1, self.input_order_K, weight_NK)
+        offsets_NG = self.offsets()
+        for part in row_slices(rows, columns):
+            codes_NGK = self.codes_NK[part].unflatten(1, (-1, self.group_size)).float()
+            values_NGK = codes_NGK * self.scales_NG[part, :, None] + offsets_NG[part, :, None]
+            if self.input_order_K is None:
+                weight_NK[part] = values_NGK.flatten(1)
+            else:
+                weight_NK[part, self.input_order_K] = values_NGK.flatten(1).to(dtype)
+        return weight_NK
+
+
+def row_slices(rows: int, columns: int, values: int = 1 << 17) -> Iterator[slice]:
+    """All rows, in pieces of about `values`: what is computed in float32 stays in the cache."""
+    step = max(1, values // max(columns, 1))
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
 
 
 def stack(parts: list[QuantizedWeight]) -> QuantizedWeight | None:
