@@ -25,8 +25,14 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 _HERE = Path(__file__).parent
-_SOURCES = ("attention.cpp", "small_ops.cpp", "ops.cpp", "linear.cpp")
-_HEADERS = ("common.h", "attention.h", "decode.h", "prefill.h", "plan.h", "ops.h", "linear.h")
+_SOURCES = (
+    *("attention.cpp", "small_ops.cpp", "ops.cpp", "linear.cpp"),
+    *("gemm_int8.cpp", "gemm_int4.cpp", "quantize_rows.cpp"),
+)
+_HEADERS = (
+    *("common.h", "attention.h", "decode.h", "prefill.h", "plan.h", "ops.h", "linear.h"),
+    "quantized.h",
+)
 _FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fopenmp"),
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi"),
@@ -109,11 +115,13 @@ def open_library(path: Path) -> ctypes.CDLL:
         "plan_free": [pointer],
         "plan": [pointer] * 3 + [count] * 2,
         "lanes": [],
+        "dot_unit": [],
     }
     for name, argtypes in signatures.items():
         function = getattr(library, f"penstock_{name}")
         function.argtypes = argtypes
-        function.restype = {"lanes": flag, "plan_new": pointer}.get(name)
+        returns = {"lanes": flag, "plan_new": pointer, "dot_unit": ctypes.c_char_p}
+        function.restype = returns.get(name)
     return library
 
 
