@@ -1,4 +1,5 @@
-"""Where a MODEL argument leads: a folder, a hub id, or `toy`. Shared by service and engine."""
+"""Where a MODEL argument leads: a folder, a GGUF file, a hub id, or `toy`. Shared by service and
+engine."""
 
 from __future__ import annotations
 
@@ -13,7 +14,11 @@ TOY = Path(__file__).parent / "toy"
 
 
 class Checkpoint:
-    """A folder in Hugging Face layout. Reads small JSON files; never tensors."""
+    """A folder in Hugging Face layout. Reads small text files; never tensors. Everything that is
+    not a tensor is asked for here, so that what is no folder can answer too (`gguf.checkpoint`)."""
+
+    #: Where the model's dimensions are from, for messages.
+    describes_itself_in = "config.json"
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -34,15 +39,28 @@ class Checkpoint:
             return ()
         return tuple(found) if isinstance(found, list) else (int(found),)
 
+    def has(self, name: str) -> bool:
+        return (self.path / name).is_file()
+
+    def text(self, name: str) -> str | None:
+        """A file's text; None if there is no such file."""
+        if not self.has(name):
+            return None
+        try:
+            return (self.path / name).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as exc:
+            raise CheckpointError(f"{self.path / name} cannot be read: {exc}") from exc
+
     def json(self, name: str, *, required: bool = False) -> dict[str, Any]:
         file = self.path / name
-        if not file.is_file():
+        text = self.text(name)
+        if text is None:
             if required:
                 raise CheckpointError(f"{file} is missing: is {self.path} a checkpoint folder?")
             return {}
         try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as exc:
+            found = json.loads(text)
+        except json.JSONDecodeError as exc:
             raise CheckpointError(f"{file} cannot be read: {exc}") from exc
         if not isinstance(found, dict):
             raise CheckpointError(f"{file} does not hold a JSON object")
@@ -50,13 +68,19 @@ class Checkpoint:
 
 
 def resolve(model: str, *, revision: str | None = None) -> Checkpoint:
-    """Folder, hub id or `toy` to a `Checkpoint`. Raises `CheckpointError` with what to do."""
+    """Folder, GGUF file, hub id or `toy` to a `Checkpoint`. Raises `CheckpointError` with what to
+    do."""
+    from penstock.gguf.checkpoint import GgufCheckpoint, only_gguf  # which imports this module
+
     if model == "toy":
         return Checkpoint(TOY)
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return Checkpoint(folder.resolve())
-    if folder.exists():
+    path = Path(model).expanduser()
+    if path.is_dir():
+        file = only_gguf(path.absolute())
+        return Checkpoint(path.resolve()) if file is None else GgufCheckpoint(file)
+    if path.suffix.lower() == ".gguf" and path.exists():
+        return GgufCheckpoint(path.absolute())  # not resolved: parts are found by their names
+    if path.exists():
         raise CheckpointError(f"{model} is a file: give the folder that holds config.json")
     if model.startswith(("/", ".", "~")) or model.count("/") > 1:
         raise CheckpointError(f"{model} does not exist: give a checkpoint folder or a hub id")

@@ -33,6 +33,13 @@ class Rotary:
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int, max_model_len: int) -> torch.Tensor:
     """Radians per position for each of the head_dim / 2 pairs, float32 on the CPU."""
+    inv_freq_F = _scaled(rope, head_dim, max_model_len)
+    if rope.frequency_factors:
+        return inv_freq_F / torch.tensor(rope.frequency_factors, dtype=torch.float32)
+    return inv_freq_F
+
+
+def _scaled(rope: RopeConfig, head_dim: int, max_model_len: int) -> torch.Tensor:
     if rope.type == "linear":
         return _plain(rope.theta, head_dim) / rope.factor
     if rope.type == "dynamic":

@@ -14,10 +14,9 @@ PIECE_BYTES = 16 << 10
 def model_digest(checkpoint: Checkpoint, *, load_format: str = "auto", seed: int = 0) -> str:
     """64 hex digits: sha256 over config.json and each weight file's name, size, header and a
     sample of its data. Equal for a copy of the folder elsewhere. Raises `CheckpointError`."""
-    config = checkpoint.path / "config.json"
     _ = checkpoint.config  # says what is wrong with it
     h = hashlib.sha256()
-    _add(h, b"config.json", config.read_bytes())
+    _add(h, b"config.json", (checkpoint.text("config.json") or "").encode())
     if load_format == "dummy":
         _add(h, b"dummy", str(seed).encode())
         return h.hexdigest()

@@ -40,6 +40,8 @@ class RopeConfig:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     truncate: bool = True
+    #: A divisor for each frequency, on top of the type's own scaling (GGUF files); empty: none.
+    frequency_factors: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +133,9 @@ def base_config(
         )
     if head_dim % 2 or head_dim < 4:
         raise fields.wrong("head_dim", head_dim, "an even number from 4")
-    rope = _rope(fields, max_positions)
+    rope = replace(
+        _rope(fields, max_positions), frequency_factors=_frequency_factors(fields, head_dim)
+    )
     default_len, rope_max_tokens = _context_tokens(rope, max_positions)
     return ModelConfig(
         family=family,
@@ -244,6 +248,13 @@ def _rope(fields: Fields, max_positions: int) -> RopeConfig:
         f"{fields.where}: rope type {kind!r} is not supported; supported: default, linear, "
         "dynamic, llama3, yarn"
     )
+
+
+def _frequency_factors(fields: Fields, head_dim: int) -> tuple[float, ...]:
+    found = (fields.child("rope_scaling") or Fields({})).get("frequency_factors") or []
+    if len(found) not in (0, head_dim // 2):
+        raise fields.wrong("frequency_factors", f"{len(found)} numbers", f"{head_dim // 2}")
+    return tuple(map(float, found))
 
 
 def _factor(found: Fields, default: float | None = None) -> float:

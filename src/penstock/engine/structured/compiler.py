@@ -38,11 +38,10 @@ class GrammarCompiler:
         cls, checkpoint: Checkpoint, vocab_size: int, eos_token_ids: Sequence[int]
     ) -> GrammarCompiler:
         """Raises `CheckpointError` when there is no readable tokenizer.json."""
-        file = checkpoint.path / "tokenizer.json"
-        try:
-            return cls(file.read_text(encoding="utf-8"), vocab_size, eos_token_ids)
-        except (OSError, UnicodeDecodeError) as exc:
-            raise CheckpointError(f"{file} cannot be read: {exc}") from exc
+        text = checkpoint.text("tokenizer.json")
+        if text is None:
+            raise CheckpointError(f"{checkpoint.path / 'tokenizer.json'} is missing")
+        return cls(text, vocab_size, eos_token_ids)
 
     @cached_property
     def tokenizer(self) -> LLTokenizer:

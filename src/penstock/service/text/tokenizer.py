@@ -68,7 +68,7 @@ class Tokenizer:
         absent = [t for _, t in listed if backend.token_to_id(t["content"]) is None]
         backend.add_tokens([AddedToken(**token) for token in absent])
         named, more = _special_tokens(checkpoint, config)
-        has_model = (checkpoint.path / "config.json").is_file()
+        has_model = checkpoint.has("config.json")
         return cls(backend, named, checkpoint.eos_token_ids if has_model else (), more)
 
     # --- text to ids ---
@@ -189,10 +189,11 @@ class Tokenizer:
 
 def _load_backend(checkpoint: Checkpoint, config: dict[str, Any]) -> tokenizers.Tokenizer:
     file = checkpoint.path / "tokenizer.json"
-    if not file.is_file():
+    text = checkpoint.text("tokenizer.json")
+    if text is None:
         return backend_from_slow_files(checkpoint, config)
     try:
-        backend = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
+        backend = tokenizers.Tokenizer.from_str(text)
     except Exception as exc:  # the library raises bare Exception
         raise CheckpointError(
             f"{file} is not a tokenizer ({exc}): truncated? Copy or download it again"
