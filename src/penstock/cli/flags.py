@@ -93,6 +93,18 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         help="dummy: random weights, config.json is enough",
     )
     add("--seed", type=int, help="of random weights, and of requests that bring none")
+    add(
+        "--graph-mode",
+        choices=("auto", "eager", "piecewise"),
+        help="form of small steps: auto captures them where the platform can",
+    )
+    add(
+        "--enforce-eager",
+        dest="graph_mode",
+        action="store_const",
+        const="eager",
+        help="the same as --graph-mode eager",
+    )
     add("--attention-backend", metavar="NAME", help="auto takes the fastest that can")
     add("--kv-memory", choices=("auto", "plain"), help="plain: without mapped memory, slower")
     add("--trace", metavar="FILE", help="write what ran when, for ui.perfetto.dev")

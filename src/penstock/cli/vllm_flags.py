@@ -105,7 +105,7 @@ SECTIONS: dict[str, tuple[VllmFlag, ...]] = {
         --seed                       | same  |
         --revision                   | same  |
         --max-model-len              | same  |
-        --enforce-eager              | none  | everything is eager so far
+        --enforce-eager              | same  | also --graph-mode eager
         --tokenizer                  | later | the tokenizer is the checkpoint's
         --tokenizer-mode             | none  | tokenizers of the Rust library are always used
         --tokenizer-revision         | none  | the tokenizer is of the checkpoint's --revision

@@ -16,9 +16,12 @@ from penstock.engine.layers.attention import build_attention
 from penstock.engine.loading.digest import model_digest
 from penstock.engine.loading.loader import load_model
 from penstock.engine.memory.contiguous import ContiguousMemory
+from penstock.engine.memory.premap import NoPremapper, Premapper
 from penstock.engine.memory.sizing import KvSizing, blocks_for, choose_num_blocks
+from penstock.engine.memory.xtensor import XTensorMemory
 from penstock.engine.platforms.select import platform_for
 from penstock.engine.runtime.executor import StepExecutor
+from penstock.engine.runtime.forms import Forms, FormsConfig
 from penstock.engine.runtime.torch_runner import TorchRunner
 from penstock.engine.sampling.sampler import Sampler
 from penstock.engine.scheduler.config import SchedulerConfig
@@ -52,13 +55,13 @@ def build_engine(
     """Load the model and everything around it. Raises `StartupError`s with one-line reasons."""
     runner = TorchRunner()
     try:
-        executor, core = runner.call(
+        executor, premapper, core = runner.call(
             lambda: _assemble(config, name, incarnation, core_config, progress, trace)
         )
     except BaseException:
         runner.close()
         raise
-    runner.serve(executor)
+    runner.serve(executor, premapper)
     return Engine(core, runner)
 
 
@@ -69,7 +72,7 @@ def _assemble(
     core_config: CoreConfig | None,
     progress: Callable[[float], None] | None,
     trace: Trace,
-) -> tuple[StepExecutor, InstanceCore]:
+) -> tuple[StepExecutor, Premapper | NoPremapper, InstanceCore]:
     checkpoint = resolve(config.model, revision=config.revision)
     platform = platform_for(config.device)
     config = config.for_device("cuda" if platform.device.type == "cuda" else "cpu")
@@ -110,6 +113,7 @@ def _assemble(
         max_num_seqs=config.max_num_seqs,
         max_model_len=max_model_len,
         device=platform.device,
+        forms=Forms(model, attention, platform, FormsConfig(config.graph_mode)),
         trace=trace,
     )
     scheduler = Scheduler(
@@ -140,7 +144,9 @@ def _assemble(
         can=CAPABILITIES,
         kernels=platform.kernels() | {"attention": attention.name},
     )
-    return executor, InstanceCore(card, scheduler, core_config)
+    mapped = isinstance(memory, XTensorMemory)
+    premapper = Premapper(memory, layout.block_tokens, trace) if mapped else NoPremapper()
+    return executor, premapper, InstanceCore(card, scheduler, core_config)
 
 
 def kv_sizing(config: EngineConfig) -> KvSizing:

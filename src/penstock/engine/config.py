@@ -9,6 +9,7 @@ from penstock.protocol.errors import ConfigError
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Device = Literal["auto", "cpu", "cuda"]
+GraphMode = Literal["auto", "eager", "piecewise"]
 LoadFormat = Literal["auto", "safetensors", "dummy"]
 
 #: On a CPU decode is bound by memory bandwidth up to a few dozen rows and by arithmetic after that:
@@ -43,6 +44,8 @@ class EngineConfig:
     #: Of the random weights of load_format "dummy"; requests bring seeds of their own.
     seed: int = 0
     attention_backend: str = "auto"
+    #: Which forms of a step are allowed (`runtime.forms`); auto takes the fastest that works.
+    graph_mode: GraphMode = "auto"
     #: "plain": contiguous tensors in place of mapped memory (CPU only; the oracle of its tests).
     kv_memory: Literal["auto", "plain"] = "auto"
     num_threads: int | None = None

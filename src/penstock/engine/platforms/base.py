@@ -19,6 +19,12 @@ from penstock.protocol.kv import KvLayout
 
 #: x_TK -> y_TN, for a weight [N, K].
 Linear = Callable[[torch.Tensor], torch.Tensor]
+#: (input_ids_T, positions_T) -> final hidden states [T, E].
+Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class CannotCapture(Exception):
+    """Why a forward pass has no captured form; the message is for the log and for `doctor`."""
 
 
 class TiedEmbedding:
@@ -152,6 +158,15 @@ class Platform:
     ) -> AttentionBackend:
         """The backend called `name`, or the fastest that can. Raises `ConfigError`."""
         return select.choose(shape, dtype, self.device, name, self.backends)(shape, memory)
+
+    def capture(self, forward: Forward, max_tokens: int) -> Forward:
+        """The same computation in a form that starts faster, for up to `max_tokens` tokens. Its
+        result is overwritten by the next call. Raises `CannotCapture`."""
+        raise CannotCapture(f"the platform {self.name} has no captured form")
+
+    def cut(self, piece: Callable[[int], None]) -> None:
+        """While capturing: call `piece(num_tokens)` at this place whenever the form is run."""
+        raise CannotCapture(f"the platform {self.name} has no captured form")
 
     def available_bytes(self) -> int:
         """What the KV pool may be sized against."""

@@ -18,6 +18,7 @@ import torch
 from penstock.engine.attention.base import AttentionBackend, AttentionRow
 from penstock.engine.memory.base import KvMemory
 from penstock.engine.models.base import Model
+from penstock.engine.runtime.forms import Forms
 from penstock.engine.sampling.sampler import Sampler
 from penstock.engine.scheduler.batch import Batch, BatchRow, RowResult, StepResult
 from penstock.engine.structured.matchers import MaskService
@@ -42,8 +43,10 @@ class StepExecutor:
         max_num_seqs: int,
         max_model_len: int,
         device: torch.device,
+        forms: Forms,
         trace: Trace = NO_TRACE,
     ) -> None:
+        self._forms = forms
         self._trace = trace
         self._ended_s: float | None = None  # the last step
         self._model = model
@@ -126,7 +129,7 @@ class StepExecutor:
         with self._trace.span("plan"):
             self._attention.plan([AttentionRow(r.slot, r.start, r.num_tokens) for r in rows])
         with self._trace.span("forward"):
-            return self._model.forward(ids_T, positions_T, self._attention)
+            return self._forms.forward(ids_T, positions_T)
 
     def _sample(
         self,

@@ -8,6 +8,7 @@ becomes the program of a step.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +20,7 @@ class Recorder(Protocol):
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor: ...
     def num_tokens_address(self) -> int: ...
     def add(self, operation: int, args: ctypes.Structure, keep: tuple[Any, ...]) -> None: ...
+    def cut(self, piece: Callable[[int], None]) -> None: ...
 
 
 class Ops:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from penstock.engine.attention import select
@@ -10,8 +12,15 @@ from penstock.engine.attention.cpu_native import NativeCpuAttention
 from penstock.engine.memory.base import KvMemory
 from penstock.engine.memory.sizing import available_memory_bytes
 from penstock.engine.memory.xtensor import XTensorMemory
-from penstock.engine.platforms.base import Linear, Platform, QkNorms, TiedEmbedding
-from penstock.engine.platforms.cpu import kernels, linear
+from penstock.engine.platforms.base import (
+    CannotCapture,
+    Forward,
+    Linear,
+    Platform,
+    QkNorms,
+    TiedEmbedding,
+)
+from penstock.engine.platforms.cpu import graph, kernels, linear
 from penstock.engine.platforms.cpu.ops import Ops
 from penstock.engine.platforms.cpu.small_ops import SmallOps
 from penstock.protocol.kv import KvLayout
@@ -102,6 +111,16 @@ class CpuPlatform(Platform):
         if chosen is NativeCpuAttention:
             return NativeCpuAttention(shape, memory, self.ops)
         return chosen(shape, memory)
+
+    def capture(self, forward: Forward, max_tokens: int) -> Forward:
+        if self.ops is None:
+            raise CannotCapture("there are no native kernels")
+        return graph.capture(self.ops, forward, max_tokens)
+
+    def cut(self, piece: Callable[[int], None]) -> None:
+        recorder = None if self.ops is None else self.ops.recorder
+        assert recorder is not None, "nothing is being captured"
+        recorder.cut(piece)
 
     def available_bytes(self) -> int:
         return available_memory_bytes()
