@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.helpers.checkpoints import make_checkpoint
 
 from penstock.checkpoint import Checkpoint
 from penstock.engine.attention.base import AttentionRow
@@ -20,7 +21,6 @@ from penstock.engine.platforms.cpu import kernels
 from penstock.engine.platforms.cpu.graph import Arena, capture
 from penstock.engine.platforms.cpu.platform import CpuPlatform
 from penstock.engine.runtime.forms import Forms, FormsConfig
-from tests.helpers.checkpoints import make_checkpoint
 
 pytestmark = pytest.mark.skipif(kernels.load() is None, reason="needs a C++ compiler")
 
@@ -181,21 +181,21 @@ def test_a_program_outlives_what_python_knows_of_its_weights():
     """Recorded calls keep weights, scratch and plans alive by themselves."""
     platform = CpuPlatform()
     gen = torch.Generator().manual_seed(0)
-    weights = [torch.randn(64, 64, generator=gen).bfloat16() for _ in range(8)]
-    matrix_VE = torch.randn(100, 64, generator=gen).bfloat16()
-    linears = [platform.make_linear(each) for each in weights]
+    made = [torch.randn(100, 64, generator=gen).bfloat16() for _ in range(8)]
 
     def forward(ids_T: torch.Tensor, positions_T: torch.Tensor) -> torch.Tensor:
-        x_TE = platform.embedding(ids_T, matrix_VE)
+        x_TE = platform.embedding(ids_T, made[0])
         for linear in linears:
             x_TE = linear(x_TE)
         return x_TE
 
+    linears = [platform.make_linear(each[:64].clone()) for each in made[1:]]
     ids_T = torch.arange(5)
     expected = forward(ids_T, ids_T).clone()
     program = platform.capture(forward, 8)
-    del linears, matrix_VE, weights
+    linears.clear()
+    made.clear()
     gc.collect()
-    junk = [torch.full((64, 64), float("nan"), dtype=torch.bfloat16) for _ in range(50)]
+    junk = [torch.full((100, 64), float("nan"), dtype=torch.bfloat16) for _ in range(50)]
     assert torch.equal(program(ids_T, ids_T), expected)
-    del junk
+    assert len(junk) == 50

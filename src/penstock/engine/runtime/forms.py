@@ -23,7 +23,6 @@ import torch
 
 from penstock.engine.attention.base import AttentionBackend, AttentionRow, AttentionShape
 from penstock.engine.config import GraphMode
-from penstock.engine.memory.base import KvMemory
 from penstock.engine.models.base import Model
 from penstock.engine.platforms.base import CannotCapture, Forward, Platform
 

@@ -1,8 +1,8 @@
 """Linears on a CPU, by what this machine does best.
 
-`NativeLinear` is our kernel over a packed weight (linear.h): it reads weights at the speed of memory
-for a few tokens and computes at the rate of the vector units for many. oneDNN (onednn.py) has the
-matrix units of AMX, and the narrower machines' float32; torch's `linear` takes everything else.
+`NativeLinear` is our kernel over a packed weight (linear.h): it reads weights at the speed of
+memory for a few tokens and computes at the rate of the vector units for many. oneDNN (onednn.py)
+has the matrix units of AMX, and the narrower machines' float32; torch's `linear` takes all else.
 The row-major original is dropped once it is packed.
 """
 
