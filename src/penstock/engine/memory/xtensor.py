@@ -9,8 +9,10 @@ The idea is the xLLM technical report's (xTensor); the driver's virtual memory A
 what mmap does here.
 
 A mapping outlives its sequence: blocks tend to come back to the same place, and then `map` costs a
-table lookup instead of a system call. Only when the kernel's limit on mappings of a process
-(vm.max_map_count) comes near are mappings that no live sequence uses taken down.
+table lookup instead of a system call. `map_ahead` brings that about on purpose: a thread beside
+compute lays a block where the next step will want it (premap.py says when it may). Only when the
+kernel's limit on mappings of a process (vm.max_map_count) comes near are mappings that no live
+sequence uses taken down.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import errno
 import mmap
 import os
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +38,7 @@ from penstock.engine.memory.sizing import (
     torch_dtype,
 )
 from penstock.protocol.errors import EngineFailed, NotEnoughMemory
+from penstock.protocol.instance import NO_MAPS, MapCounts
 from penstock.protocol.kv import KvLayout
 
 _UNMAPPED = -1
@@ -95,6 +99,9 @@ class XTensorMemory(ContiguousAccess):
         self._live = [0] * num_slots
         self.num_mapped = 0  # blocks mapped into ranges, live and left over
         self.num_syscalls = 0  # spent on mapping and unmapping
+        self.maps = NO_MAPS
+        #: The table and the kernel's list change together.
+        self._changing = threading.Lock()
         self._open()
 
     def _open(self) -> None:
@@ -116,12 +123,46 @@ class XTensorMemory(ContiguousAccess):
 
     def map(self, slot: int, index: int, block: int) -> None:
         assert 0 <= block < self.num_blocks, f"block {block} of {self.num_blocks}"
-        mapped = self._table[slot, index]
-        if mapped == block:
+        with self._changing:
+            if self._table[slot, index] != block:
+                started_s = time.perf_counter()
+                if self._is_full(slot, index):
+                    self._unmap_stale()
+                self._lay(slot, index, block)
+                taken_s = time.perf_counter() - started_s
+                n = self.maps
+                self.maps = MapCounts(n.ahead, n.ahead_s, n.at_start + 1, n.at_start_s + taken_s)
             self._live[slot] = max(self._live[slot], index + 1)
-            return
-        if mapped == _UNMAPPED and self.num_mapped + self._num_slots >= self._max_mappings:
-            self._unmap_stale()
+
+    def map_ahead(self, slot: int, index: int, block: int) -> None:
+        """Make a `map` that is to come cheap; from any thread. It changes nothing that `base` and
+        the slot's sequence may rely on: the caller knows that no step under way uses the place.
+
+        A hint: where mappings are scarce or the kernel refuses, it is left to `map`.
+        """
+        with self._changing:
+            if self._table[slot, index] == block or self._is_full(slot, index):
+                return
+            started_s = time.perf_counter()
+            try:
+                self._lay(slot, index, block)
+            except (OSError, EngineFailed):
+                # Whether the old mapping still stands is not known: let `map` lay it anew.
+                self.num_mapped -= int(self._table[slot, index] != _UNMAPPED)
+                self._table[slot, index] = _UNMAPPED
+                return
+            taken_s = time.perf_counter() - started_s
+            n = self.maps
+            self.maps = MapCounts(n.ahead + 1, n.ahead_s + taken_s, n.at_start, n.at_start_s)
+
+    def _is_full(self, slot: int, index: int) -> bool:
+        """Would another mapping here be one too many?"""
+        return (
+            self._table[slot, index] == _UNMAPPED
+            and self.num_mapped + self._num_slots >= self._max_mappings
+        )
+
+    def _lay(self, slot: int, index: int, block: int) -> None:
         self.num_syscalls += 1
         _mmap(
             self.base(slot) + index * self.block_stride_bytes,
@@ -131,10 +172,8 @@ class XTensorMemory(ContiguousAccess):
             self.fd,
             block * self.block_stride_bytes,
         )
-        if mapped == _UNMAPPED:
-            self.num_mapped += 1
+        self.num_mapped += int(self._table[slot, index] == _UNMAPPED)
         self._table[slot, index] = block
-        self._live[slot] = max(self._live[slot], index + 1)
 
     def free_slot(self, slot: int) -> None:
         self._live[slot] = 0

@@ -15,6 +15,7 @@ from concurrent.futures import Future
 from functools import partial
 from typing import TypeVar
 
+from penstock.engine.memory.premap import NoPremapper, Premapper
 from penstock.engine.runtime.executor import StepExecutor
 from penstock.engine.scheduler.batch import Batch, StepResult
 from penstock.protocol.errors import EngineFailed
@@ -30,6 +31,7 @@ class TorchRunner:
 
     def __init__(self) -> None:
         self._executor: StepExecutor | None = None
+        self._premapper: Premapper | NoPremapper = NoPremapper()
         self._lost = False
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="penstock-compute", daemon=True)
@@ -54,15 +56,20 @@ class TorchRunner:
         self._queue.put(run)
         return future.result()
 
-    def serve(self, executor: StepExecutor) -> None:
+    def serve(
+        self, executor: StepExecutor, premapper: Premapper | NoPremapper | None = None
+    ) -> None:
         self._executor = executor
+        self._premapper = premapper or self._premapper
 
     def launch(self, batch: Batch, done: _Done) -> None:
+        self._premapper.launched(batch)
         self._queue.put(partial(self._step, batch, done))
 
     def close(self) -> None:
         self._queue.put(None)
         self._thread.join()
+        self._premapper.close()
         if self._executor is not None:
             self._executor.close()
 
@@ -72,6 +79,7 @@ class TorchRunner:
 
     def _step(self, batch: Batch, done: _Done) -> None:
         assert self._executor is not None
+        self._premapper.starts(batch)
         try:
             result = self._executor.execute(batch)
         except BaseException as exc:
@@ -79,4 +87,5 @@ class TorchRunner:
             self._lost = True
             reason = f"the engine's runner is lost: {type(exc).__name__}: {exc}"
             result = StepResult(batch.step, [], error=EngineFailed(reason).info(), fatal=True)
+        self._premapper.ended()
         done(result)

@@ -1,0 +1,237 @@
+"""Mapping ahead must never be noticed: not by a step under way, and not by the one it is for.
+
+A real scheduler with several batches in flight drives a table of places; maps are made ahead at any
+moment hypothesis likes, or not at all. The oracle applies each batch's maps at its start and knows
+nothing of mapping ahead.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from tests.helpers.scheduling import Harness, submit
+
+from penstock.engine.memory.premap import Premapper
+from penstock.engine.memory.sizing import kv_layout
+from penstock.engine.memory.xtensor import XTensorMemory
+from penstock.engine.scheduler.batch import Batch, BatchRow, BlockMap
+from penstock.protocol.errors import EngineFailed
+
+BLOCK_TOKENS = 4
+STEMS = [[7] * 40, [7] * 9 + [8] * 31, list(range(10, 50))]
+
+
+class Table:
+    """What a mapped memory's table does."""
+
+    def __init__(self) -> None:
+        self.places: dict[tuple[int, int], int] = {}
+
+    def map_ahead(self, slot: int, index: int, block: int) -> None:
+        self.places[slot, index] = block
+
+
+class ByHand(Premapper):
+    """Without its thread: the test says when it maps."""
+
+    def __init__(self, table: Table) -> None:
+        super().__init__(table, BLOCK_TOKENS)
+        self.pending: deque[tuple[int, BlockMap]] = deque()
+
+    def _start(self) -> None: ...
+
+    def fetch(self) -> None:
+        while not self._waiting.empty():
+            work = self._waiting.get()
+            assert work is not None
+            self.pending += [(work[0], m) for m in work[1]]
+
+
+class PremapMachine(RuleBasedStateMachine):
+    @initialize(
+        num_blocks=st.integers(6, 24),
+        depth=st.integers(2, 4),
+        max_num_seqs=st.integers(1, 3),
+        budget=st.integers(4, 40),
+    )
+    def start(self, num_blocks: int, depth: int, max_num_seqs: int, budget: int) -> None:
+        self.harness = Harness(
+            num_blocks,
+            depth,
+            block_tokens=BLOCK_TOKENS,
+            max_num_seqs=max(1, min(max_num_seqs, budget)),
+            max_num_batched_tokens=budget,
+            max_model_len=40,
+        )
+        self.table = Table()
+        self.ahead = ByHand(self.table)
+        self.oracle: dict[tuple[int, int], int] = {}
+        self.running: Batch | None = None
+        self.number = 0
+
+    @rule(stem=st.sampled_from(STEMS), lengths=st.lists(st.integers(1, 30), min_size=1, max_size=4))
+    def submit(self, stem: list[int], lengths: list[int]) -> None:
+        for length in lengths:
+            self.number += 1
+            request = submit(
+                f"r{self.number}",
+                stem[: min(length, self.harness.scheduler.max_model_len - 1)],
+                block_tokens=BLOCK_TOKENS,
+                max_tokens=1 + length % 12,
+                ignore_eos=False,
+            )
+            self.harness.scheduler.add(request)
+
+    @rule()
+    def slots_change_hands(self) -> None:
+        """What runs is cancelled, and others take its slots while it is still being computed."""
+        running = {row.slot for batch in self.harness.in_flight for row in batch.rows}
+        for seq in self.harness.scheduler.live():
+            if seq.slot in running:
+                self.harness.scheduler.cancel(seq.key)
+        self.launch()
+
+    @rule()
+    def launch(self) -> None:
+        if len(self.harness.in_flight) < self.harness.depth and (batch := self.harness.launch()):
+            self.ahead.launched(batch)
+            self.ahead.fetch()
+
+    @rule(count=st.integers(1, 6))
+    @precondition(lambda self: self.ahead.pending)
+    def map_ahead(self, count: int) -> None:
+        for _ in range(min(count, len(self.ahead.pending))):
+            step, m = self.ahead.pending.popleft()
+            self.ahead.map_one(step, m)
+
+    @rule()
+    @precondition(lambda self: self.running is None and self.harness.in_flight)
+    def step_starts(self) -> None:
+        self.running = batch = self.harness.in_flight[0]
+        self.ahead.starts(batch)
+        for m in batch.maps:
+            self.oracle[m.slot, m.index] = m.block
+            self.table.places[m.slot, m.index] = m.block
+
+    @rule(fail=st.booleans())
+    @precondition(lambda self: self.running is not None)
+    def step_ends(self, fail: bool) -> None:
+        self.harness.land(fail)
+        self.ahead.ended()
+        self.running = None
+
+    @rule(count=st.integers(1, 8))
+    def steps(self, count: int) -> None:
+        """Several of them, with the pipeline full and the mapping thread asleep."""
+        for _ in range(count):
+            for _ in range(self.harness.depth):
+                self.launch()
+            if self.running is None and self.harness.in_flight:
+                self.step_starts()
+                self.the_step_under_way_sees_its_own_blocks()
+            if self.running is not None:
+                self.step_ends(False)
+
+    @invariant()
+    def the_step_under_way_sees_its_own_blocks(self) -> None:
+        if getattr(self, "running", None) is None:
+            return
+        for row in self.running.rows:
+            for index in range(-(-(row.start + row.num_tokens) // BLOCK_TOKENS)):
+                place = row.slot, index
+                assert self.table.places[place] == self.oracle[place], place
+
+
+PremapMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
+TestPremapMachine = PremapMachine.TestCase
+
+
+def decode(step: int, slot: int, start: int, *maps: BlockMap, freed: list[int] | None = None):
+    return Batch(step, [BatchRow(slot, start, 1, True)], freed or [], maps=list(maps))
+
+
+@pytest.fixture
+def memory():
+    layout = kv_layout(2, 2, 64, "bfloat16")
+    made = XTensorMemory(layout, num_blocks=12, num_slots=3, max_blocks_per_slot=6)
+    yield made
+    made.close()
+
+
+def wait_until(condition) -> None:
+    ticks = threading.Event()
+    for _ in range(2000):
+        if condition():
+            return
+        ticks.wait(0.005)
+    raise AssertionError("it never happened")
+
+
+def test_a_block_is_laid_while_the_step_before_computes(memory) -> None:
+    ahead = Premapper(memory, 16)
+    first = decode(0, 0, 15, BlockMap(0, 0, 3))
+    ahead.launched(first)
+    ahead.starts(first)
+    memory.map(0, 0, 3)
+    ahead.launched(decode(1, 0, 16, BlockMap(0, 1, 4)))
+    wait_until(lambda: memory.maps.ahead == 1)
+    before = memory.num_syscalls
+    memory.map(0, 1, 4)  # what step 1 does at its start
+    assert memory.num_syscalls == before and memory.maps.at_start == 1
+    memory.check()
+    ahead.close()
+
+
+def test_a_place_in_use_is_left_to_the_start_of_the_step(memory) -> None:
+    ahead = Premapper(memory, 16)
+    first = decode(0, 0, 15, BlockMap(0, 0, 3))
+    ahead.launched(first)
+    ahead.starts(first)
+    memory.map(0, 0, 3)
+    # The slot is freed and taken by another sequence while step 0 still reads it.
+    again = BlockMap(0, 0, 7), BlockMap(0, 1, 8)
+    ahead.launched(decode(1, 0, 31, *again, freed=[0]))
+    wait_until(lambda: memory.maps.ahead == 1)
+    assert memory._actual_table()[0].tolist() == [3, 8, -1, -1, -1, -1]
+    ahead.close()
+
+
+def test_nothing_is_laid_for_a_step_that_has_started(memory) -> None:
+    ahead = Premapper(memory, 16)
+    step = decode(1, 0, 16, BlockMap(0, 1, 4))
+    ahead.starts(step)
+    ahead.map_one(1, step.maps[0])
+    assert memory.num_syscalls == 0
+    ahead.close()
+
+
+def test_scarce_mappings_are_not_spent_ahead() -> None:
+    layout = kv_layout(2, 2, 64, "bfloat16")
+    memory = XTensorMemory(layout, 12, 3, 6, max_mappings=3 + 2)
+    memory.map(0, 0, 0)
+    memory.map(0, 1, 1)
+    memory.map_ahead(0, 2, 2)
+    assert memory.num_mapped == 2
+    memory.check()
+    memory.close()
+
+
+def test_a_refused_mapping_is_tried_again_by_the_step(memory, monkeypatch) -> None:
+    from penstock.engine.memory import xtensor
+
+    def refuse(*_: object) -> int:
+        raise EngineFailed("the kernel has no room for another mapping")
+
+    memory.map(0, 0, 5)
+    with monkeypatch.context() as patched:
+        patched.setattr(xtensor, "_mmap", refuse)
+        memory.map_ahead(0, 0, 6)
+        memory.map_ahead(0, 1, 7)
+    memory.map(0, 0, 6)
+    memory.map(0, 1, 7)
+    memory.check()
