@@ -24,7 +24,7 @@ _MAX_ROPE_FACTORS = 512
 class GgufCheckpoint(Checkpoint):
     """One file, or the first of several that llama.cpp's gguf-split made of one."""
 
-    describes_itself_in = "its metadata"
+    describes_itself_in = "metadata"
 
     def __init__(self, path: Path) -> None:
         """Any of several parts will do. Raises `CheckpointError` if one is missing."""

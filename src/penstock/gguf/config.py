@@ -79,6 +79,9 @@ def model_config(
     if arch != "qwen2":  # which has them whatever its config says
         found["attention_bias"] = "blk.0.attn_q.bias" in tensors
         found["mlp_bias"] = "blk.0.ffn_down.bias" in tensors
+    quantized = Counter(t.type.name for t in tensors.values() if t.type.name not in _FLOATS)
+    if quantized:
+        found["quantization_config"] = {"quant_method": "gguf", "types": dict(quantized)}
     return found
 
 

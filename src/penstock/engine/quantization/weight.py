@@ -3,12 +3,16 @@ a scheme makes, and what a platform packs for its kernels."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from penstock.protocol.errors import CheckpointError
+
+#: Below this, scales of a common group would take as much as floats instead of codes.
+_SHORTEST_COMMON_GROUP = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +46,13 @@ class QuantizedWeight:
     def shape(self) -> tuple[int, int]:
         rows, columns = self.codes_NK.shape
         return rows, columns
+
+    @property
+    def num_bytes(self) -> int:
+        """With codes packed and scales and offsets in float32, which is what kernels hold at most;
+        an input order is not worth counting."""
+        tables = [table for table in (self.scales_NG, self.offsets_NG) if table is not None]
+        return self.codes_NK.numel() * self.bits // 8 + sum(table.nbytes for table in tables)
 
     @property
     def per_channel(self) -> bool:
@@ -80,23 +91,43 @@ def row_slices(rows: int, columns: int, values: int = 1 << 17) -> Iterator[slice
 
 def stack(parts: list[QuantizedWeight]) -> QuantizedWeight | None:
     """Several weights over the same input as one, the outputs one after the other; None if they
-    cannot be one (other bits, groups or input orders)."""
+    cannot be one (other orders of the inputs, or groups that have too little in common). Parts of
+    different kinds are held like the widest, in groups that divide those of all; exactly."""
     first = parts[0]
     for part in parts[1:]:
-        if (part.bits, part.group_size) != (first.bits, first.group_size):
-            return None
         if part.shape[1] != first.shape[1]:
             raise CheckpointError(f"{part.shape[1]} inputs beside {first.shape[1]}")
         if not _same_order(part.input_order_K, first.input_order_K):
             return None
+    group_size = math.gcd(*(part.group_size for part in parts))
+    if group_size < min(_SHORTEST_COMMON_GROUP, *(part.group_size for part in parts)):
+        return None
+    bits = max(part.bits for part in parts)
+    parts = [_widened(part, bits, group_size) for part in parts]
     symmetric = all(part.offsets_NG is None for part in parts)
     return QuantizedWeight(
-        first.bits,
-        first.group_size,
+        bits,
+        group_size,
         torch.cat([part.codes_NK for part in parts]),
         torch.cat([part.scales_NG for part in parts]),
         None if symmetric else torch.cat([part.offsets() for part in parts]),
         first.input_order_K,
+    )
+
+
+def _widened(weight: QuantizedWeight, bits: int, group_size: int) -> QuantizedWeight:
+    """The same values, described in more bits and smaller groups."""
+    if (weight.bits, weight.group_size) == (bits, group_size):
+        return weight
+    offsets_NG = weight.offsets_NG if weight.bits == bits else weight.offsets()
+    repeats = weight.group_size // group_size
+    return QuantizedWeight(
+        bits,
+        group_size,
+        weight.codes_NK,
+        weight.scales_NG.repeat_interleave(repeats, dim=1),
+        None if offsets_NG is None else offsets_NG.repeat_interleave(repeats, dim=1),
+        weight.input_order_K,
     )
 
 

@@ -1,7 +1,8 @@
 """ggml's blocks of quantized values as codes, scales and offsets.
 
 Every type here is weight = scale * code + offset within groups of a block, so that nothing is
-rounded on the way into a `QuantizedWeight`. The layouts are those of ggml's `ggml-common.h`; tests
+rounded on the way into a `QuantizedWeight`; codes of symmetric types are moved to where it has its
+middle. The layouts are those of ggml's `ggml-common.h`; tests
 compare each with the `gguf` package bit by bit.
 
 Shapes: B blocks, V values of a block, G groups of a block.
@@ -25,6 +26,7 @@ class Affine:
     bits: int  # 4 or 8: of the codes as they are held, at least as many as are stored
     group_size: int
     decode: Callable[[torch.Tensor], Decoded]
+    has_offsets: bool = True
 
 
 def _half(blocks: torch.Tensor, start: int) -> torch.Tensor:
@@ -64,7 +66,7 @@ def _fifth_bits(packed: torch.Tensor) -> torch.Tensor:
 def _q5_0(blocks: torch.Tensor) -> Decoded:
     scales = _half(blocks, 0)
     codes = _nibbles(blocks[:, 6:]) | _fifth_bits(blocks[:, 2:6])
-    return codes, scales, scales * -16.0
+    return codes + 112, scales, None  # centred on 16
 
 
 def _q5_1(blocks: torch.Tensor) -> Decoded:
@@ -102,7 +104,7 @@ def _q6_k(blocks: torch.Tensor) -> Decoded:
     low = _nibbles(blocks[:, :128].reshape(-1, 2, 64)).reshape(-1, 2, 4, 32)
     high = _bit_planes(blocks[:, 128:192].reshape(-1, 32), 2).reshape(-1, 2, 4, 32)
     scales = _half(blocks, 208) * blocks[:, 192:208].contiguous().view(torch.int8).float()
-    return (low | (high << 4)).reshape(-1, 256), scales, scales * -32.0
+    return (low | (high << 4)).reshape(-1, 256) + 96, scales, None  # centred on 32
 
 
 def _q2_k(blocks: torch.Tensor) -> Decoded:
@@ -120,18 +122,18 @@ def _q3_k(blocks: torch.Tensor) -> Decoded:
     low_scales = _nibbles(packed[:, :8])
     high_scales = _bit_planes(packed[:, 8:], 2).reshape(-1, 16)
     scales = _half(blocks, 108) * ((low_scales | (high_scales << 4)).float() - 32.0)
-    return codes.reshape(-1, 256), scales, scales * -4.0
+    return codes.reshape(-1, 256) + 4, scales, None  # centred on 4
 
 
 AFFINE = {
-    "Q8_0": Affine(8, 32, _q8_0),
-    "Q4_0": Affine(4, 32, _q4_0),
+    "Q8_0": Affine(8, 32, _q8_0, has_offsets=False),
+    "Q4_0": Affine(4, 32, _q4_0, has_offsets=False),
     "Q4_1": Affine(4, 32, _q4_1),
-    "Q5_0": Affine(8, 32, _q5_0),
+    "Q5_0": Affine(8, 32, _q5_0, has_offsets=False),
     "Q5_1": Affine(8, 32, _q5_1),
     "Q2_K": Affine(4, 16, _q2_k),
-    "Q3_K": Affine(4, 16, _q3_k),
+    "Q3_K": Affine(4, 16, _q3_k, has_offsets=False),
     "Q4_K": Affine(4, 32, _q4_k),
     "Q5_K": Affine(8, 32, _q5_k),
-    "Q6_K": Affine(8, 16, _q6_k),
+    "Q6_K": Affine(8, 16, _q6_k, has_offsets=False),
 }
