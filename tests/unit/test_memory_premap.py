@@ -1,8 +1,7 @@
 """Mapping ahead must never be noticed: not by a step under way, and not by the one it is for.
 
-A real scheduler with several batches in flight drives a table of places; maps are made ahead at any
-moment hypothesis likes, or not at all. The oracle applies each batch's maps at its start and knows
-nothing of mapping ahead.
+Several batches are in flight; maps are made ahead at any moment hypothesis likes, or not at all.
+The oracle applies each batch's maps at its start and knows nothing of mapping ahead.
 """
 
 from __future__ import annotations
@@ -13,8 +12,7 @@ from collections import deque
 import hypothesis.strategies as st
 import pytest
 from hypothesis import settings
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from tests.helpers.scheduling import Harness, submit
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from penstock.engine.memory.premap import Premapper
 from penstock.engine.memory.sizing import kv_layout
@@ -22,8 +20,12 @@ from penstock.engine.memory.xtensor import XTensorMemory
 from penstock.engine.scheduler.batch import Batch, BatchRow, BlockMap
 from penstock.protocol.errors import EngineFailed
 
-BLOCK_TOKENS = 4
-STEMS = [[7] * 40, [7] * 9 + [8] * 31, list(range(10, 50))]
+BLOCK_TOKENS, NUM_SLOTS, MAX_BLOCKS = 4, 2, 5
+#: What becomes of a slot in a batch, and the blocks it gets.
+actions = st.tuples(
+    st.sampled_from(["rest", "extend", "new", "exchange"]),
+    st.lists(st.integers(0, 50), min_size=1, max_size=2),
+)
 
 
 class Table:
@@ -53,52 +55,40 @@ class ByHand(Premapper):
 
 
 class PremapMachine(RuleBasedStateMachine):
-    @initialize(
-        num_blocks=st.integers(6, 24),
-        depth=st.integers(2, 4),
-        max_num_seqs=st.integers(1, 3),
-        budget=st.integers(4, 40),
-    )
-    def start(self, num_blocks: int, depth: int, max_num_seqs: int, budget: int) -> None:
-        self.harness = Harness(
-            num_blocks,
-            depth,
-            block_tokens=BLOCK_TOKENS,
-            max_num_seqs=max(1, min(max_num_seqs, budget)),
-            max_num_batched_tokens=budget,
-            max_model_len=40,
-        )
+    """Batches as a scheduler might make them, only wilder: slots change hands while they are being
+    computed, and blocks are exchanged under them."""
+
+    def __init__(self) -> None:
+        super().__init__()
         self.table = Table()
         self.ahead = ByHand(self.table)
         self.oracle: dict[tuple[int, int], int] = {}
+        self.in_flight: deque[Batch] = deque()
         self.running: Batch | None = None
-        self.number = 0
+        self.held = [0] * NUM_SLOTS  # blocks, as of the batch launched last
+        self.steps = 0
 
-    @rule(stem=st.sampled_from(STEMS), lengths=st.lists(st.integers(1, 30), min_size=1, max_size=4))
-    def submit(self, stem: list[int], lengths: list[int]) -> None:
-        for length in lengths:
-            self.number += 1
-            request = submit(
-                f"r{self.number}",
-                stem[: min(length, self.harness.scheduler.max_model_len - 1)],
-                block_tokens=BLOCK_TOKENS,
-                max_tokens=1 + length % 12,
-                ignore_eos=False,
-            )
-            self.harness.scheduler.add(request)
-
-    @rule()
-    def slots_change_hands(self) -> None:
-        """What runs is cancelled, and others take its slots while it is still being computed."""
-        running = {row.slot for batch in self.harness.in_flight for row in batch.rows}
-        for seq in self.harness.scheduler.live():
-            if seq.slot in running:
-                self.harness.scheduler.cancel(seq.key)
-        self.launch()
-
-    @rule()
-    def launch(self) -> None:
-        if len(self.harness.in_flight) < self.harness.depth and (batch := self.harness.launch()):
+    @rule(slots=st.lists(actions, min_size=NUM_SLOTS, max_size=NUM_SLOTS))
+    @precondition(lambda self: len(self.in_flight) < 4)
+    def launch(self, slots: list[tuple[str, list[int]]]) -> None:
+        batch = Batch(self.steps, [])
+        for slot, (action, blocks) in enumerate(slots):
+            first = self.held[slot]
+            if action == "new":
+                batch.freed_slots.append(slot)
+                first = 0
+            elif action == "exchange":
+                first = max(0, first - len(blocks))
+            if action != "rest":
+                blocks = blocks[: MAX_BLOCKS - first]
+                batch.maps.extend(BlockMap(slot, first + i, b) for i, b in enumerate(blocks))
+                self.held[slot] = max(
+                    0 if action == "new" else self.held[slot], first + len(blocks)
+                )
+                batch.rows.append(BatchRow(slot, self.held[slot] * BLOCK_TOKENS - 1, 1, True))
+        if batch.rows:
+            self.steps += 1
+            self.in_flight.append(batch)
             self.ahead.launched(batch)
             self.ahead.fetch()
 
@@ -110,44 +100,28 @@ class PremapMachine(RuleBasedStateMachine):
             self.ahead.map_one(step, m)
 
     @rule()
-    @precondition(lambda self: self.running is None and self.harness.in_flight)
-    def step_starts(self) -> None:
-        self.running = batch = self.harness.in_flight[0]
-        self.ahead.starts(batch)
-        for m in batch.maps:
-            self.oracle[m.slot, m.index] = m.block
-            self.table.places[m.slot, m.index] = m.block
-
-    @rule(fail=st.booleans())
-    @precondition(lambda self: self.running is not None)
-    def step_ends(self, fail: bool) -> None:
-        self.harness.land(fail)
-        self.ahead.ended()
-        self.running = None
-
-    @rule(count=st.integers(1, 8))
-    def steps(self, count: int) -> None:
-        """Several of them, with the pipeline full and the mapping thread asleep."""
-        for _ in range(count):
-            for _ in range(self.harness.depth):
-                self.launch()
-            if self.running is None and self.harness.in_flight:
-                self.step_starts()
-                self.the_step_under_way_sees_its_own_blocks()
-            if self.running is not None:
-                self.step_ends(False)
+    def next_step(self) -> None:
+        """The step under way ends, and the next one starts if there is one."""
+        if self.running is not None:
+            self.in_flight.popleft()
+            self.ahead.ended()
+            self.running = None
+        if self.in_flight:
+            self.running = batch = self.in_flight[0]
+            self.ahead.starts(batch)
+            for m in batch.maps:
+                self.oracle[m.slot, m.index] = m.block
+                self.table.places[m.slot, m.index] = m.block
 
     @invariant()
     def the_step_under_way_sees_its_own_blocks(self) -> None:
-        if getattr(self, "running", None) is None:
-            return
-        for row in self.running.rows:
+        for row in self.running.rows if self.running else []:
             for index in range(-(-(row.start + row.num_tokens) // BLOCK_TOKENS)):
                 place = row.slot, index
                 assert self.table.places[place] == self.oracle[place], place
 
 
-PremapMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
+PremapMachine.TestCase.settings = settings(max_examples=200, stateful_step_count=30, deadline=None)
 TestPremapMachine = PremapMachine.TestCase
 
 
