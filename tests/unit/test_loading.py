@@ -525,7 +525,7 @@ class TestConfig:
         [
             ({"architectures": ["BertForMaskedLM"]}, "BertForMaskedLM"),
             ({"architectures": ["Qwen3MoeForCausalLM"]}, "Qwen3MoeForCausalLM"),
-            ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
+            ({"quantization_config": {"quant_method": "bitsandbytes"}}, "bitsandbytes"),
             ({"hidden_act": "gelu"}, "gelu"),
             ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
             ({"rope_parameters": {"partial_rotary_factor": 0.25}}, "partial_rotary_factor"),

@@ -87,6 +87,12 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--enable-prefix-caching", action=boolean, help="share the KV of common prefixes (on)")
     add(
+        "--quantization",
+        "-q",
+        metavar="SCHEME",
+        help="int8 or int4: quantize while loading; none: dequantize; auto: as it is stored",
+    )
+    add(
         "--load-format",
         choices=("auto", "safetensors", "dummy"),
         type=str,

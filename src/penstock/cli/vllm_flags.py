@@ -121,7 +121,7 @@ SECTIONS: dict[str, tuple[VllmFlag, ...]] = {
         --hf-token                   | other | the environment's HF_TOKEN, or `hf auth login`
         --rope-scaling               | other | rope_parameters in config.json
         --rope-theta                 | other | rope_parameters in config.json
-        --quantization -q            | later | weights are bfloat16, float16 or float32
+        --quantization -q            | same  | also int8 and int4, which quantize while loading; awq, gptq, compressed-tensors and fp8 are recognised without it
         --max-logprobs               | none  | 20 is the limit, as in OpenAI's API
         --logprobs-mode              | later | logprobs are the raw ones, vLLM's default
         --disable-sliding-window     | other | a --max-model-len of at most the window

@@ -85,6 +85,7 @@ def _assemble(
         config.dtype,
         config.max_model_len,
         load_format=config.load_format,
+        quantization=config.quantization,
         seed=config.seed,
         progress=progress,
     )
@@ -132,7 +133,12 @@ def _assemble(
         incarnation=incarnation,
         pid=os.getpid(),
         model=config.model,
-        model_digest=model_digest(checkpoint, load_format=config.load_format, seed=config.seed),
+        model_digest=model_digest(
+            checkpoint,
+            load_format=config.load_format,
+            seed=config.seed,
+            quantization=config.quantization,
+        ),
         vocab_size=model_config.vocab_size,
         max_model_len=max_model_len,
         dtype=str(model.dtype).removeprefix("torch."),

@@ -41,6 +41,9 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9
     enable_prefix_caching: bool = True
     load_format: LoadFormat = "auto"
+    #: "auto": as the checkpoint is stored; int8 or int4: quantized while loading; "none":
+    #: dequantized if need be. A format's name must be the checkpoint's own.
+    quantization: str = "auto"
     #: Of the random weights of load_format "dummy"; requests bring seeds of their own.
     seed: int = 0
     attention_backend: str = "auto"

@@ -62,7 +62,7 @@ class Weights(ABC):
             if quantized is None:
                 self.fill(f"{name}.weight", part_NK)
             else:
-                part_NK.copy_(quantized.dequantize())
+                part_NK.copy_(quantized.dequantize(self.dtype))
         return self.platform.make_linear(weight_NK, bias_N)
 
     def tied_embedding(self, name: str, rows: int, columns: int) -> TiedEmbedding:
@@ -76,7 +76,7 @@ class Weights(ABC):
         """An embedding that is not the output head as well: a plain matrix [rows, columns]."""
         quantized = self.read_quantized(name, rows, columns)
         if quantized is not None:
-            return quantized.dequantize().to(self.dtype)
+            return quantized.dequantize(self.dtype)
         return self.matrix(f"{name}.weight", rows, columns)
 
     def _biases(self, outputs: Mapping[str, int]) -> torch.Tensor:

@@ -7,14 +7,17 @@ from dataclasses import replace
 import torch
 
 from penstock.checkpoint import Checkpoint
-from penstock.engine.loading.sources import Declared, Dummy, FromCheckpoint, Progress
+from penstock.engine.layers.weights import Weights
+from penstock.engine.loading.sources import Declared, Dummy, FromCheckpoint, Progress, quantized
 from penstock.engine.loading.tensors import CheckpointTensors
 from penstock.engine.memory.sizing import torch_dtype
 from penstock.engine.models.base import Model
 from penstock.engine.models.config import DTYPES, ModelConfig
 from penstock.engine.models.registry import family_named, model_config
 from penstock.engine.platforms.base import Platform
-from penstock.protocol.errors import ConfigError, NotEnoughMemory
+from penstock.engine.quantization.formats.base import PLAIN, Find
+from penstock.engine.quantization.select import Quantization, log_remarks, quantization_of
+from penstock.protocol.errors import CheckpointError, ConfigError, NotEnoughMemory
 
 GIB = 1 << 30
 
@@ -26,6 +29,7 @@ def load_model(
     max_model_len: int | None = None,
     *,
     load_format: str = "auto",
+    quantization: str = "auto",
     seed: int = 0,
     progress: Progress | None = None,
 ) -> tuple[Model, ModelConfig]:
@@ -33,7 +37,7 @@ def load_model(
 
     Everything is checked before the first byte of data is read; then tensors stream into place one
     by one, so that memory peaks at the weights and one linear more. With `load_format` "dummy" only
-    config.json is read and the weights are random (`seed`).
+    config.json is read and the weights are random (`seed`). `quantization`: see `quantization_of`.
 
     Raises `CheckpointError`, `UnsupportedModel`, `NotEnoughMemory`, `ConfigError`.
     """
@@ -41,19 +45,24 @@ def load_model(
         raise ConfigError(f"load_format {load_format!r} is none of auto, safetensors, dummy")
     config = model_config(checkpoint, max_model_len=max_model_len)
     config = replace(config, dtype=choose_dtype(config, platform, dtype))
+    wanted = quantization_of(checkpoint, quantization)
     build = family_named(config.family).build
+    weights: Weights
     if load_format == "dummy":
-        _check_memory(declare(config), platform)
-        return build(config, Dummy(platform, torch_dtype(config.dtype), seed)), config
+        wanted = replace(wanted, format=PLAIN)
+        _check_memory(declare(config, platform, wanted), platform)
+        weights = Dummy(platform, torch_dtype(config.dtype), seed)
+        return build(config, quantized(weights, wanted)), config
     with CheckpointTensors(checkpoint) as tensors:
-        declared = declare(config)
-        tensors.check(declared.shapes, tied=config.tie_word_embeddings)
+        declared = declare(config, platform, wanted, tensors.find)
+        check_tensors(tensors, declared, config, wanted)
         _check_memory(declared, platform)
+        log_remarks(wanted.format)
         total_bytes = sum(tensors.info(name).num_bytes for name in declared.shapes)
         weights = FromCheckpoint(
-            platform, torch_dtype(config.dtype), tensors, total_bytes, progress
+            platform, torch_dtype(config.dtype), tensors, total_bytes, progress, wanted
         )
-        return build(config, weights), config
+        return build(config, quantized(weights, wanted)), config
 
 
 def choose_dtype(config: ModelConfig, platform: Platform, dtype: torch.dtype | str) -> str:
@@ -70,11 +79,44 @@ def choose_dtype(config: ModelConfig, platform: Platform, dtype: torch.dtype | s
     return str(platform.default_dtype).removeprefix("torch.")
 
 
-def declare(config: ModelConfig) -> Declared:
-    """The names, shapes and bytes of a model, found out by building it of nothing."""
-    declared = Declared(torch_dtype(config.dtype))
-    family_named(config.family).build(config, declared)
+def declare(
+    config: ModelConfig,
+    platform: Platform | None = None,
+    quantization: Quantization | None = None,
+    find: Find = lambda name: None,
+) -> Declared:
+    """The names, shapes and bytes of a model, found out by building it of nothing. The bytes are
+    those on `platform`; `find` tells how a quantized checkpoint holds its tensors."""
+    quantization = quantization or Quantization()
+    declared = Declared(torch_dtype(config.dtype), platform, quantization, find)
+    family_named(config.family).build(config, quantized(declared, quantization))
     return declared
+
+
+def check_tensors(
+    tensors: CheckpointTensors, declared: Declared, config: ModelConfig, quantization: Quantization
+) -> None:
+    """Raises `CheckpointError` unless the files hold what was `declared`, and nothing else that
+    could matter."""
+    stored = quantization.format
+    if stored is not PLAIN and not declared.dtypes:
+        raise CheckpointError(
+            f"{tensors.folder}: config.json says that it is quantized by {stored.method}, but no "
+            "tensor is: is this another model's config.json?"
+        )
+    tensors.check(
+        declared.shapes,
+        tied=config.tie_word_embeddings,
+        dtypes=declared.dtypes,
+        ignores=stored.ignores,
+    )
+    for name in tensors.names():
+        unused = name.endswith(".bias") and name not in declared.shapes
+        if unused and tensors.read(name).any():
+            raise CheckpointError(
+                f"{tensors.folder}: {name} is not zero, and config.json knows no such bias: is "
+                "this another model's config.json?"
+            )
 
 
 def weights_bytes(config: ModelConfig, dtype: torch.dtype | str | None = None) -> int:

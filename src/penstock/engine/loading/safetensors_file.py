@@ -29,6 +29,16 @@ _DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+#: Of quantized weights: read as they are, never converted as if they were numbers.
+_CODES = {
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +87,16 @@ class SafetensorsFile:
             part = pieces[: flat.numel() - first]
             self._read(info.start + first * dtype.itemsize, _bytes_of(part))
             flat[first : first + part.numel()].copy_(part)
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor as it is stored. Raises `UnsupportedModel` for a dtype that is not known."""
+        info = self.tensors[name]
+        dtype = _DTYPES.get(info.dtype) or _CODES.get(info.dtype)
+        if dtype is None:
+            raise UnsupportedModel(f"{self.path}: {name} has dtype {info.dtype}")
+        data = torch.empty(info.num_bytes, dtype=torch.uint8)
+        self._read(info.start, _bytes_of(data))
+        return data.view(dtype).view(info.shape)
 
     def sample(self, piece_bytes: int) -> Iterator[bytes]:
         """The middle of each tensor, in the order of the file; all of those that are smaller."""
@@ -137,7 +157,8 @@ def _tensor_info(entry: dict[str, Any], data_start: int) -> TensorInfo:
     begin, end = (int(offset) for offset in entry["data_offsets"])
     if min((begin, end - begin, *shape)) < 0:
         raise ValueError("negative size")
-    if dtype in _DTYPES and end - begin != math.prod(shape) * _DTYPES[dtype].itemsize:
+    known = _DTYPES.get(dtype) or _CODES.get(dtype)
+    if known is not None and end - begin != math.prod(shape) * known.itemsize:
         raise ValueError("shape and offsets disagree")
     return TensorInfo(dtype, shape, data_start + begin, end - begin)
 

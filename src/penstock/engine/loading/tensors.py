@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 
 import torch
 
 from penstock.checkpoint import Checkpoint
+from penstock.engine.loading.gguf_file import GgufFile
 from penstock.engine.loading.safetensors_file import SafetensorsFile, TensorInfo
+from penstock.engine.quantization.formats.base import Stored
+from penstock.gguf.checkpoint import GgufCheckpoint
 from penstock.protocol.errors import CheckpointError
 
 SINGLE = "model.safetensors"
@@ -24,10 +27,12 @@ STAGING_BYTES = 8 << 20
 #: Left in checkpoints by older exporters: buffers that are computed, not learnt.
 _HARMLESS = re.compile(r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|masked_bias)$")
 _SHOWN = 4
+_ANY: Mapping[str, frozenset[str]] = {}
 
 
 class CheckpointTensors:
-    """All safetensors files of a folder, opened. A context manager: closes them.
+    """All safetensors files of a folder, or the parts of a GGUF file, opened. A context manager:
+    closes them.
 
     Raises `CheckpointError` for a folder without safetensors, an index that does not match its
     shards, and files that are not whole.
@@ -35,8 +40,9 @@ class CheckpointTensors:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.folder = checkpoint.path
-        self.files: list[SafetensorsFile] = []
-        self._file_of: dict[str, SafetensorsFile] = {}
+        self.files: list[SafetensorsFile | GgufFile] = []
+        self._checkpoint = checkpoint
+        self._file_of: dict[str, SafetensorsFile | GgufFile] = {}
         self._staging = torch.empty(STAGING_BYTES, dtype=torch.uint8)
         try:
             for path, expected in _weight_files(checkpoint):
@@ -62,31 +68,62 @@ class CheckpointTensors:
         file.read_into(name, out, self._staging)
         return file.tensors[name].num_bytes
 
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor as it is stored, whatever its dtype."""
+        return self._file_of[name].read(name)
+
     def info(self, name: str) -> TensorInfo:
         return self._file_of[name].tensors[name]
 
-    def check(self, declared: Mapping[str, tuple[int, ...]], *, tied: bool) -> None:
-        """Raises `CheckpointError` unless the files hold exactly what a model `declared`."""
+    def names(self) -> Iterable[str]:
+        return self._file_of
+
+    def find(self, name: str) -> Stored | None:
+        """How a tensor is held; None: not at all."""
+        if name not in self._file_of:
+            return None
+        info = self.info(name)
+        return Stored(info.shape, frozenset({info.dtype}))
+
+    def check(
+        self,
+        declared: Mapping[str, tuple[int, ...]],
+        *,
+        tied: bool,
+        dtypes: Mapping[str, frozenset[str]] = _ANY,
+        ignores: Callable[[str], bool] = lambda name: False,
+    ) -> None:
+        """Raises `CheckpointError` unless the files hold exactly what a model `declared`, in the
+        `dtypes` given, and beside it only what the checkpoint's format `ignores`."""
+        source = self._checkpoint.describes_itself_in
         missing = [name for name in declared if name not in self._file_of]
-        harmless = {"lm_head.weight"} if tied else set()
         extra = [
             name
             for name in self._file_of
-            if name not in declared and name not in harmless and not _HARMLESS.search(name)
+            if name not in declared
+            and not (tied and name.startswith("lm_head."))
+            and not _HARMLESS.search(name)
+            and not ignores(name)
         ]
         if missing or extra:
             parts = [f"missing {_some(missing)}"] if missing else []
             parts += [f"not known to this model {_some(extra)}"] if extra else []
             raise CheckpointError(
-                f"{self.folder}: tensors and config.json do not match: {'; '.join(parts)}: is this "
-                "another model's config.json?"
+                f"{self.folder}: tensors and {source} do not match: {'; '.join(parts)}: is this "
+                f"another model's {source}?"
             )
         for name, shape in declared.items():
             found = self.info(name).shape
             if found != shape:
                 raise CheckpointError(
-                    f"{self.folder}: {name} has shape {_shape(found)}, config.json asks for "
-                    f"{_shape(shape)}: is this another model's config.json?"
+                    f"{self.folder}: {name} has shape {_shape(found)}, {source} asks for "
+                    f"{_shape(shape)}: is this another model's {source}?"
+                )
+        for name, allowed in dtypes.items():
+            if (dtype := self.info(name).dtype) not in allowed:
+                raise CheckpointError(
+                    f"{self.folder}: {name} is {dtype}, where config.json's quantization asks for "
+                    f"{' or '.join(sorted(allowed))}"
                 )
 
     def close(self) -> None:
@@ -94,7 +131,10 @@ class CheckpointTensors:
             file.close()
 
     def _open(self, path: Path, expected: list[str]) -> None:
-        file = SafetensorsFile(path)
+        if isinstance(self._checkpoint, GgufCheckpoint):
+            file: SafetensorsFile | GgufFile = GgufFile(path, self._checkpoint)
+        else:
+            file = SafetensorsFile(path)
         self.files.append(file)
         absent = [name for name in expected if name not in file.tensors]
         if absent:
@@ -111,6 +151,8 @@ class CheckpointTensors:
 def _weight_files(checkpoint: Checkpoint) -> list[tuple[Path, list[str]]]:
     """(file, the names it must hold; empty: whatever it holds), as transformers looks for them."""
     folder = checkpoint.path
+    if isinstance(checkpoint, GgufCheckpoint):
+        return [(path, []) for path in checkpoint.files]
     if (folder / SINGLE).is_file():
         return [(folder / SINGLE, [])]
     if (folder / INDEX).is_file():

@@ -180,12 +180,6 @@ def layer_windows(fields: Fields, num_layers: int) -> tuple[int | None, ...]:
 
 
 def _refuse_unsupported(fields: Fields) -> None:
-    quantization = fields.child("quantization_config")
-    if quantization is not None:
-        method = quantization.get("quant_method")
-        raise fields.unsupported(
-            "quantization_config", method, "unquantized float32, bfloat16 and float16 weights"
-        )
     activation = fields.text("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise fields.unsupported("hidden_act", activation, "silu")

@@ -26,6 +26,9 @@ class Fields:
     def get(self, name: str) -> Any:
         return self._values.get(name)
 
+    def names(self) -> list[str]:
+        return list(self._values)
+
     def integer(
         self, name: str, default: int | None = None, *, low: int = 1, high: int = 1 << 24
     ) -> int:
@@ -74,6 +77,19 @@ class Fields:
             return []
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise self.wrong(name, value, "a list of strings")
+        return value
+
+    def integers(self, name: str, count: int) -> list[int] | None:
+        """A list of that many integers from 1; None if the field is absent or null."""
+        value = self._values.get(name)
+        if value is None:
+            return None
+        if (
+            not isinstance(value, list)
+            or len(value) != count
+            or not all(isinstance(i, int) and not isinstance(i, bool) and i >= 1 for i in value)
+        ):
+            raise self.wrong(name, value, f"a list of {count} integers from 1")
         return value
 
     def child(self, name: str) -> Fields | None:

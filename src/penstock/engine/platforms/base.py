@@ -78,13 +78,18 @@ class Platform:
     ) -> Linear:
         """x @ weight.T + bias over activations of `dtype`, the weight kept in its few bits where
         there is a kernel for them; without one it is dequantized once."""
-        return self.make_linear(weight.dequantize().to(dtype), bias_N)
+        return self.make_linear(weight.dequantize(dtype), bias_N)
 
     def make_quantized_embedding(
         self, weight: QuantizedWeight, dtype: torch.dtype
     ) -> TiedEmbedding:
         """The same for a matrix that is both embedding and head."""
-        return self.make_tied_embedding(weight.dequantize().to(dtype))
+        return self.make_tied_embedding(weight.dequantize(dtype))
+
+    def quantized_kernel(self, weight: QuantizedWeight, dtype: torch.dtype) -> str | None:
+        """What will run such a weight in its few bits; None: it will be dequantized. Only looks at
+        shapes: the weight may be on the meta device."""
+        return None
 
     def embedding(self, ids_T: torch.Tensor, matrix_VE: torch.Tensor) -> torch.Tensor:
         """Rows ids_T (int64) of a plain matrix, [T, E]."""
