@@ -20,9 +20,10 @@ from penstock.engine.platforms.base import (
     QkNorms,
     TiedEmbedding,
 )
-from penstock.engine.platforms.cpu import graph, kernels, linear
+from penstock.engine.platforms.cpu import graph, kernels, linear, onednn_int8, quantized
 from penstock.engine.platforms.cpu.ops import Ops
 from penstock.engine.platforms.cpu.small_ops import SmallOps
+from penstock.engine.quantization.weight import QuantizedWeight
 from penstock.protocol.kv import KvLayout
 
 
@@ -44,6 +45,22 @@ class CpuPlatform(Platform):
 
     def make_tied_embedding(self, weight_VE: torch.Tensor) -> TiedEmbedding:
         return linear.make_tied_embedding(self.ops, weight_VE)
+
+    def make_quantized_linear(
+        self, weight: QuantizedWeight, bias_N: torch.Tensor | None, dtype: torch.dtype
+    ) -> Linear:
+        if self.ops is not None and quantized.cannot_pack(weight, dtype) is None:
+            return quantized.FewBitsLinear(self.ops, weight, bias_N)
+        if onednn_int8.cannot_run(weight) is None:
+            return onednn_int8.OneDnnInt8Linear(weight, bias_N)
+        return super().make_quantized_linear(weight, bias_N, dtype)
+
+    def make_quantized_embedding(
+        self, weight: QuantizedWeight, dtype: torch.dtype
+    ) -> TiedEmbedding:
+        if self.ops is not None and quantized.cannot_pack(weight, dtype) is None:
+            return quantized.FewBitsEmbedding(self.ops, weight, dtype)
+        return super().make_quantized_embedding(weight, dtype)
 
     def embedding(self, ids_T: torch.Tensor, matrix_VE: torch.Tensor) -> torch.Tensor:
         if self._small_ops is not None:
@@ -129,5 +146,7 @@ class CpuPlatform(Platform):
         small = "torch" if self._small_ops is None else "native"
         return {
             "linear": linear.kind(self.ops, self.default_dtype),
+            "linear_int8": quantized.kind(self.ops, 8),
+            "linear_int4": quantized.kind(self.ops, 4),
             **dict.fromkeys(("rms_norm", "silu_mul", "rope"), small),
         }

@@ -77,10 +77,9 @@ inline float half_to_float(uint16_t half) {
     return out;
 }
 
-// kLanes scales (or offsets) from index `first` on.
-inline Vec load_scales(const uint8_t* scales, int64_t first, bool half) {
-    if (!half) return load(reinterpret_cast<const float*>(scales) + first);
-    const uint8_t* from = scales + first * 2;
+// kLanes scales (or offsets).
+inline Vec load_floats(const uint8_t* from) { return load(reinterpret_cast<const float*>(from)); }
+inline Vec load_halves(const uint8_t* from) {
 #if defined(__AVX512F__)
     return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 #elif defined(__F16C__) && defined(__AVX__)
@@ -209,29 +208,55 @@ inline void store_row(T* to, const Vec* values, int num_vecs, int64_t num_output
     }
 }
 
+// What a group adds to the outputs: factors[m] * scale * sum, for the integers it has summed up.
+template <int kRows, int kVecs>
+inline __attribute__((always_inline)) void add_group(Vec (&out)[kRows][kVecs],
+                                                     const VecI32 (&acc)[kRows][kVecs],
+                                                     const float* factors, int64_t factors_stride,
+                                                     const uint8_t* scales, int64_t column,
+                                                     bool half) {
+    Vec scale[kVecs];
+    if (half) {
+#pragma GCC unroll 4
+        for (int j = 0; j < kVecs; j++) scale[j] = load_halves(scales + (column + j * kLanes) * 2);
+    } else {
+#pragma GCC unroll 4
+        for (int j = 0; j < kVecs; j++) scale[j] = load_floats(scales + (column + j * kLanes) * 4);
+    }
+#pragma GCC unroll 6
+    for (int m = 0; m < kRows; m++) {
+        const Vec factor = splat(factors[m * factors_stride]);
+#pragma GCC unroll 4
+        for (int j = 0; j < kVecs; j++)
+            out[m][j] += __builtin_convertvector(acc[m][j], Vec) * (scale[j] * factor);
+    }
+}
+
 // Tokens row .. row + kRows with kVecs vectors of outputs, from `column` of `panel` on.
 template <int kBits, int kRows, int kVecs>
 void multiply_block(const FewBitsLinear& call, int64_t panel, int64_t column, int64_t row,
                     Prefetch ahead) {
     const PanelLayout& layout = call.layout;
     const int64_t length = layout.group_length, groups = layout.num_groups;
-    const int64_t stride = groups * length, offsets_at = kPanel * layout.scale_bytes();
+    const int64_t stride = groups * length, header_bytes = layout.header_bytes();
+    const int64_t offsets_at = kPanel * layout.scale_bytes();
     const bool half = layout.half_scales, has_offsets = layout.has_offsets;
+    const int32_t start_factor = has_offsets ? 0 : -(1 << (kBits - 1));
     const uint8_t* group = call.panels + panel * layout.panel_bytes(kBits);
     const int8_t* codes = call.codes_TK + row * stride;
     Vec out[kRows][kVecs] = {};
     for (int64_t g = 0; g < groups; g++) {
+        const int32_t* sums = call.sums_TG + row * groups + g;
+        const float* factors = call.scales_TG + row * groups + g;
         VecI32 acc[kRows][kVecs];
-        int32_t sums[kRows];
 #pragma GCC unroll 6
         for (int m = 0; m < kRows; m++) {
-            sums[m] = call.sums_TG[(row + m) * groups + g];
-            const int32_t start = has_offsets ? 0 : -sums[m] * (1 << (kBits - 1));
+            const VecI32 start = sums[m * groups] * start_factor - VecI32{};
 #pragma GCC unroll 4
-            for (int j = 0; j < kVecs; j++) acc[m][j] = start - VecI32{};
+            for (int j = 0; j < kVecs; j++) acc[m][j] = start;
         }
         ahead.group();
-        const uint8_t* words = group + layout.header_bytes() + column * 4;
+        const uint8_t* words = group + header_bytes + column * 4;
         for (int64_t k = 0; k < length; k += kBits == 8 ? 4 : 8) {
             ahead.step();
             VecU32 w[kVecs];
@@ -243,17 +268,13 @@ void multiply_block(const FewBitsLinear& call, int64_t panel, int64_t column, in
             }
             words += kStepBytes;
         }
-#pragma GCC unroll 4
-        for (int j = 0; j < kVecs; j++) {
-            const Vec scale = load_scales(group, column + j * kLanes, half);
-            const Vec offset =
-                has_offsets ? load_scales(group + offsets_at, column + j * kLanes, half) : Vec{};
+        add_group(out, acc, factors, groups, group, column, half);
+        if (has_offsets) {
 #pragma GCC unroll 6
-            for (int m = 0; m < kRows; m++) {
-                Vec sum = __builtin_convertvector(acc[m][j], Vec) * scale;
-                if (has_offsets) sum += offset * float(sums[m]);
-                out[m][j] += sum * call.scales_TG[(row + m) * groups + g];
-            }
+            for (int m = 0; m < kRows; m++)
+#pragma GCC unroll 4
+                for (int j = 0; j < kVecs; j++) acc[m][j] = sums[m * groups] - VecI32{};
+            add_group(out, acc, factors, groups, group + offsets_at, column, half);
         }
         codes += length;
         group += layout.group_bytes(kBits);

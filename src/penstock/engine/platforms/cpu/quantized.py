@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional
 
 from penstock.engine.platforms.base import TiedEmbedding
+from penstock.engine.platforms.cpu import onednn_int8
 from penstock.engine.platforms.cpu.linear import empty_huge
 from penstock.engine.platforms.cpu.ops import Ops
 from penstock.engine.quantization.weight import QuantizedWeight
@@ -33,11 +34,22 @@ _PANELS_AT_ONCE = 16
 _SERIAL_ELEMENTS = 1 << 15
 
 
-def cannot_pack(weight: QuantizedWeight) -> str | None:
-    """None where the kernels take this weight, else why not."""
+def cannot_pack(weight: QuantizedWeight, dtype: torch.dtype) -> str | None:
+    """None where the kernels take this weight and activations of `dtype`, else why not."""
+    if dtype not in (torch.bfloat16, torch.float32):
+        return f"activations in {dtype}"
     if weight.group_size > _MAX_GROUP_LENGTH:
         return f"groups of more than {_MAX_GROUP_LENGTH} inputs"
     return None
+
+
+def kind(ops: Ops | None, bits: int) -> str:
+    """What runs linears in so many bits, for `penstock doctor`."""
+    if ops is not None:
+        return f"native ({ops.library.penstock_dot_unit().decode()})"
+    if bits == 8 and onednn_int8.refusal() is None:
+        return "onednn by output channel, else dequantized"
+    return "dequantized (the native kernels could not be compiled)"
 
 
 class _Layout(ctypes.Structure):
@@ -166,7 +178,8 @@ class PackedWeight:
 
 
 class FewBitsLinear:
-    """x_TK -> y_TN for bfloat16 or float32 x with rows of unit stride, y of the same dtype."""
+    """x_TK -> y_TN for bfloat16 or float32 x, y of the same dtype. A token's result depends on
+    nothing but the token."""
 
     def __init__(
         self, ops: Ops, weight: QuantizedWeight, bias_N: torch.Tensor | None = None
@@ -183,7 +196,9 @@ class FewBitsLinear:
     def quantize(self, x_TK: torch.Tensor) -> QuantizedRows:
         """The activations' codes, in the weight's order of inputs."""
         weight, num_tokens = self.weight, len(x_TK)
-        assert x_TK.shape[1] == weight.num_inputs and x_TK.stride(1) == 1, x_TK.stride()
+        assert x_TK.shape[1] == weight.num_inputs, (x_TK.shape, weight.num_inputs)
+        if x_TK.stride(1) != 1:
+            x_TK = x_TK.contiguous()
         groups, length = weight.num_groups, weight.padded_length
         rows = QuantizedRows(
             self._ops.empty((num_tokens, groups * length), torch.int8),
@@ -235,7 +250,7 @@ class FewBitsEmbedding(TiedEmbedding):
 
     def embed(self, ids_T: torch.Tensor) -> torch.Tensor:
         weight = self.linear.weight
-        assert ids_T.dtype == torch.int64 and ids_T.is_contiguous()
+        assert ids_T.dtype == torch.int64 and ids_T.is_contiguous(), ids_T.dtype
         out_TE = self._ops.empty((len(ids_T), weight.num_inputs), self._dtype)
         args = _EmbedArgs(
             ids_T=ids_T.data_ptr(),
