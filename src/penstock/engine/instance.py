@@ -37,6 +37,12 @@ from penstock.trace import NO_TRACE, Trace, new_file, open_trace
 
 log = logging.getLogger(__name__)
 
+#: os.eventfd_write lets go of the interpreter lock: whoever it wakes would take it, and the compute
+#: thread, which rings after each step, would wait for all of the driver's turn before it could
+#: start the next one. Called this way the lock stays where it is until the step computes.
+_eventfd_write = ctypes.PyDLL(None).eventfd_write
+_eventfd_write.argtypes = [ctypes.c_int, ctypes.c_uint64]
+
 #: Frames taken in before finished steps get their turn again.
 _FRAMES_A_TURN = 256
 #: Python's default of 5 ms is a step's length with a small model.
@@ -196,7 +202,7 @@ class InstanceDriver:
         """Wake the loop; nothing if it has ended, which it may do while somebody stops it."""
         with self._bell:
             if self._wake >= 0:
-                os.eventfd_write(self._wake, 1)
+                _eventfd_write(self._wake, 1)
 
     def _close_bell(self) -> None:
         with self._bell:
