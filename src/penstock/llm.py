@@ -38,7 +38,8 @@ from penstock.service.text.pipeline import OutputOptions, OutputPipeline
 from penstock.service.text.texts import Texts
 
 T = TypeVar("T")
-Prompt = str | list[int]
+#: Text, token ids, or vLLM's {"prompt": text} and {"prompt_token_ids": ids}.
+Prompt = str | list[int] | dict[str, Any]
 
 _numbers = itertools.count()
 #: Sequences with the engine at once; the rest waits here, where it costs nothing.
@@ -258,6 +259,8 @@ class LLM:
                 output.prompt_logprobs.append(_logprob_dict(self._texts, entry))
 
     def _job(self, prompt: Prompt, params: SamplingParams) -> _Job:
+        if isinstance(prompt, dict):
+            prompt = _from_dict(prompt)
         text = prompt if isinstance(prompt, str) else None
         ids = self._texts.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         card = self._driver.card
@@ -359,12 +362,21 @@ def _logprob_dict(texts: Texts, entry: TokenLogprobs) -> dict[int, Logprob]:
 
 
 def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str):
+    if isinstance(prompts, (str, dict)):
         return [prompts]
     items = list(prompts)
     if items and all(isinstance(i, int) for i in items):
         return [items]  # type: ignore[list-item]
     return items  # type: ignore[return-value]
+
+
+def _from_dict(prompt: dict[str, Any]) -> str | list[int]:
+    match prompt:
+        case {"prompt_token_ids": list(ids)} if all(isinstance(i, int) for i in ids):
+            return ids
+        case {"prompt": str(text)}:
+            return text
+    raise InvalidRequest('a prompt is text, token ids, {"prompt": text} or {"prompt_token_ids": ids}')
 
 
 class _Progress:
