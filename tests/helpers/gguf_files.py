@@ -261,3 +261,32 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
         writer.add_string(key, value)
     else:
         writer.add_array(key, list(value))
+
+
+def sentencepiece_metadata(tokenizer_json: str) -> dict[str, Any]:
+    """Of a tokenizer.json in Llama 2's form, scores by the rank of the merge that makes a piece, as
+    SentencePiece's BPE has them."""
+    tokenizer = json.loads(tokenizer_json)
+    vocab: dict[str, int] = tokenizer["model"]["vocab"]
+    tokens = sorted(vocab, key=vocab.__getitem__)
+    special = {token["content"] for token in tokenizer["added_tokens"]}
+    pairs = [m.split(" ") if isinstance(m, str) else m for m in tokenizer["model"]["merges"]]
+    score = {left + right: -float(rank) for rank, (left, right) in enumerate(pairs)}
+    kinds = {"<unk>": TokenType.UNKNOWN} | dict.fromkeys(special - {"<unk>"}, TokenType.CONTROL)
+    types = [
+        TokenType.BYTE if t.startswith("<0x") else kinds.get(t, TokenType.NORMAL) for t in tokens
+    ]
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": [score.get(t, -1e6) if t not in special else 0.0 for t in tokens],
+        "tokenizer.ggml.token_type": [int(kind) for kind in types],
+        "tokenizer.ggml.bos_token_id": vocab["<s>"],
+        "tokenizer.ggml.eos_token_id": vocab["</s>"],
+        "tokenizer.ggml.unknown_token_id": vocab["<unk>"],
+        "tokenizer.ggml.merges": None,
+        "tokenizer.ggml.padding_token_id": None,
+        "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.chat_template": None,
+    }
