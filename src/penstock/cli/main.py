@@ -17,6 +17,7 @@ COMMANDS = {
     "serve": ("penstock.cli.serve", "serve MODEL over HTTP, OpenAI's API"),
     "chat": ("penstock.cli.chat", "talk to a model in the terminal"),
     "doctor": ("penstock.cli.doctor", "check a checkpoint and this machine, say what will happen"),
+    "quantize": ("penstock.cli.quantize", "write a checkpoint in fewer bits"),
     "bench": ("penstock.cli.bench", "put a small load on a running server and measure it"),
     "worker": ("penstock.cli.worker", "run one engine instance (started by `serve`)"),
     "version": ("penstock.cli.version", "print versions"),

@@ -23,7 +23,7 @@ from penstock.protocol.errors import CheckpointError, UnsupportedModel
 #: The reference implementation's limit: a longer header is garbage, not a checkpoint.
 MAX_HEADER_BYTES = 100_000_000
 
-_DTYPES = {
+FLOAT_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -39,6 +39,8 @@ _CODES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E8M0": torch.float8_e8m0fnu,
 }
+#: torch's dtypes by the format's names for them.
+NAMES = {dtype: name for name, dtype in (FLOAT_DTYPES | _CODES).items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +74,10 @@ class SafetensorsFile:
         """Fill `out`, contiguous and of the tensor's shape, converting to its dtype and device
         by way of `staging` (uint8, on the CPU) where that is not just reading."""
         info = self.tensors[name]
-        dtype = _DTYPES.get(info.dtype)
+        dtype = FLOAT_DTYPES.get(info.dtype)
         if dtype is None:
             raise UnsupportedModel(
-                f"{self.path}: {name} has dtype {info.dtype}; supported: {', '.join(_DTYPES)}"
+                f"{self.path}: {name} has dtype {info.dtype}; supported: {', '.join(FLOAT_DTYPES)}"
             )
         assert out.is_contiguous() and tuple(out.shape) == info.shape, (name, out.shape)
         flat = out.view(-1)
@@ -91,7 +93,7 @@ class SafetensorsFile:
     def read(self, name: str) -> torch.Tensor:
         """The tensor as it is stored. Raises `UnsupportedModel` for a dtype that is not known."""
         info = self.tensors[name]
-        dtype = _DTYPES.get(info.dtype) or _CODES.get(info.dtype)
+        dtype = FLOAT_DTYPES.get(info.dtype) or _CODES.get(info.dtype)
         if dtype is None:
             raise UnsupportedModel(f"{self.path}: {name} has dtype {info.dtype}")
         data = torch.empty(info.num_bytes, dtype=torch.uint8)
@@ -157,7 +159,7 @@ def _tensor_info(entry: dict[str, Any], data_start: int) -> TensorInfo:
     begin, end = (int(offset) for offset in entry["data_offsets"])
     if min((begin, end - begin, *shape)) < 0:
         raise ValueError("negative size")
-    known = _DTYPES.get(dtype) or _CODES.get(dtype)
+    known = FLOAT_DTYPES.get(dtype) or _CODES.get(dtype)
     if known is not None and end - begin != math.prod(shape) * known.itemsize:
         raise ValueError("shape and offsets disagree")
     return TensorInfo(dtype, shape, data_start + begin, end - begin)

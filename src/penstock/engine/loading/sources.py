@@ -12,7 +12,7 @@ import torch
 from penstock.engine.layers.weights import Weights
 from penstock.engine.loading.declared import CountingPlatform
 from penstock.engine.loading.tensors import CheckpointTensors
-from penstock.engine.platforms.base import Platform, TiedEmbedding
+from penstock.engine.platforms.base import Linear, Platform, TiedEmbedding
 from penstock.engine.quantization.formats.base import FewBits, Find, Floats, Layout, Raw, Stored
 from penstock.engine.quantization.schemes import Scheme
 from penstock.engine.quantization.select import Quantization
@@ -77,6 +77,8 @@ class Declared(_Modules):
         super().__init__(self.counted, dtype, quantization or Quantization(), find)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, frozenset[str]] = {}
+        #: Name -> [outputs, inputs].
+        self.linears: dict[str, tuple[int, int]] = {}
         self._largest_bytes = 0
 
     @property
@@ -97,6 +99,10 @@ class Declared(_Modules):
 
     def embedding(self, name: str, rows: int, columns: int) -> torch.Tensor:
         return self.counted.count(super().embedding(name, rows, columns))
+
+    def linear(self, in_features: int, outputs: Mapping[str, int], *, bias: bool) -> Linear:
+        self.linears |= {name: (rows, in_features) for name, rows in outputs.items()}
+        return super().linear(in_features, outputs, bias=bias)
 
     def _few_bits(self, module: str, layout: FewBits) -> QuantizedWeight:
         self._declare(module, layout)

@@ -12,7 +12,7 @@ import torch
 
 from penstock.checkpoint import Checkpoint
 from penstock.engine.loading.gguf_file import GgufFile
-from penstock.engine.loading.safetensors_file import SafetensorsFile, TensorInfo
+from penstock.engine.loading.safetensors_file import FLOAT_DTYPES, SafetensorsFile, TensorInfo
 from penstock.engine.quantization.formats.base import Stored
 from penstock.gguf.checkpoint import GgufCheckpoint
 from penstock.protocol.errors import CheckpointError
@@ -74,6 +74,11 @@ class CheckpointTensors:
 
     def info(self, name: str) -> TensorInfo:
         return self._file_of[name].tensors[name]
+
+    def dtype_of(self, name: str) -> torch.dtype | None:
+        """The dtype of a tensor of plain floats; None for what is none, or not there."""
+        found = self._file_of.get(name)
+        return None if found is None else FLOAT_DTYPES.get(found.tensors[name].dtype)
 
     def names(self) -> Iterable[str]:
         return self._file_of

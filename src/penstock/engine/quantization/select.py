@@ -31,7 +31,7 @@ _ALIASES = {
     "finegrained_fp8": "fp8",
 }
 #: In config.json, the first as everyone writes it now.
-_FIELDS = ("quantization_config", "compression_config")
+SETTINGS_FIELDS = ("quantization_config", "compression_config")
 #: Beside it, as AutoGPTQ and AutoAWQ did before.
 SETTINGS_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 
@@ -110,7 +110,7 @@ def stored_format(checkpoint: Checkpoint) -> Format:
 
 def _settings(checkpoint: Checkpoint) -> tuple[Fields | None, str]:
     top = Fields(checkpoint.config)
-    for name in _FIELDS:
+    for name in SETTINGS_FIELDS:
         found = top.child(name)
         if found is not None:
             # bitsandbytes' own files lack quant_method: transformers looks for its flags.

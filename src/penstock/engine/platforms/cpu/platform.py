@@ -62,6 +62,11 @@ class CpuPlatform(Platform):
             return quantized.FewBitsEmbedding(self.ops, weight, dtype)
         return super().make_quantized_embedding(weight, dtype)
 
+    def quantized_kernel(self, weight: QuantizedWeight, dtype: torch.dtype) -> str | None:
+        if self.ops is not None and quantized.cannot_pack(weight, dtype) is None:
+            return quantized.kind(self.ops, weight.bits)
+        return "onednn" if onednn_int8.cannot_run(weight) is None else None
+
     def embedding(self, ids_T: torch.Tensor, matrix_VE: torch.Tensor) -> torch.Tensor:
         if self._small_ops is not None:
             out_TE = self._small_ops.embedding(ids_T, matrix_VE)

@@ -1,0 +1,204 @@
+"""A checkpoint folder into a quantized one, one linear at a time."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from penstock.checkpoint import Checkpoint
+from penstock.engine.loading.loader import check_tensors, declare
+from penstock.engine.loading.safetensors_writer import Planned, write_shards
+from penstock.engine.loading.sources import FromCheckpoint
+from penstock.engine.loading.tensors import CheckpointTensors
+from penstock.engine.memory.sizing import torch_dtype
+from penstock.engine.models.registry import model_config
+from penstock.engine.platforms.base import Platform
+from penstock.engine.quantization import export
+from penstock.engine.quantization.schemes import INT8, Scheme
+from penstock.engine.quantization.select import (
+    HEAD_FIELD,
+    SETTINGS_FIELDS,
+    SETTINGS_FILES,
+    Quantization,
+    stored_format,
+)
+from penstock.engine.quantization.weight import QuantizedWeight, row_slices
+from penstock.protocol.errors import CheckpointError, ConfigError
+
+#: What is not copied: weights in any format, and what is written anew.
+_WEIGHTS = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".index.json",
+)
+_HEAD = "lm_head"
+
+
+@dataclass(slots=True)
+class Report:
+    """Bytes of weights before and after; of each linear the relative error |W - Q| / |W|."""
+
+    bytes_before: int = 0
+    bytes_after: int = 0
+    errors: dict[str, float] = field(default_factory=dict)
+
+
+def quantize_checkpoint(
+    checkpoint: Checkpoint,
+    out: Path,
+    scheme: Scheme,
+    *,
+    max_shard_bytes: int = 5_000_000_000,
+    progress: Callable[[float], None] | None = None,
+) -> Report:
+    """Write `out`, a folder that is not there yet: it appears when it is complete.
+
+    Raises `CheckpointError` for a checkpoint that cannot be read and an `out` that cannot be
+    written; nothing is left behind then.
+    """
+    if not checkpoint.path.is_dir():
+        raise ConfigError(f"{checkpoint.path} is no folder: give a checkpoint in safetensors")
+    if out.exists():
+        raise ConfigError(f"{out} exists already: choose another name, or remove it")
+    out = out.absolute()
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    except OSError as exc:
+        raise CheckpointError(f"{out} cannot be written: {exc.strerror}") from exc
+    try:
+        with CheckpointTensors(checkpoint) as tensors:
+            report = _Conversion(checkpoint, tensors, scheme).write(
+                folder, max_shard_bytes, progress or (lambda _: None)
+            )
+        folder.chmod(0o755)
+        folder.rename(out)
+    except OSError as exc:
+        full = ": the disk is full" if exc.errno == errno.ENOSPC else f": {exc.strerror}"
+        raise CheckpointError(f"{out} cannot be written{full}; nothing is left of it") from exc
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return report
+
+
+class _Conversion:
+    """What goes where: the linears are quantized, all else is copied as it is stored."""
+
+    def __init__(self, checkpoint: Checkpoint, tensors: CheckpointTensors, scheme: Scheme) -> None:
+        self._checkpoint = checkpoint
+        self._tensors = tensors
+        self._scheme = scheme
+        self._config = model_config(checkpoint)
+        stored = Quantization(stored_format(checkpoint), keep_bits=False)
+        as_stored = declare(self._config, None, stored, tensors.find)
+        check_tensors(tensors, as_stored, self._config, stored)
+        self._num_bytes = sum(tensors.info(name).num_bytes for name in as_stored.shapes)
+        self._dtype = torch_dtype(self._config.dtype)
+        self._source = FromCheckpoint(
+            Platform(), self._dtype, tensors, self._num_bytes, None, stored
+        )
+        plain = declare(self._config)
+        self._shapes = plain.shapes
+        self._linears = {
+            f"{name}.weight": shape for name, shape in plain.linears.items() if name != _HEAD
+        }
+
+    def write(
+        self, folder: Path, max_shard_bytes: int, progress: Callable[[float], None]
+    ) -> Report:
+        report = Report(bytes_before=self._num_bytes)
+        planned = list(self._planned())
+        report.bytes_after = sum(entry.num_bytes for entry in planned)
+        if report.bytes_after > shutil.disk_usage(folder).free:
+            raise OSError(errno.ENOSPC, "the disk is full")
+        self._copy_files(folder)
+        write_shards(folder, planned, self._produced(report, progress), max_shard_bytes)
+        return report
+
+    def _planned(self) -> Iterator[Planned]:
+        for name, shape in self._shapes.items():
+            if name in self._linears:
+                for part, tensor in self._parts(name, self._scheme.declare(*self._linears[name])):
+                    yield Planned(part, tensor.dtype, tuple(tensor.shape))
+            else:
+                yield Planned(name, self._dtype_of(name), shape)
+
+    def _produced(
+        self, report: Report, progress: Callable[[float], None]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        for number, (name, shape) in enumerate(self._shapes.items(), 1):
+            if name in self._linears:
+                yield from self._quantized(name, report)
+            else:
+                out = torch.empty(shape, dtype=self._dtype_of(name))
+                self._source.fill(name, out)
+                yield name, out
+            progress(number / len(self._shapes))
+
+    def _quantized(self, name: str, report: Report) -> Iterator[tuple[str, torch.Tensor]]:
+        weight_NK = torch.empty(self._linears[name], dtype=self._dtype_of(name))
+        self._source.fill(name, weight_NK)
+        weight = self._scheme.quantize(weight_NK, name)
+        report.errors[name.removesuffix(".weight")] = relative_error(weight_NK, weight)
+        del weight_NK
+        yield from self._parts(name, weight)
+
+    def _parts(self, name: str, weight: QuantizedWeight) -> Iterator[tuple[str, torch.Tensor]]:
+        module = name.removesuffix(".weight")
+        scale_dtype = self._dtype_of(name)
+        for suffix, tensor in export.tensors_of(weight, scale_dtype).items():
+            yield f"{module}.{suffix}", tensor
+
+    def _dtype_of(self, name: str) -> torch.dtype:
+        """As it is stored; the model's where that is no plain float."""
+        stored = self._tensors.dtype_of(name)
+        return self._dtype if stored is None else stored
+
+    def _copy_files(self, folder: Path) -> None:
+        for path in sorted(self._checkpoint.path.iterdir()):
+            written = path.name == "config.json" or path.name in SETTINGS_FILES
+            if path.is_file() and not written and not path.name.endswith(_WEIGHTS):
+                shutil.copyfile(path, folder / path.name)
+        inputs = {
+            name.removesuffix(".weight"): columns for name, (_, columns) in self._linears.items()
+        }
+        config = changed_config(self._checkpoint.config, self._scheme, inputs)
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        (folder / "config.json").write_text(text, encoding="utf-8")
+
+
+def changed_config(
+    config: Mapping[str, Any], scheme: Scheme, inputs: Mapping[str, int]
+) -> dict[str, Any]:
+    """config.json of the quantized checkpoint."""
+    kept = {name: value for name, value in config.items() if name not in SETTINGS_FIELDS}
+    return kept | {"quantization_config": export.settings(scheme, inputs), HEAD_FIELD: INT8.name}
+
+
+def relative_error(weight_NK: torch.Tensor, quantized: QuantizedWeight) -> float:
+    """The Frobenius norm of the difference over that of the weight."""
+    rows, columns = weight_NK.shape
+    wrong = whole = 0.0
+    for part in row_slices(rows, columns):
+        tables = (quantized.scales_NG[part], quantized.offsets()[part])
+        piece = QuantizedWeight(
+            quantized.bits, quantized.group_size, quantized.codes_NK[part], *tables
+        )
+        exact = weight_NK[part].double()
+        wrong += float((piece.dequantize().double() - exact).square().sum())
+        whole += float(exact.square().sum())
+    return (wrong / whole) ** 0.5 if whole else 0.0
