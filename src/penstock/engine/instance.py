@@ -8,6 +8,7 @@ something.
 from __future__ import annotations
 
 import ctypes
+import gc
 import logging
 import os
 import select
@@ -241,7 +242,13 @@ def run_worker(config: WorkerConfig) -> int:
     signal.signal(signal.SIGTERM, on_term)
     signal.signal(signal.SIGINT, lambda *_: driver.stop())
     driver.warm_up()
-    driver.run(listen(config.address, config.name))
+    # What is alive now stays: the collector need not walk through all of torch in some step.
+    gc.collect()
+    gc.freeze()
+    try:
+        driver.run(listen(config.address, config.name))
+    finally:
+        gc.unfreeze()  # some libraries complain of what is alive at the very end
     return 0
 
 
