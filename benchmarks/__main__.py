@@ -8,7 +8,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-MODULES = ("service_overhead", "against_vllm", "memory_overhead")
+MODULES = ("service_overhead", "memory_overhead", "compare")
 
 
 def main() -> int:

@@ -1,51 +1,59 @@
 """What an engine takes beyond weights and KV cache, over a process that has only imported torch.
 
-    python -m benchmarks.memory_overhead [--model FOLDER] [--kv-bytes 1073741824]
+    python -m benchmarks.memory_overhead [--model FOLDER] [--kv-gib 1] [--scheme int8]
 
-Resident memory of a worker after each of the tasks, the KV pool left out (it is shared memory, of
-exactly the size asked for), less that of `python -c "import torch"`, less the weights' bytes. The
-peak (VmHWM, with what of the pool is mapped) is printed beside it.
+Resident memory of a worker of `benchmarks.compare` over all its tasks, the KV pool left out (it is
+shared memory, of exactly the size asked for), less that of `python -c "import torch"`, less the
+weights' bytes. The peak (VmHWM, with what of the pool is mapped) is printed beside it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import subprocess
+import os
 import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.against_vllm import TASKS, Engine, make_model
-from penstock.checkpoint import Checkpoint
-from penstock.engine.loading.loader import weights_bytes
-from penstock.engine.models.config import ModelConfig
+from benchmarks.compare.checkpoint import make_model, sizes
+from benchmarks.compare.engines import GIB, Bench, Variant
+from benchmarks.compare.memory import most_of, torch_alone_bytes
+from benchmarks.compare.process import Worker
+from benchmarks.compare.tasks import TASKS
 
-BASE = "import torch; print(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')))"
+MIB = 1 << 20
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     default = Path(tempfile.gettempdir()) / "penstock-bench-0.6b"
     parser.add_argument("--model", type=Path, default=default)
-    parser.add_argument("--kv-bytes", type=int, default=1 << 30)
+    parser.add_argument("--kv-gib", type=int, default=1)
+    parser.add_argument("--scheme", choices=("int8", "int4"), help="bf16 by default")
     options = parser.parse_args()
     model = make_model(options.model)
-    said = subprocess.run([sys.executable, "-c", BASE], capture_output=True, text=True, check=True)
-    base_bytes = int(said.stdout.split()[1]) * 1024
-    engine = Engine("penstock", sys.executable, model, kv_bytes=options.kv_bytes)
-    replies = [engine.run(task, seed) for seed in range(2) for task in TASKS]
-    peak_bytes = max(reply["peak_bytes"] for reply in replies)
-    private_bytes = max(reply["private_bytes"] for reply in replies)
-    engine.close()
-    weights = weights_bytes(ModelConfig.from_checkpoint(Checkpoint(model)), "bfloat16")
+    variant = Variant("penstock", "penstock", options.scheme)
+    num_threads = len(os.sched_getaffinity(0))
+    pythons = {"penstock": Path(sys.executable)}
+    bench = Bench(model, sizes(model), pythons, num_threads, options.kv_gib * GIB)
+    worker = Worker(bench, variant)
+    try:
+        most = most_of(worker.hello, {})
+        for repeat in range(2):
+            for task in TASKS.values():
+                job = task.job(repeat, bench.sizes.vocab_size)
+                most = most_of(worker.run(job.prompts, job.max_tokens), most)
+    finally:
+        worker.close()
+    alone_bytes, weight_bytes = torch_alone_bytes(), bench.weight_bytes(variant)
     result = {
-        "peak_mib": peak_bytes / 2**20,
-        "torch_alone_mib": base_bytes / 2**20,
-        "weights_mib": weights / 2**20,
-        "kv_pool_mib": options.kv_bytes / 2**20,
-        "without_kv_mib": private_bytes / 2**20,
-        "overhead_mib": (private_bytes - base_bytes - weights) / 2**20,
+        "peak_mib": most["peak_bytes"] / MIB,
+        "torch_alone_mib": alone_bytes / MIB,
+        "weights_mib": weight_bytes / MIB,
+        "kv_pool_mib": bench.kv_bytes / MIB,
+        "without_kv_mib": most["private_bytes"] / MIB,
+        "overhead_mib": (most["private_bytes"] - alone_bytes - weight_bytes) / MIB,
     }
     print(json.dumps(result, indent=2))
 

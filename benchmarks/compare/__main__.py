@@ -19,6 +19,7 @@ from typing import Any
 from benchmarks.compare import machine, plot, report
 from benchmarks.compare.checkpoint import make_model, sizes
 from benchmarks.compare.engines import GIB, Bench, Variant, choose, find_pythons, in_waves
+from benchmarks.compare.memory import torch_alone_bytes
 from benchmarks.compare.offline import Found, Rounds
 from benchmarks.compare.online import OnlineConfig, run_online
 from benchmarks.compare.probes import Probe
@@ -33,7 +34,6 @@ from benchmarks.compare.tasks import TASKS
 EXTRA_TASKS = ("start", "online")
 #: Left free of engines: this process with its probe, the page cache of what they map, the system.
 HEADROOM_BYTES = 3 * GIB
-_TORCH_ALONE = "import torch; print(next(l for l in open('/proc/self/status') if 'VmHWM' in l))"
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -210,12 +210,6 @@ def pairs(variants: Sequence[Variant]) -> list[tuple[str, str]]:
     ours = [v for v in variants if v.kind == "penstock"]
     rivals = [v for v in variants if v.kind != "penstock"]
     return [(a.name, b.name) for a in ours for b in rivals if a.bits == b.bits]
-
-
-def torch_alone_bytes() -> int:
-    command = [sys.executable, "-c", _TORCH_ALONE]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return int(said.split()[1]) * 1024
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from benchmarks.compare.engines import Bench, Variant
+from benchmarks.compare.memory import most_of
 from benchmarks.compare.probes import Probe
 from benchmarks.compare.process import EngineFailed, Worker
 from benchmarks.compare.summary import worth_repeating
@@ -98,16 +99,7 @@ class Rounds:
         return worker
 
     def _remember(self, name: str, said: dict[str, Any]) -> None:
-        """The most of each kind of memory. The peak includes shared memory, which our KV pool is;
-        less what is shared by then it is a lower bound for the rest, and what is resident another.
-        """
-        now = {k: v for k, v in said.items() if k.endswith("_bytes") and k != "weight_bytes"}
-        now["private_bytes"] = max(
-            now["anon_bytes"] + now["file_bytes"], now["peak_bytes"] - now["shared_bytes"]
-        )
-        most = self._found.memory.setdefault(name, {})
-        for key, value in now.items():
-            most[key] = max(value, most.get(key, 0))
+        self._found.memory[name] = most_of(said, self._found.memory.get(name, {}))
 
     def _drop(self, name: str, why: str) -> None:
         self._say(f"{name} is left out from here on: {why}")
@@ -158,6 +150,8 @@ class Rounds:
             **asdict(reading),
             "others_cpu_share": idle_share,
         }
-        busy = f", while the others used {idle_share:.0%} of a core" if idle_share > 0.05 else ""
+        # Ticks of the clock are 10 ms: of a short run they say nothing.
+        disturbed = idle_share > 0.05 and idle_cpu_s > 0.05
+        busy = f", while the others used {idle_share:.0%} of a core" if disturbed else ""
         self._say(f"  {repeat} {task.name:13} {name:14} {reply['elapsed_s']:7.2f} s{busy}")
         return record

@@ -116,28 +116,31 @@ def write(results: Mapping[str, Any], file: Path, say: Callable[[str], None]) ->
 
 
 def _heading(results: Mapping[str, Any]) -> str:
-    machine = results["machine"]
-    return (
+    machine, reference = results["machine"], results["options"]["reference"]
+    heading = (
         f"{machine['cpu']}, {machine['cpus']} CPUs · random Qwen3-0.6B · medians, "
         f"{machine['date']}\nthin marks: the floor, the weights' bytes over the read bandwidth "
-        "of the same repeat · × : median ratio to "
-        f"{results['options']['reference']} in the same round"
+        "of the same repeat"
     )
+    if reference not in results["summary"]:
+        return heading
+    return f"{heading} · ×: median ratio to {LABELS[reference]} in the same round"
 
 
 def _bars(axes: Any, panel: Panel, rows: Mapping[str, Mapping[str, float]]) -> None:
     names = list(rows)
     values = [rows[name][panel.metric] for name in names]
-    axes.barh(range(len(names)), values, color=[COLOURS[name] for name in names], height=0.72)
-    for place, name in enumerate(names):
+    places = _places(names)
+    axes.barh(places, values, color=[COLOURS[name] for name in names], height=0.72)
+    for place, value, name in zip(places, values, names, strict=True):
         ratio = rows[name].get(f"{panel.metric}_ratio")
-        text = _short(values[place]) + (f"   {ratio:.2f} ×" if ratio is not None else "")
-        axes.annotate(text, (values[place], place), (4, 0), textcoords="offset points",
+        text = _short(value) + (f"   {ratio:.2f} ×" if ratio is not None else "")
+        axes.annotate(text, (value, place), (4, 0), textcoords="offset points",
                       va="center", fontsize=8)  # fmt: skip
         if panel.metric == "tpot_ms":
-            floor = values[place] / rows[name]["over_floor"]
+            floor = value / rows[name]["over_floor"]
             axes.plot([floor, floor], [place - 0.36, place + 0.36], color="black", linewidth=1.1)
-    axes.set_yticks(range(len(names)), [LABELS[name] for name in names])
+    axes.set_yticks(places, [LABELS[name] for name in names])
     for label, name in zip(axes.get_yticklabels(), names, strict=True):
         label.set_fontweight("bold" if name.startswith("penstock") else "normal")
     axes.invert_yaxis()
@@ -146,6 +149,16 @@ def _bars(axes: Any, panel: Panel, rows: Mapping[str, Mapping[str, float]]) -> N
     better = "less is better" if panel.less_is_better else "more is better"
     axes.set_xlabel(f"{panel.unit} ({better})")
     _quiet(axes)
+
+
+def _places(names: list[str]) -> list[float]:
+    """One below the other, a little apart where the number of bits changes."""
+    bits = {variant.name: variant.bits for variant in VARIANTS}
+    places, place = [], 0.0
+    for before, name in zip([names[0], *names], names, strict=False):
+        place += 1.0 if bits[before] == bits[name] else 1.35
+        places.append(place)
+    return places
 
 
 def _goodput(axes: Any, online: list[Mapping[str, Any]]) -> None:
@@ -198,7 +211,8 @@ def _quiet(axes: Any) -> None:
 
 
 def _short(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+    """Three digits that matter."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def main() -> None:

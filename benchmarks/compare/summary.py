@@ -69,7 +69,7 @@ def _over_floor(record: Record, read_bytes: float) -> float:
 def same_round_ratios(
     records: Sequence[Record], pairs: Iterable[tuple[str, str]]
 ) -> list[dict[str, Any]]:
-    """For each (ours, theirs), task and metric: the median of ours over theirs in the same round."""
+    """For each (ours, theirs), task and metric: the median of same-round ratios."""
     rounds = {(r["wave"], r["repeat"], r["task"], r["engine"]): metrics(r) for r in records}
     tasks = list(dict.fromkeys(r["task"] for r in records))
     found = []

@@ -44,11 +44,11 @@ def random_prompt(draw: random.Random, num_tokens: int, vocab_size: int) -> list
 def poisson_arrivals(
     lengths: list[Lengths], rate_per_s: float, window_s: float, seed: int, vocab_size: int
 ) -> Iterator[Arrival]:
-    """Exponential gaps; each request has lengths drawn from `lengths`, and a prompt of its own."""
+    """A Poisson process given how many arrive, which makes its times uniform: goodput is then never
+    above the rate by luck. Each request has lengths drawn from `lengths`, and a prompt of its own.
+    """
     draw = random.Random(seed)
-    at_s = draw.expovariate(rate_per_s)
-    while at_s < window_s:
+    for at_s in sorted(draw.uniform(0.0, window_s) for _ in range(round(rate_per_s * window_s))):
         drawn = draw.choice(lengths)
         prompt_ids = random_prompt(draw, drawn.input_tokens, vocab_size)
         yield Arrival(at_s, prompt_ids, drawn.output_tokens)
-        at_s += draw.expovariate(rate_per_s)
