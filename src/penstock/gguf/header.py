@@ -65,7 +65,7 @@ def read_header(path: Path) -> GgufHeader:
             while True:
                 file.seek(0)
                 try:
-                    return _Parser(path, file.read(wanted), file_bytes).header()
+                    return _Parser(path, file.read(min(wanted, file_bytes)), file_bytes).header()
                 except _Short:
                     if wanted >= min(file_bytes, MAX_HEADER_BYTES):
                         raise
