@@ -83,11 +83,12 @@ KV_TOKENS = 9216
 
 
 def warm_up_jobs(vocab_size: int) -> list[Job]:
-    """Before anything is measured: each engine sees a prompt, single steps and a batch."""
+    """Before anything is measured: each engine sees a prompt, single steps and a batch. Short ones:
+    some take a second for a hundred tokens."""
     draw = random.Random("warm-up")
-    prompts = [random_prompt(draw, 64, vocab_size) for _ in range(16)]
+    prompts = [random_prompt(draw, 16, vocab_size) for _ in range(16)]
     return [
-        Job([random_prompt(draw, 1024, vocab_size)], [4]),
+        Job([random_prompt(draw, 128, vocab_size)], [4]),
         Job(prompts, [4] * len(prompts)),
     ]
 
