@@ -7,7 +7,7 @@ of kernels), so that their verdict is its verdict. Only tensors' headers are rea
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -40,6 +40,7 @@ class Examination:
     machine: Machine | None = None
     platform: Any = None
     model: Any = None  # the engine's ModelConfig
+    quantization: Any = None  # the engine's Quantization
     weights_bytes: int = 0
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -80,6 +81,24 @@ def _architecture(state: Examination) -> Iterator[Finding]:
         f"heads over {model.num_kv_heads} for keys and values, vocabulary {model.vocab_size}, "
         f"context {model.max_model_len}, {model.dtype}",
     )
+
+
+def _quantization(state: Examination) -> Iterator[Finding]:
+    if state.checkpoint is None:
+        return
+    from penstock.engine.quantization.select import quantization_of
+
+    found = state.quantization = quantization_of(state.checkpoint, state.engine.quantization)
+    state.facts["quantization"] = {
+        "method": found.format.method,
+        "stored": found.format.describe(),
+        "in_memory": found.describe(),
+    }
+    if found.format.method != "none":
+        text = f"quantized by {found.format.method}: {found.format.describe()}"
+        yield Finding("checkpoint", "ok", text)
+    for remark in found.format.remarks():
+        yield Finding("checkpoint", "warning", remark)
 
 
 def _texts(state: Examination) -> Iterator[Finding]:
@@ -130,12 +149,14 @@ def _template(texts: Any) -> Iterator[Finding]:
 def _tensors(state: Examination) -> Iterator[Finding]:
     if state.checkpoint is None or state.model is None or state.engine.load_format == "dummy":
         return
-    from penstock.engine.loading.loader import declare
+    if state.quantization is None:
+        return
+    from penstock.engine.loading.loader import check_tensors, declare
     from penstock.engine.loading.tensors import CheckpointTensors
 
     with CheckpointTensors(state.checkpoint) as tensors:
-        declared = declare(state.model)
-        tensors.check(declared.shapes, tied=state.model.tie_word_embeddings)
+        declared = declare(state.model, None, state.quantization, tensors.find)
+        check_tensors(tensors, declared, state.model, state.quantization)
         num_files = len(tensors.files)
         num_bytes = sum(tensors.info(name).num_bytes for name in declared.shapes)
     yield Finding(
@@ -151,6 +172,11 @@ def _hardware(state: Examination) -> Iterator[Finding]:
     state.facts["machine"] = dataclasses.asdict(machine)
     features = ", ".join(machine.features) or "none that matter here"
     yield Finding("machine", "ok", f"{machine.cpu}: {machine.cores} cores; {features}")
+    from penstock.engine.platforms.cpu import placement
+
+    threads = placement.here(state.engine.cpu_bind, state.engine.num_threads)
+    state.facts["compute_threads"] = {"count": threads.num_threads, "cpus": threads.cpus}
+    yield Finding("machine", "ok", f"compute threads: {threads.num_threads} ({threads.reason})")
     if machine.architecture == "x86_64" and "avx2" not in machine.features:
         yield Finding("machine", "warning", "this CPU has no AVX2: expect to wait")
     elif not {"avx512_bf16", "amx_bf16", "bf16"} & set(machine.features):
@@ -215,7 +241,7 @@ def _dtype_and_kernels(state: Examination) -> Iterator[Finding]:
         return
     from penstock.engine.attention import select
     from penstock.engine.attention.base import AttentionShape
-    from penstock.engine.loading.loader import choose_dtype, weights_bytes
+    from penstock.engine.loading.loader import choose_dtype
     from penstock.engine.memory.sizing import torch_dtype
 
     name = choose_dtype(state.model, state.platform, state.engine.dtype)
@@ -226,14 +252,50 @@ def _dtype_and_kernels(state: Examination) -> Iterator[Finding]:
     dtype, device = torch_dtype(name), state.platform.device
     backend = select.choose(shape, dtype, device, state.engine.attention_backend)
     kernels = state.platform.kernels() | {"attention": backend.name}
-    state.weights_bytes = weights_bytes(model)
+    declared = _declared(state)
+    state.weights_bytes = declared.num_bytes
     state.facts |= {"dtype": name, "kernels": kernels, "weights_bytes": state.weights_bytes}
     yield Finding("plan", "ok", f"{name} on {device}; weights take {_size(state.weights_bytes)}")
+    yield from _few_bits(state, declared.counted.kernel_counts)
     listed = ", ".join(f"{operation}: {kernel}" for operation, kernel in sorted(kernels.items()))
     yield Finding("plan", "ok", f"kernels: {listed}")
     for other, reason in select.refusals(shape, dtype, device).items():
         if reason is not None:
             yield Finding("plan", "warning", f"attention {other} is not in use: {reason}")
+
+
+def _declared(state: Examination) -> Any:
+    """What the weights will be on this platform, with these flags."""
+    from penstock.engine.loading.loader import declare
+    from penstock.engine.loading.tensors import CheckpointTensors
+
+    wanted = state.quantization
+    if wanted is None or state.checkpoint is None or state.engine.load_format == "dummy":
+        from penstock.engine.quantization.formats.base import PLAIN
+
+        wanted = wanted and dataclasses.replace(wanted, format=PLAIN)
+        return declare(state.model, state.platform, wanted)
+    with CheckpointTensors(state.checkpoint) as tensors:
+        return declare(state.model, state.platform, wanted, tensors.find)
+
+
+def _few_bits(state: Examination, counts: Mapping[str, int]) -> Iterator[Finding]:
+    """How many weights stay in few bits, and what runs them; and how many do not."""
+    from penstock.engine.loading.declared import DEQUANTIZED
+
+    state.facts["few_bits"] = dict(counts)
+    for kernel, number in counts.items():
+        if kernel != DEQUANTIZED:
+            text = f"{number} weights stay in few bits ({state.quantization.describe()}): {kernel}"
+            yield Finding("plan", "ok", text)
+    if number := counts.get(DEQUANTIZED, 0):
+        text = f"{number} weights are dequantized to {state.model.dtype}: no kernel here takes them"
+        yield Finding("plan", "warning", text)
+    elif (
+        not counts and state.quantization is not None and state.quantization.format.method != "none"
+    ):
+        text = f"all weights are dequantized to {state.model.dtype} while loading"
+        yield Finding("plan", "ok", text)
 
 
 def _capacity(state: Examination) -> Iterator[Finding]:
@@ -282,6 +344,7 @@ def _capacity(state: Examination) -> Iterator[Finding]:
 _CHECKS: tuple[tuple[Literal["checkpoint", "machine", "plan"], Check], ...] = (
     ("checkpoint", _folder),
     ("checkpoint", _architecture),
+    ("checkpoint", _quantization),
     ("checkpoint", _texts),
     ("checkpoint", _tensors),
     ("machine", _hardware),

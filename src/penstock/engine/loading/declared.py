@@ -40,7 +40,7 @@ class CountingPlatform(Platform):
     def make_quantized_linear(
         self, weight: QuantizedWeight, bias_N: torch.Tensor | None, dtype: torch.dtype
     ) -> Linear:
-        self._count_few_bits(weight, dtype)
+        self._count_few_bits(weight, dtype, embedding=False)
         if bias_N is not None:
             self.count(bias_N)
         return lambda x_TK: x_TK.new_empty(*x_TK.shape[:-1], weight.shape[0])
@@ -48,11 +48,13 @@ class CountingPlatform(Platform):
     def make_quantized_embedding(
         self, weight: QuantizedWeight, dtype: torch.dtype
     ) -> TiedEmbedding:
-        self._count_few_bits(weight, dtype)
+        self._count_few_bits(weight, dtype, embedding=True)
         return TiedEmbedding(torch.empty(weight.shape, dtype=dtype, device="meta"))
 
-    def _count_few_bits(self, weight: QuantizedWeight, dtype: torch.dtype) -> None:
-        kernel = self._real.quantized_kernel(weight, dtype)
+    def _count_few_bits(
+        self, weight: QuantizedWeight, dtype: torch.dtype, *, embedding: bool
+    ) -> None:
+        kernel = self._real.quantized_kernel(weight, dtype, embedding=embedding)
         self.kernel_counts[kernel or DEQUANTIZED] += 1
         self.largest_codes_bytes = max(self.largest_codes_bytes, weight.codes_NK.nbytes)
         if kernel is None:

@@ -86,9 +86,11 @@ class Platform:
         """The same for a matrix that is both embedding and head."""
         return self.make_tied_embedding(weight.dequantize(dtype))
 
-    def quantized_kernel(self, weight: QuantizedWeight, dtype: torch.dtype) -> str | None:
-        """What will run such a weight in its few bits; None: it will be dequantized. Only looks at
-        shapes: the weight may be on the meta device."""
+    def quantized_kernel(
+        self, weight: QuantizedWeight, dtype: torch.dtype, *, embedding: bool = False
+    ) -> str | None:
+        """What will run such a weight (a linear's or an embedding's) in its few bits; None: it will
+        be dequantized. Only looks at shapes: the weight may be on the meta device."""
         return None
 
     def embedding(self, ids_T: torch.Tensor, matrix_VE: torch.Tensor) -> torch.Tensor:

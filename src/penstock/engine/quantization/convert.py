@@ -45,6 +45,7 @@ _WEIGHTS = (
     ".onnx",
     ".index.json",
 )
+_TEXTS = ("generation_config.json", "tokenizer.json", "tokenizer_config.json")
 _HEAD = "lm_head"
 
 
@@ -70,8 +71,6 @@ def quantize_checkpoint(
     Raises `CheckpointError` for a checkpoint that cannot be read and an `out` that cannot be
     written; nothing is left behind then.
     """
-    if not checkpoint.path.is_dir():
-        raise ConfigError(f"{checkpoint.path} is no folder: give a checkpoint in safetensors")
     if out.exists():
         raise ConfigError(f"{out} exists already: choose another name, or remove it")
     out = out.absolute()
@@ -169,10 +168,15 @@ class _Conversion:
         return self._dtype if stored is None else stored
 
     def _copy_files(self, folder: Path) -> None:
-        for path in sorted(self._checkpoint.path.iterdir()):
-            written = path.name == "config.json" or path.name in SETTINGS_FILES
-            if path.is_file() and not written and not path.name.endswith(_WEIGHTS):
-                shutil.copyfile(path, folder / path.name)
+        if self._checkpoint.path.is_dir():
+            for path in sorted(self._checkpoint.path.iterdir()):
+                written = path.name == "config.json" or path.name in SETTINGS_FILES
+                if path.is_file() and not written and not path.name.endswith(_WEIGHTS):
+                    shutil.copyfile(path, folder / path.name)
+        else:  # a GGUF file, which answers for a folder's files
+            for name in _TEXTS:
+                if (text := self._checkpoint.text(name)) is not None:
+                    (folder / name).write_text(text, encoding="utf-8")
         inputs = {
             name.removesuffix(".weight"): columns for name, (_, columns) in self._linears.items()
         }

@@ -67,6 +67,8 @@ class Quantization:
         if self.format is PLAIN:
             return self.format.describe()
         kept = "" if self.keep_bits else ", dequantized while loading"
+        if self.head is not None:
+            kept += f"; the output head {self.head.name}"
         return f"{self.format.method}: {self.format.describe()}{kept}"
 
 

@@ -62,10 +62,14 @@ class CpuPlatform(Platform):
             return quantized.FewBitsEmbedding(self.ops, weight, dtype)
         return super().make_quantized_embedding(weight, dtype)
 
-    def quantized_kernel(self, weight: QuantizedWeight, dtype: torch.dtype) -> str | None:
+    def quantized_kernel(
+        self, weight: QuantizedWeight, dtype: torch.dtype, *, embedding: bool = False
+    ) -> str | None:
         if self.ops is not None and quantized.cannot_pack(weight, dtype) is None:
             return quantized.kind(self.ops, weight.bits)
-        return "onednn" if onednn_int8.cannot_run(weight) is None else None
+        if not embedding and onednn_int8.cannot_run(weight) is None:
+            return "onednn"
+        return None
 
     def embedding(self, ids_T: torch.Tensor, matrix_VE: torch.Tensor) -> torch.Tensor:
         if self._small_ops is not None:
