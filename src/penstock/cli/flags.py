@@ -115,6 +115,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     add("--kv-memory", choices=("auto", "plain"), help="plain: without mapped memory, slower")
     add("--trace", metavar="FILE", help="write what ran when, for ui.perfetto.dev")
     add("--num-threads", type=count, metavar="N", help="threads of the CPU's kernels")
+    add("--cpu-bind", metavar="CPUS", help="a processor for each of them: 0-3, none, or auto")
 
 
 def add_log_level(parser: argparse.ArgumentParser) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from penstock.engine.memory.contiguous import ContiguousMemory
 from penstock.engine.memory.premap import NoPremapper, Premapper
 from penstock.engine.memory.sizing import KvSizing, blocks_for, choose_num_blocks
 from penstock.engine.memory.xtensor import XTensorMemory
+from penstock.engine.platforms.cpu import kernels, placement
 from penstock.engine.platforms.select import platform_for
 from penstock.engine.runtime.executor import StepExecutor
 from penstock.engine.runtime.forms import Forms, FormsConfig
@@ -29,6 +31,8 @@ from penstock.engine.scheduler.scheduler import Scheduler
 from penstock.engine.structured.matchers import MaskService
 from penstock.protocol.instance import InstanceCard
 from penstock.trace import NO_TRACE, Trace
+
+log = logging.getLogger(__name__)
 
 #: What this engine can do, as instance cards say it.
 CAPABILITIES = ("prefill", "decode", "logprobs", "prompt_logprobs", "structured", "prefix_cache")
@@ -41,6 +45,8 @@ MAX_WAITING = 8192
 class Engine:
     core: InstanceCore
     runner: TorchRunner
+    #: Processors that compute threads have been bound to.
+    cpus: tuple[int, ...] = ()
 
 
 def build_engine(
@@ -55,14 +61,14 @@ def build_engine(
     """Load the model and everything around it. Raises `StartupError`s with one-line reasons."""
     runner = TorchRunner()
     try:
-        executor, premapper, core = runner.call(
+        executor, premapper, core, cpus = runner.call(
             lambda: _assemble(config, name, incarnation, core_config, progress, trace)
         )
     except BaseException:
         runner.close()
         raise
     runner.serve(executor, premapper)
-    return Engine(core, runner)
+    return Engine(core, runner, cpus)
 
 
 def _assemble(
@@ -72,13 +78,13 @@ def _assemble(
     core_config: CoreConfig | None,
     progress: Callable[[float], None] | None,
     trace: Trace,
-) -> tuple[StepExecutor, Premapper | NoPremapper, InstanceCore]:
+) -> tuple[StepExecutor, Premapper | NoPremapper, InstanceCore, tuple[int, ...]]:
     checkpoint = resolve(config.model, revision=config.revision)
     platform = platform_for(config.device)
     config = config.for_device("cuda" if platform.device.type == "cuda" else "cpu")
     assert config.max_num_seqs is not None and config.max_num_batched_tokens is not None
-    if config.num_threads is not None:
-        torch.set_num_threads(config.num_threads)
+    threads = placement.here(config.cpu_bind, config.num_threads)
+    torch.set_num_threads(threads.num_threads)
     model, model_config = load_model(
         checkpoint,
         platform,
@@ -152,7 +158,9 @@ def _assemble(
     )
     mapped = isinstance(memory, XTensorMemory)
     premapper = Premapper(memory, layout.block_tokens, trace) if mapped else NoPremapper()
-    return executor, premapper, InstanceCore(card, scheduler, core_config)
+    cpus = threads.cpus if placement.bind_team(kernels.load(), threads.cpus) else ()
+    log.info("compute threads: %d (%s)", threads.num_threads, threads.reason)
+    return executor, premapper, InstanceCore(card, scheduler, core_config), cpus
 
 
 def kv_sizing(config: EngineConfig) -> KvSizing:

@@ -25,7 +25,7 @@ class EngineConfig:
     """How one instance runs a model. None means: decided from the model and the device.
 
     `model` is a folder, a hub id or `toy` (see `penstock.checkpoint.resolve`). Of `num_blocks` and
-    `kv_cache_bytes` the first wins. `num_threads` is for CPU kernels; None leaves it to torch.
+    `kv_cache_bytes` the first wins. `num_threads` is for CPU kernels; None: one a core.
     """
 
     model: str
@@ -52,6 +52,8 @@ class EngineConfig:
     #: "plain": contiguous tensors in place of mapped memory (CPU only; the oracle of its tests).
     kv_memory: Literal["auto", "plain"] = "auto"
     num_threads: int | None = None
+    #: auto, none, or the processors of the CPU's compute threads, such as "0-3".
+    cpu_bind: str = "auto"
     #: Where a trace of what ran when is written; None: nowhere.
     trace: str | None = None
 

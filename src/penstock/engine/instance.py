@@ -23,6 +23,7 @@ from penstock.engine.build import build_engine
 from penstock.engine.config import WorkerConfig
 from penstock.engine.core import InstanceCore
 from penstock.engine.cost import CostFitter
+from penstock.engine.platforms.cpu import placement
 from penstock.engine.runtime.runner import Runner
 from penstock.engine.scheduler.batch import StepResult
 from penstock.protocol.codec import PROTOCOL_VERSION, decode, encode
@@ -234,6 +235,7 @@ def run_worker(config: WorkerConfig) -> int:
         incarnation=config.incarnation or time.time_ns(),
         trace=trace,
     )
+    placement.leave(engine.cpus)
     driver = InstanceDriver(engine.core, engine.runner, trace=trace)
 
     def on_term(_signum: int, _frame: object) -> None:

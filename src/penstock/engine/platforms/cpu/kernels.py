@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 _HERE = Path(__file__).parent
 _SOURCES = (
     *("attention.cpp", "small_ops.cpp", "ops.cpp", "linear.cpp"),
-    *("gemm_int8.cpp", "gemm_int4.cpp", "quantize_rows.cpp"),
+    *("gemm_int8.cpp", "gemm_int4.cpp", "quantize_rows.cpp", "placement.cpp"),
 )
 _HEADERS = (
     *("common.h", "attention.h", "decode.h", "prefill.h", "plan.h", "ops.h", "linear.h"),
