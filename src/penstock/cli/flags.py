@@ -25,7 +25,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "model",
         nargs="?",
         metavar="MODEL",
-        help="a checkpoint folder (Hugging Face layout), a hub id, or `toy`, the carried model",
+        help="a checkpoint folder (Hugging Face layout), a GGUF file, a hub id, or `toy`, the carried "
+        "model",
     )
     # vLLM takes the model either way.
     parser.add_argument("--model", dest="model_flag", metavar="MODEL", help=argparse.SUPPRESS)
@@ -125,7 +126,7 @@ def add_log_level(parser: argparse.ArgumentParser) -> None:
 def model_of(parser: Parser, options: argparse.Namespace, default: str | None = None) -> str:
     found = getattr(options, "model", None) or getattr(options, "model_flag", None) or default
     if found is None:
-        parser.error("which model? Give a checkpoint folder, a hub id, or toy")
+        parser.error("which model? Give a checkpoint folder, a GGUF file, a hub id, or toy")
     assert found is not None
     return str(found)
 

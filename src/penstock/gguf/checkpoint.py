@@ -30,6 +30,7 @@ class GgufCheckpoint(Checkpoint):
         """Any of several parts will do. Raises `CheckpointError` if one is missing."""
         self.files = parts_of(path)
         super().__init__(self.files[0])
+        self._headers: dict[Path, GgufHeader] = {}
         self._made: dict[str, Callable[[], str]] = {
             "config.json": lambda: _json(self._config),
             "generation_config.json": lambda: _json(self._generation_config),
@@ -46,7 +47,13 @@ class GgufCheckpoint(Checkpoint):
     @cached_property
     def header(self) -> GgufHeader:
         """Of the first part, which has the metadata."""
-        return read_header(self.path)
+        return self.header_of(self.path)
+
+    def header_of(self, part: Path) -> GgufHeader:
+        """Of one of `files`, read once."""
+        if part not in self._headers:
+            self._headers[part] = read_header(part)
+        return self._headers[part]
 
     @cached_property
     def metadata(self) -> Metadata:
@@ -57,7 +64,7 @@ class GgufCheckpoint(Checkpoint):
         """Of all parts."""
         found = dict(self.header.tensors)
         for part in self.files[1:]:
-            more = read_header(part).tensors
+            more = self.header_of(part).tensors
             if twice := found.keys() & more.keys():
                 raise CheckpointError(f"{part} holds {min(twice)}, which another part has too")
             found |= more

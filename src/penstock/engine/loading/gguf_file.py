@@ -16,7 +16,6 @@ import torch
 from penstock.engine.loading.safetensors_file import TensorInfo
 from penstock.gguf.checkpoint import GgufCheckpoint
 from penstock.gguf.config import ROPE_FACTORS
-from penstock.gguf.header import read_header
 from penstock.gguf.names import hugging_face_name
 from penstock.protocol.errors import CheckpointError, UnsupportedModel
 
@@ -27,12 +26,13 @@ _SLAB_BYTES = 4 << 20
 
 
 class GgufFile:
-    """Raises `CheckpointError` for a file that is not whole, before any data is read."""
+    """`path` is one of `checkpoint.files`. Raises `CheckpointError` for a file that is not whole,
+    before any data is read."""
 
     def __init__(self, path: Path, checkpoint: GgufCheckpoint) -> None:
         self.path = path
         self._fd = -1
-        header = read_header(path)
+        header = checkpoint.header_of(path)
         #: By Hugging Face's name; `dtype` is ggml's name of the type.
         self.tensors = {
             hugging_face_name(name): TensorInfo(t.type.name, t.shape, t.start, t.num_bytes)

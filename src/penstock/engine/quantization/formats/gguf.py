@@ -38,9 +38,9 @@ class GgufFormat(Format):
         self._types = types
 
     def describe(self) -> str:
-        listed = ", ".join(f"{count} {name}" for name, count in self._types.most_common())
+        listed = ", ".join(f"{count} x {name}" for name, count in self._types.most_common())
         rare = sorted(name for name in self._types if name not in AFFINE)
-        return f"tensors {listed}" + (f"; dequantized: {', '.join(rare)}" if rare else "")
+        return listed + (f"; to floats: {', '.join(rare)}" if rare else "")
 
     def layout(self, module: str, rows: int, columns: int, find: Find) -> Layout | None:
         stored = find(f"{module}.weight")
