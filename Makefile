@@ -6,6 +6,7 @@ PY          := $(VENV)/bin/python
 PIP_INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 INSTALLED   := $(VENV)/.stamp-run
 INSTALLED_DEV := $(VENV)/.stamp-dev
+INSTALLED_BENCH := $(VENV)/.stamp-bench
 
 MODEL   ?= toy
 PORT    ?= 8000
@@ -16,7 +17,7 @@ WORKERS ?= auto
 PYTEST  := $(PY) -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help serve chat test test-all check format bench train-toy install install-dev clean
+.PHONY: help serve chat test test-all check format bench compare train-toy install install-dev clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,6 +49,9 @@ format: $(INSTALLED_DEV) ## let ruff put the style right
 bench: $(INSTALLED_DEV) ## the benchmarks of benchmarks/, ratios in one run
 	$(PY) -m benchmarks $(ARGS)
 
+compare: $(INSTALLED_BENCH) ## us and installed rivals on one checkpoint (docs/benchmarks.md)
+	$(PY) -m benchmarks.compare $(ARGS)
+
 train-toy: $(INSTALLED_DEV) ## train the carried model anew (CORPUS=books.jsonl.gz; an hour or two)
 	@test -n "$(CORPUS)" || { echo "Say where the books are: make train-toy CORPUS=books.jsonl.gz"; exit 1; }
 	$(PY) -m tools.train_toy --corpus $(CORPUS) $(ARGS)
@@ -68,6 +72,10 @@ $(INSTALLED): pyproject.toml constraints.txt | $(PY)
 
 $(INSTALLED_DEV): $(INSTALLED)
 	@$(PIP_INSTALL) --no-build-isolation -e '.[dev]'
+	@touch $@
+
+$(INSTALLED_BENCH): $(INSTALLED_DEV)
+	@$(PIP_INSTALL) --no-build-isolation -e '.[bench]'
 	@touch $@
 
 $(PY):

