@@ -67,8 +67,11 @@ class OneDnnInt8Linear:
 def _multiply(
     codes_TK: torch.Tensor, packed: torch.Tensor, scales_N: torch.Tensor, zeros_N: torch.Tensor
 ) -> torch.Tensor:
-    """float32 [T, N]"""
+    """float32 [T, N]. The codes go in unsigned, with 128 as their zero: for signed ones oneDNN has
+    nothing but its reference implementation on some machines, a thousand times slower."""
+    unsigned_TK = codes_TK.view(torch.uint8) ^ 128
     out_TN: torch.Tensor = torch.ops.onednn.qlinear_pointwise(
-        codes_TK, 1.0, 0, packed, scales_N, zeros_N, None, 1.0, 0, torch.float32, "none", [], ""
+        *(unsigned_TK, 1.0, 128, packed, scales_N, zeros_N),
+        *(None, 1.0, 0, torch.float32, "none", [], ""),
     )
     return out_TN
