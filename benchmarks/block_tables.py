@@ -1,0 +1,167 @@
+"""Virtually contiguous KV against block tables, under the same decode attention kernel.
+
+    python -m benchmarks.block_tables [--threads 2] [--rounds 15] [--pool-gib 1]
+
+The kernels are compiled a second time with one line of attention.h changed: instead of computing a
+block's address (base + block * stride) it reads it from a table. That is the table in its cheapest
+form, whole addresses instead of numbers of blocks. Both variants read the same physical blocks, in
+the same scattered order, layer by layer through a step of Qwen3-0.6B's dimensions; they take turns,
+and what counts is the ratio within a round. Mapping is measured apart: each sequence needs one new
+block every 16 steps, so a step of n sequences owes n / 16 maps where nothing is mapped ahead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from penstock.engine.attention.base import AttentionRow, AttentionShape
+from penstock.engine.attention.cpu_native import NativeCpuAttention
+from penstock.engine.memory.sizing import kv_layout
+from penstock.engine.memory.xtensor import XTensorMemory
+from penstock.engine.platforms.cpu import kernels
+from penstock.engine.platforms.cpu.ops import Ops
+
+LAYERS, HEADS, KV_HEADS, DIM, BLOCK = 28, 16, 8, 128, 16
+SHAPE = AttentionShape(HEADS, KV_HEADS, DIM, DIM**-0.5)
+CONTEXTS = (1024, 4096, 16384)
+NUM_SEQUENCES = (1, 4, 16, 64)
+#: More mappings than this are beyond what the kernel gives a process by default.
+MAX_MAPPINGS = 49_000
+
+_ADDRESS = "reinterpret_cast<char*>(row.base) + block * call.block_stride_bytes"
+_FROM_TABLE = "reinterpret_cast<char**>(row.base)[block]"
+
+
+class Tables:
+    """What the attention backend asks of a memory: block tables over the mapped memory's pool."""
+
+    def __init__(self, memory: XTensorMemory, blocks_SN: np.ndarray) -> None:
+        self.layout = memory.layout
+        self.block_stride_bytes = memory.block_stride_bytes
+        pool = memory.pool_blocks().data_ptr()
+        self._table_SN = pool + blocks_SN.astype(np.int64) * memory.block_stride_bytes
+
+    def base(self, slot: int, num_blocks: int = 0) -> int:
+        assert num_blocks <= self._table_SN.shape[1]
+        return int(self._table_SN[slot].ctypes.data)
+
+
+def build_with_tables(folder: Path) -> Ops:
+    """The same sources, the address read from a table."""
+    original = kernels._HERE
+    for name in (*kernels._SOURCES, *kernels._HEADERS):
+        shutil.copy(original / name, folder / name)
+    header = (folder / "attention.h").read_text()
+    assert header.count(_ADDRESS) == 1, "attention.h finds blocks in another way: change this too"
+    (folder / "attention.h").write_text(header.replace(_ADDRESS, _FROM_TABLE))
+    kernels._HERE = folder
+    try:
+        return Ops(kernels.open_library(kernels.build(cache=folder)))
+    finally:
+        kernels._HERE = original
+
+
+def scattered(
+    num_sequences: int, num_blocks: int, pool_blocks: int, dice: np.random.Generator
+) -> np.ndarray:
+    """Blocks of each sequence, in no order; beyond the pool's size some serve several sequences."""
+    turns = -(-num_sequences * num_blocks // pool_blocks)
+    drawn = np.concatenate([dice.permutation(pool_blocks) for _ in range(turns)])
+    return drawn[: num_sequences * num_blocks].reshape(num_sequences, num_blocks)
+
+
+def compare(
+    num_sequences: int, context: int, pool_blocks: int, table_ops: Ops, rounds: int
+) -> None:
+    layout = kv_layout(LAYERS, KV_HEADS, DIM, "bfloat16")
+    num_blocks = context // BLOCK
+    dice = np.random.default_rng(num_sequences * context)
+    blocks_SN = scattered(num_sequences, num_blocks, pool_blocks, dice)
+    memory = XTensorMemory(
+        layout, pool_blocks, num_sequences, num_blocks, max_mappings=MAX_MAPPINGS + num_sequences
+    )
+    for block, content in enumerate(memory.pool_blocks()):
+        content.fill_(block % 7 / 8)
+    started_s = time.perf_counter()
+    for slot, row in enumerate(blocks_SN.tolist()):
+        for index, block in enumerate(row):
+            memory.map(slot, index, block)
+    map_s = (time.perf_counter() - started_s) / blocks_SN.size
+    tables: Any = Tables(memory, blocks_SN)
+    mapped, tabled = NativeCpuAttention(SHAPE, memory), NativeCpuAttention(SHAPE, tables, table_ops)
+    rows = [AttentionRow(slot, context - 1, 1) for slot in range(num_sequences)]
+    for backend in (mapped, tabled):
+        backend.plan(rows)
+    heads = torch.randn(num_sequences, HEADS + 2 * KV_HEADS, DIM).to(torch.bfloat16)
+    q, k, v = heads.split((HEADS, KV_HEADS, KV_HEADS), dim=1)
+    k, v = torch.full_like(k, 0.5), torch.full_like(v, 0.5)  # what is stored reads the same
+    for backend in (mapped, tabled):
+        backend.run(0, q, k, v)
+    assert torch.equal(mapped.run(0, q, k, v), tabled.run(0, q, k, v))
+
+    def step_s(backend: NativeCpuAttention) -> float:
+        started_s = time.perf_counter()
+        for layer in range(LAYERS):
+            backend.run(layer, q, k, v)
+        return time.perf_counter() - started_s
+
+    times = []
+    for number in range(rounds + 1):
+        order = (mapped, tabled) if number % 2 else (tabled, mapped)
+        found = {backend: step_s(backend) for backend in order}
+        times.append((found[mapped], found[tabled]))
+    mapped_s, tabled_s = (statistics.median(column) for column in zip(*times[1:]))
+    ratio = statistics.median(t / m for m, t in times[1:])
+    owed = num_sequences / BLOCK * map_s
+    num_bytes = num_sequences * num_blocks * layout.block_bytes
+    print(
+        f"{num_sequences:3} x {context:6,}  mapped {mapped_s * 1e3:8.2f} ms "
+        f"({num_bytes / mapped_s / 1e9:5.1f} GB/s)   tables {tabled_s * 1e3:8.2f} ms   "
+        f"tables/mapped {ratio:.3f}   a map {map_s * 1e6:5.0f} us: {owed / mapped_s:6.2%} of the "
+        f"step if not ahead",
+        flush=True,
+    )
+    del mapped, tabled
+    gc.collect()
+    memory.close()
+
+
+def shapes() -> Iterator[tuple[int, int]]:
+    for context in CONTEXTS:
+        for num_sequences in NUM_SEQUENCES:
+            if num_sequences * context // BLOCK > MAX_MAPPINGS:
+                print(f"{num_sequences:3} x {context:6,}  more mappings than a process may have")
+            else:
+                yield num_sequences, context
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--pool-gib", type=float, default=1.0)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    stride = kv_layout(LAYERS, KV_HEADS, DIM, "bfloat16").block_bytes
+    pool_blocks = int(options.pool_gib * (1 << 30)) // stride
+    with tempfile.TemporaryDirectory() as folder:
+        table_ops = build_with_tables(Path(folder))
+        for num_sequences, context in shapes():
+            compare(num_sequences, context, pool_blocks, table_ops, options.rounds)
+
+
+if __name__ == "__main__":
+    main()
