@@ -236,6 +236,13 @@ def _port(state: Examination) -> Iterator[Finding]:
         yield Finding("machine", "ok", f"port {state.serve.port} is free")
 
 
+def _trace(state: Examination) -> Iterator[Finding]:
+    if state.engine.trace is not None:
+        yield Finding(
+            "plan", "ok", f"trace: {state.engine.trace}, to be opened at https://ui.perfetto.dev"
+        )
+
+
 def _dtype_and_kernels(state: Examination) -> Iterator[Finding]:
     if state.model is None or state.platform is None:
         return
@@ -353,6 +360,7 @@ _CHECKS: tuple[tuple[Literal["checkpoint", "machine", "plan"], Check], ...] = (
     ("machine", _port),
     ("plan", _dtype_and_kernels),
     ("plan", _capacity),
+    ("plan", _trace),
 )
 
 

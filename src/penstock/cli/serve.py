@@ -161,7 +161,8 @@ def run(arguments: list[str]) -> int:
     # Fetched once, here, rather than by service and engine side by side.
     checkpoint = resolve(config.model, revision=config.revision)
     engine = replace(engine, model=str(checkpoint.path))
-    config = replace(config, worker_args=worker_arguments(engine, config.log_level))
+    worker_args = worker_arguments(engine, config.log_level)
+    config = replace(config, worker_args=worker_args, trace=engine.trace)
 
     from penstock.cli.banner import Banner
     from penstock.service.app import serve

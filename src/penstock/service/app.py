@@ -25,6 +25,7 @@ from penstock.service.connection import Connection
 from penstock.service.core import ServiceCore, ServiceCoreConfig
 from penstock.service.driver import ServiceDriver
 from penstock.service.text.texts import Texts
+from penstock.trace import open_trace
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +93,7 @@ class _Service:
             on_active=self._attached,
             on_lost=self._silent,
             on_broken=lambda exc: self._fail(f"the service is broken: {exc}"),
+            trace=open_trace(config.trace, "service"),
         )
         checkpoint = resolve(config.model, revision=config.revision)
         texts = Texts.from_checkpoint(

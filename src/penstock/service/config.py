@@ -71,6 +71,8 @@ class ServeConfig:
     log_requests: bool = False
     #: Print the URL and what to try once ready.
     banner: bool = True
+    #: Where a trace of what ran when is written, beside the engine's; None: nowhere.
+    trace: str | None = None
 
     def __post_init__(self) -> None:
         if not self.served_model_names:

@@ -15,6 +15,7 @@ from penstock.protocol.transport.base import Endpoint
 from penstock.protocol.transport.open import connect
 from penstock.service.core import ServiceCore
 from penstock.service.generation import GenerationSpec, ServiceStatus, TokenDelta
+from penstock.trace import NO_TRACE, Trace
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +82,7 @@ class ServiceDriver:
         on_active: Callable[[str], None] = lambda _: None,
         on_lost: Callable[[str], None] = lambda _: None,
         on_broken: Callable[[BaseException], None] = lambda _: None,
+        trace: Trace = NO_TRACE,
     ) -> None:
         """Told by name: instances that take work, and instances that are lost (silence included).
 
@@ -88,6 +90,7 @@ class ServiceDriver:
         end, since a service that half works lets requests hang.
         """
         self.core = core
+        self._trace = trace
         self._on_active = on_active
         self._on_lost = on_lost
         self._on_broken = on_broken
@@ -147,7 +150,8 @@ class ServiceDriver:
                 continue
             if isinstance(message, Refused):
                 log.warning("%s refused %s: %s", peer, message.what, message.reason)
-            self._carry_out(self.core.on_message(peer, message, self._loop.time()))
+            with self._trace.span(type(message).__name__):
+                self._carry_out(self.core.on_message(peer, message, self._loop.time()))
         self._watch_states()
 
     def _watch_states(self) -> None:
@@ -196,7 +200,8 @@ class ServiceDriver:
             raise EngineUnavailable(
                 "the engine is still starting: wait for /health to say ready", retry_after_s=1.0
             )
-        effects = self.core.submit(spec, self._loop.time())
+        with self._trace.span("submit"):
+            effects = self.core.submit(spec, self._loop.time())
         stream = self._streams[spec.request_id] = Stream(self, spec.request_id, spec.n)
         self._carry_out(effects)
         return stream
@@ -261,4 +266,5 @@ class ServiceDriver:
         for endpoint in self._endpoints.values():
             self._loop.remove_reader(endpoint.fileno())
             endpoint.close(flush_s=0.5)  # what detaches us
+        self._trace.close()
         self._endpoints.clear()
