@@ -105,7 +105,8 @@ def _symmetric8(x_NGK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     largest_NG1 = x_NGK.abs().amax(-1, keepdim=True)
     # A scale that was rounded down would clip: the next one up then.
     scale_NG1 = half(largest_NG1 / 127)
-    scale_NG1 = torch.where(scale_NG1 * 127.5 < largest_NG1, half(scale_NG1 * 1.008), scale_NG1)
+    above_NG1 = half(torch.maximum(scale_NG1 * 1.008, scale_NG1 + 2.0**-24))
+    scale_NG1 = torch.where(scale_NG1 * 127.5 < largest_NG1, above_NG1, scale_NG1)
     codes_NGK = (x_NGK / scale_NG1).round_().clamp_(-127, 127).add_(128)
     return codes_NGK.to(torch.uint8), scale_NG1[..., 0]
 
