@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import subprocess
 import sys
 import tempfile
@@ -214,6 +215,8 @@ def pairs(variants: Sequence[Variant]) -> list[tuple[str, str]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
+    # Engines are ended with us, also when we are told to end.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     found = run(options)
     print("\n".join(report.lines(found)))
     report.write(found, options.out)
