@@ -38,7 +38,7 @@ template <typename T, int NV> void attend(const Call& call) {
     attend_items<T, NV>(call, plan);
     if (num_tiles > 0) {
 #pragma omp for schedule(dynamic, 1) nowait
-        for (int64_t i = 0; i < num_tiles; i++) attend_tile<T>(call, plan, plan.tiles[i]);
+        for (int64_t i = 0; i < num_tiles; i++) attend_tile<T, T>(call, plan, plan.tiles[i]);
     }
 #pragma omp barrier
     if (num_joins > 0) {
