@@ -6,8 +6,10 @@ The kernels are compiled a second time with one line of attention.h changed: ins
 block's address (base + block * stride) it reads it from a table. That is the table in its cheapest
 form, whole addresses instead of numbers of blocks. Both variants read the same physical blocks, in
 the same scattered order, layer by layer through a step of Qwen3-0.6B's dimensions; they take turns,
-and what counts is the ratio within a round. Mapping is measured apart: each sequence needs one new
-block every 16 steps, so a step of n sequences owes n / 16 maps where nothing is mapped ahead.
+and what counts is the ratio within a round. A third one looks up addresses of the mapped range:
+what it costs over the first is the look-up, and what the second costs over it is the translation of
+scattered addresses (TLB, page walks). Mapping is measured apart: each sequence needs one new block
+every 16 steps, so a step of n sequences owes n / 16 maps where nothing is mapped ahead.
 """
 
 from __future__ import annotations
@@ -46,11 +48,11 @@ _FROM_TABLE = "reinterpret_cast<char**>(row.base)[block]"
 class Tables:
     """What the attention backend asks of a memory: block tables over the mapped memory's pool."""
 
-    def __init__(self, memory: XTensorMemory, blocks_SN: np.ndarray) -> None:
+    def __init__(self, memory: XTensorMemory, blocks_SN: np.ndarray, base_S1: np.ndarray) -> None:
         self.layout = memory.layout
         self.block_stride_bytes = memory.block_stride_bytes
-        pool = memory.pool_blocks().data_ptr()
-        self._table_SN = pool + blocks_SN.astype(np.int64) * memory.block_stride_bytes
+        addresses_SN = base_S1 + blocks_SN.astype(np.int64) * memory.block_stride_bytes
+        self._table_SN = np.ascontiguousarray(addresses_SN)
 
     def base(self, slot: int, num_blocks: int = 0) -> int:
         assert num_blocks <= self._table_SN.shape[1]
@@ -98,17 +100,24 @@ def compare(
         for index, block in enumerate(row):
             memory.map(slot, index, block)
     map_s = (time.perf_counter() - started_s) / blocks_SN.size
-    tables: Any = Tables(memory, blocks_SN)
-    mapped, tabled = NativeCpuAttention(SHAPE, memory), NativeCpuAttention(SHAPE, tables, table_ops)
+    of_pool: Any = Tables(memory, blocks_SN, np.array(memory.pool_blocks().data_ptr()))
+    bases_S1 = np.array([[memory.base(slot)] for slot in range(num_sequences)])
+    in_order = np.broadcast_to(np.arange(num_blocks), blocks_SN.shape)
+    of_ranges: Any = Tables(memory, in_order, bases_S1)
+    mapped = NativeCpuAttention(SHAPE, memory)
+    tabled = NativeCpuAttention(SHAPE, of_pool, table_ops)
+    looked_up = NativeCpuAttention(SHAPE, of_ranges, table_ops)
+    backends = [mapped, tabled, looked_up]
     rows = [AttentionRow(slot, context - 1, 1) for slot in range(num_sequences)]
-    for backend in (mapped, tabled):
+    for backend in backends:
         backend.plan(rows)
     heads = torch.randn(num_sequences, HEADS + 2 * KV_HEADS, DIM).to(torch.bfloat16)
     q, k, v = heads.split((HEADS, KV_HEADS, KV_HEADS), dim=1)
     k, v = torch.full_like(k, 0.5), torch.full_like(v, 0.5)  # what is stored reads the same
-    for backend in (mapped, tabled):
+    for backend in backends:
         backend.run(0, q, k, v)
     assert torch.equal(mapped.run(0, q, k, v), tabled.run(0, q, k, v))
+    assert torch.equal(mapped.run(0, q, k, v), looked_up.run(0, q, k, v))
 
     def step_s(backend: NativeCpuAttention) -> float:
         started_s = time.perf_counter()
@@ -118,28 +127,29 @@ def compare(
 
     times = []
     for number in range(rounds + 1):
-        order = (mapped, tabled) if number % 2 else (tabled, mapped)
+        order = backends if number % 2 else backends[::-1]
         found = {backend: step_s(backend) for backend in order}
-        times.append((found[mapped], found[tabled]))
-    mapped_s, tabled_s = (statistics.median(column) for column in zip(*times[1:]))
-    ratio = statistics.median(t / m for m, t in times[1:])
+        times.append([found[backend] for backend in backends])
+    mapped_s, tabled_s, _ = (statistics.median(column) for column in zip(*times[1:]))
+    ratio = statistics.median(tables / first for first, tables, _ in times[1:])
+    lookup = statistics.median(third / first for first, _, third in times[1:])
     owed = num_sequences / BLOCK * map_s
     num_bytes = num_sequences * num_blocks * layout.block_bytes
     print(
         f"{num_sequences:3} x {context:6,}  mapped {mapped_s * 1e3:8.2f} ms "
         f"({num_bytes / mapped_s / 1e9:5.1f} GB/s)   tables {tabled_s * 1e3:8.2f} ms   "
-        f"tables/mapped {ratio:.3f}   a map {map_s * 1e6:5.0f} us: {owed / mapped_s:6.2%} of the "
-        f"step if not ahead",
+        f"x {ratio:.3f} (look-up alone x {lookup:.3f})   a map {map_s * 1e6:5.0f} us: "
+        f"{owed / mapped_s:6.2%} of the step if not ahead",
         flush=True,
     )
-    del mapped, tabled
+    del mapped, tabled, looked_up, backends, backend, found
     gc.collect()
     memory.close()
 
 
-def shapes() -> Iterator[tuple[int, int]]:
-    for context in CONTEXTS:
-        for num_sequences in NUM_SEQUENCES:
+def shapes(contexts: list[int], batches: list[int]) -> Iterator[tuple[int, int]]:
+    for context in contexts:
+        for num_sequences in batches:
             if num_sequences * context // BLOCK > MAX_MAPPINGS:
                 print(f"{num_sequences:3} x {context:6,}  more mappings than a process may have")
             else:
@@ -152,6 +162,8 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS)
+    parser.add_argument("--sequences", type=int, nargs="+", default=NUM_SEQUENCES)
     parser.add_argument("--pool-gib", type=float, default=1.0)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -159,7 +171,7 @@ def main() -> None:
     pool_blocks = int(options.pool_gib * (1 << 30)) // stride
     with tempfile.TemporaryDirectory() as folder:
         table_ops = build_with_tables(Path(folder))
-        for num_sequences, context in shapes():
+        for num_sequences, context in shapes(options.contexts, options.sequences):
             compare(num_sequences, context, pool_blocks, table_ops, options.rounds)
 
 

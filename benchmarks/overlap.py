@@ -1,6 +1,7 @@
 """What lies between two steps, and what placing threads changes.
 
     python -m benchmarks.overlap [--models toy 0.6b] [--batches 1 16] [--tokens 128]
+    python -m benchmarks.overlap --map-at-start ...            # nothing is mapped ahead
     python -m benchmarks.overlap --http [--binds none auto 0-1] [--streams 4] [--repeats 3]
 
 The first form runs an engine in a process of its own, as `penstock serve` does, and drives it over
@@ -17,6 +18,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -40,6 +42,7 @@ QWEN3_06B = {
     "eos_token_id": 2,
 }  # fmt: skip
 PROMPT_TOKENS = 128
+MAP_AT_START = "OVERLAP_MAP_AT_START"
 
 
 def flags_of(model: str, scratch: Path) -> list[str]:
@@ -62,9 +65,12 @@ def engine(arguments: list[str]) -> int:
     """`penstock worker`, writing down each step: [step_s, gap_s, whether there was work]."""
     from penstock.cli.worker import worker_config
     from penstock.engine import step_counts
+    from penstock.engine.memory.premap import Premapper
     from penstock.engine.instance import run_worker
 
     out, *rest = arguments
+    if os.environ.get(MAP_AT_START):
+        Premapper.untouched = lambda *_: []  # type: ignore[method-assign]
     steps: list[tuple[float, float, bool, int, float]] = []
     observe = step_counts.StepCounts.observe
 
@@ -114,7 +120,8 @@ def measure(model: str, num_streams: int, options: argparse.Namespace, scratch: 
         *flags_of(model, scratch), f"--address={address}", "--no-enable-prefix-caching",
         "--max-model-len=1024", "--kv-cache-memory-bytes=512M", *options.flags,
     ]  # fmt: skip
-    with ended(subprocess.Popen(command)):
+    environment = os.environ | ({MAP_AT_START: "1"} if options.map_at_start else {})
+    with ended(subprocess.Popen(command, env=environment)):
         asyncio.run(drive(address, num_streams, options.tokens))
     steps = json.loads(out.read_text())
     # Skip warm-up and the prompts: what is left are decode steps one after the other.
@@ -241,6 +248,7 @@ def main() -> int:
     add("--models", nargs="+", default=["toy", "0.6b"])
     add("--batches", nargs="+", type=int, default=[1, 16])
     add("--tokens", type=int, default=128)
+    add("--map-at-start", action="store_true")
     add("--http", action="store_true")
     add("--binds", nargs="+", default=["none", "auto"])
     add("--streams", type=int, default=4)

@@ -261,6 +261,7 @@ class EngineThread:
     """
 
     def __init__(self, config: WorkerConfig) -> None:
+        sys.setswitchinterval(min(sys.getswitchinterval(), _SWITCH_INTERVAL_S))
         trace = _open_trace(config)
         engine = build_engine(
             config.engine, name=config.name, incarnation=config.incarnation, trace=trace
