@@ -22,7 +22,7 @@ from penstock.checkpoint import Checkpoint
 from penstock.engine.loading.digest import model_digest
 from penstock.engine.loading.loader import load_model
 from penstock.engine.platforms.base import Linear, Platform
-from penstock.engine.quantization.formats.packing import unpack
+from penstock.engine.quantization.formats.packing import unpack, unpack_down
 from penstock.engine.quantization.formats.targets import Targets
 from penstock.engine.quantization.select import METHODS, quantization_of, stored_format
 from penstock.engine.quantization.weight import QuantizedWeight
@@ -393,6 +393,7 @@ def test_unpack(rows: int, words: int, bits: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     packed = torch.randint(-(2**31), 2**31, (rows, words), generator=generator).int()
     found = unpack(packed, bits)
+    assert torch.equal(unpack_down(packed.T.contiguous(), bits), found)
     for row in range(rows):
         bits_of_row = sum((int(w) & 0xFFFFFFFF) << (32 * i) for i, w in enumerate(packed[row]))
         expected = [(bits_of_row >> (bits * i)) & (2**bits - 1) for i in range(words * 32 // bits)]

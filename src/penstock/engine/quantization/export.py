@@ -7,6 +7,7 @@ quantized embeddings, and a tied head is one.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,19 +46,21 @@ def pack(codes: torch.Tensor) -> torch.Tensor:
     """4-bit codes (uint8 [A, B]) in int32, eight in a word along the last dimension, the lowest
     bits first; the last word is filled up with zeros."""
     codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % 8))
-    return (codes[..., ::2] | (codes[..., 1::2] << 4)).contiguous().view(torch.int32)
+    pairs = codes[..., ::2] | (codes[..., 1::2] << 4)
+    return pairs.reshape(-1).view(torch.int32).view(*codes.shape[:-1], -1)
 
 
 def settings(scheme: Scheme, linears: Mapping[str, int]) -> dict[str, Any]:
-    """quantization_config for linears: name -> inputs. Those for which the scheme falls back to
-    something else are named in groups of their own."""
+    """quantization_config for linears: name -> inputs. Where the scheme falls back to something
+    else for some of them, each kind of module is named: readers differ in whom they believe when
+    one is meant twice."""
     kinds: dict[tuple[int, int | None], list[str]] = {}
     for name, columns in linears.items():
         bits, group_size = scheme.of(columns)
         kinds.setdefault((bits, None if bits == 8 else group_size), []).append(name)
     ordered = sorted(kinds.items(), key=lambda item: -len(item[1]))
     groups = {
-        f"group_{i}": _group(bits, group_size, names if i else ["Linear"])
+        f"group_{i}": _group(bits, group_size, ["Linear"] if len(kinds) == 1 else _patterns(names))
         for i, ((bits, group_size), names) in enumerate(ordered)
     }
     formats = list(dict.fromkeys(group["format"] for group in groups.values()))
@@ -68,6 +71,12 @@ def settings(scheme: Scheme, linears: Mapping[str, int]) -> dict[str, Any]:
         "config_groups": groups,
         "ignore": ["lm_head"],
     }
+
+
+def _patterns(names: list[str]) -> list[str]:
+    """Modules of one name have one shape in all layers: ".mlp.down_proj" is enough."""
+    found = dict.fromkeys(".".join(name.split(".")[-2:]) for name in names)
+    return [f"re:.*\\.{re.escape(name)}$" for name in found]
 
 
 def _group(bits: int, group_size: int | None, targets: list[str]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
 
     4 and 8 bits never straddle a byte, and safetensors is little-endian: bytes are enough.
     """
-    bytes_AB = words.contiguous().view(torch.uint8)
+    bytes_AB = words.reshape(-1).view(torch.uint8).view(*words.shape[:-1], -1)
     if bits == 8:
         return bytes_AB
     assert bits == 4, bits
