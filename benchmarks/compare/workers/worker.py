@@ -10,14 +10,19 @@ any end-of-sequence token.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import os
+import signal
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+
+#: Linux: what becomes of a process whose parent ends, however that ended.
+PR_SET_PDEATHSIG = 1
 
 
 class NotAvailable(Exception):
@@ -68,6 +73,7 @@ def run(engine: Engine, job: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     kind, settings = sys.argv[1], json.loads(sys.argv[2])
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints must not get between our lines
 
