@@ -287,9 +287,16 @@ def _scale_dtype(weight: QuantizedWeight) -> torch.dtype:
     if weight.per_channel:
         return torch.float32
     scales_NG = weight.scales_NG.float()
-    shift_NG = (scales_NG.half().float() - scales_NG).abs() * float((1 << weight.bits) - 1)
+    shift_NG = (scales_NG.half().float() - scales_NG).abs() * _largest_factor(weight)
     if weight.offsets_NG is not None:
         offsets_NG = weight.offsets_NG.float()
         shift_NG = shift_NG + (offsets_NG.half().float() - offsets_NG).abs()
     exact = bool((shift_NG <= scales_NG.abs() * _MAX_SHIFT_STEPS).all())
     return torch.float16 if exact else torch.float32
+
+
+def _largest_factor(weight: QuantizedWeight) -> int:
+    """What a scale is multiplied by at most: 6-bit codes held in 8 bits do not reach far."""
+    low, high = (int(code) for code in weight.codes_NK.aminmax())
+    middle = 0 if weight.offsets_NG is not None else 1 << (weight.bits - 1)
+    return max(high - middle, middle - low)
