@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -199,3 +201,14 @@ def test_a_program_outlives_what_python_knows_of_its_weights():
     junk = [torch.full((100, 64), float("nan"), dtype=torch.bfloat16) for _ in range(50)]
     assert torch.equal(program(ids_T, ids_T), expected)
     assert len(junk) == 50
+
+
+def test_capturing_does_not_import_torchs_compiler():
+    """It would cost 150 MB and more than a second at the first request."""
+    code = (
+        "import sys, torch; from penstock.engine.platforms.cpu.platform import CpuPlatform\n"
+        "p = CpuPlatform(); m = torch.ones(8, 64).bfloat16()\n"
+        "p.capture(lambda ids, positions: p.embedding(ids, m), 4)(torch.arange(2), torch.arange(2))\n"
+        "assert 'torch._dynamo' not in sys.modules and 'sympy' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

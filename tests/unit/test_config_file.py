@@ -127,7 +127,7 @@ def test_engine_settings_out_of_range(field: str, value: float) -> None:
 def test_defaults_of_a_device_and_what_was_said() -> None:
     cpu = EngineConfig("toy").for_device("cpu")
     cuda = EngineConfig("toy", max_num_seqs=7).for_device("cuda")
-    assert (cpu.device, cpu.max_num_seqs, cpu.max_num_batched_tokens) == ("cpu", 64, 2048)
+    assert (cpu.device, cpu.max_num_seqs, cpu.max_num_batched_tokens) == ("cpu", 64, 1024)
     assert (cuda.device, cuda.max_num_seqs) == ("cuda", 7)
     # Many sequences take a step that gives each of them a token.
     assert EngineConfig("toy", max_num_seqs=9999).for_device("cpu").max_num_batched_tokens == 9999

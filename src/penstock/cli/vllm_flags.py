@@ -156,8 +156,8 @@ SECTIONS: dict[str, tuple[VllmFlag, ...]] = {
         --gpu-memory-utilization     | same  | of what the weights leave; has no effect on a CPU
         --enable-prefix-caching --no-enable-prefix-caching | same |
         --block-size                 | none  | blocks have 16 tokens, and sequences are contiguous anyway
-        --kv-cache-dtype             | later | KV has the weights' dtype
-        --calculate-kv-scales        | later | KV has the weights' dtype
+        --kv-cache-dtype             | same  | auto, bfloat16 and int8
+        --calculate-kv-scales        | none  | int8 has a scale for each token and kv head
         --prefix-caching-hash-algo   | none  | it is sha256
         --swap-space                 | none  | a preempted request is recomputed, mostly from the cache
         --cpu-offload-gb             | later | the weights must fit the device
@@ -171,7 +171,7 @@ SECTIONS: dict[str, tuple[VllmFlag, ...]] = {
     """),
     "Scheduler": _rows("""
         --max-num-seqs               | same  | default 64 on a CPU
-        --max-num-batched-tokens     | same  | default 2048 on a CPU
+        --max-num-batched-tokens     | same  | default 1024 on a CPU
         --enable-chunked-prefill --no-enable-chunked-prefill | none | every step has one budget and prefills are always chunked
         --max-num-partial-prefills   | none  | the budget is shared by all who wait, fairly in tokens
         --max-long-partial-prefills  | none  | the budget is shared by all who wait, fairly in tokens

@@ -8,6 +8,7 @@ from typing import Literal
 from penstock.protocol.errors import ConfigError
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+KvCacheDtype = Literal["auto", "bfloat16", "int8"]
 Device = Literal["auto", "cpu", "cuda"]
 GraphMode = Literal["auto", "eager", "piecewise"]
 LoadFormat = Literal["auto", "safetensors", "dummy"]
@@ -15,9 +16,9 @@ LoadFormat = Literal["auto", "safetensors", "dummy"]
 #: On a CPU decode is bound by memory bandwidth up to a few dozen rows and by arithmetic after that:
 #: more rows would add latency and no throughput. A GPU's ridge lies higher. vLLM has 256 for both.
 DEFAULT_MAX_NUM_SEQS = {"cpu": 64, "cuda": 256}
-#: A step's worth of prefill. On a CPU 2048 tokens already saturate the matrix units, and a larger
-#: step only makes the streams beside it wait longer for their next token.
-DEFAULT_MAX_NUM_BATCHED_TOKENS = {"cpu": 2048, "cuda": 8192}
+#: A step's worth of prefill. On a CPU some hundred tokens already saturate the vector units, and a
+#: larger step only takes more memory and makes the streams beside it wait longer for their token.
+DEFAULT_MAX_NUM_BATCHED_TOKENS = {"cpu": 1024, "cuda": 8192}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,8 @@ class EngineConfig:
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     kv_cache_bytes: int | None = None
+    #: "auto": the dtype of the weights; "int8": half of bfloat16, one scale a token and kv head.
+    kv_cache_dtype: KvCacheDtype = "auto"
     num_blocks: int | None = None
     #: Share for KV of what the weights leave of a GPU's memory.
     gpu_memory_utilization: float = 0.9

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 
 import torch
 
+from penstock.engine.memory.huge_pages import empty_huge
 from penstock.engine.platforms.base import Linear, Platform, TiedEmbedding
 from penstock.engine.quantization.weight import QuantizedWeight, stack
 
@@ -29,6 +30,8 @@ class Weights(ABC):
         """Write the tensor of that name to `out` (contiguous, of the tensor's shape)."""
 
     def empty(self, *shape: int) -> torch.Tensor:
+        if self.platform.device.type == "cpu":
+            return empty_huge(shape, self.dtype)
         return torch.empty(shape, dtype=self.dtype, device=self.platform.device)
 
     def vector(self, name: str, size: int) -> torch.Tensor:

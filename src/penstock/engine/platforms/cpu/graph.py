@@ -143,6 +143,11 @@ def capture(ops: Ops, forward: Forward, max_tokens: int) -> Forward:
 class _OnlyViews(TorchDispatchMode):
     """Lets through what only looks at tensors differently; a program would miss anything else."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # torch would otherwise import its compiler, to keep it off this class: 150 MB and a second.
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:

@@ -9,17 +9,16 @@ The row-major original is dropped once it is packed.
 from __future__ import annotations
 
 import ctypes
-import mmap
 
 import torch
 from torch.nn import functional
 
+from penstock.engine.memory.huge_pages import empty_huge
 from penstock.engine.platforms.base import Linear, TiedEmbedding
 from penstock.engine.platforms.cpu import onednn
 from penstock.engine.platforms.cpu.ops import Ops
 
 _PANEL = 64  # kPanel in linear.h
-_HUGE_PAGE_BYTES = 2 << 20
 #: Below this many weights, a float32 call costs more in oneDNN's dispatch than in arithmetic.
 _SMALL_WEIGHTS = 1 << 16
 _AVX512_LANES = 16
@@ -166,21 +165,6 @@ def pack(weight_NK: torch.Tensor) -> torch.Tensor:
         out_PWN[whole].zero_()
         out_PWN[whole, :, : rows - whole * _PANEL] = words_NW[whole * _PANEL :].T
     return out_PWN
-
-
-def empty_huge(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Memory in huge pages where the system gives them to who asks: fewer page faults while a model
-    loads, fewer misses of the address cache while it is read."""
-    num_bytes = dtype.itemsize
-    for size in shape:
-        num_bytes *= size
-    if num_bytes < 2 * _HUGE_PAGE_BYTES:
-        return torch.empty(shape, dtype=dtype)
-    region = mmap.mmap(-1, num_bytes + _HUGE_PAGE_BYTES)
-    region.madvise(mmap.MADV_HUGEPAGE)
-    start = -ctypes.addressof(ctypes.c_char.from_buffer(region)) % _HUGE_PAGE_BYTES
-    flat = torch.frombuffer(region, dtype=torch.uint8, count=num_bytes, offset=start)
-    return flat.view(dtype).view(shape)
 
 
 def _parts(num_panels: int, num_threads: int) -> int:

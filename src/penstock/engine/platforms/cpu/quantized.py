@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
+from penstock.engine.memory.huge_pages import empty_huge
 from penstock.engine.platforms.base import TiedEmbedding
 from penstock.engine.platforms.cpu import onednn_int8
-from penstock.engine.platforms.cpu.linear import empty_huge
 from penstock.engine.platforms.cpu.ops import Ops
 from penstock.engine.quantization.weight import QuantizedWeight
 
