@@ -65,8 +65,8 @@ def engine(arguments: list[str]) -> int:
     """`penstock worker`, writing down each step: [step_s, gap_s, whether there was work]."""
     from penstock.cli.worker import worker_config
     from penstock.engine import step_counts
-    from penstock.engine.memory.premap import Premapper
     from penstock.engine.instance import run_worker
+    from penstock.engine.memory.premap import Premapper
 
     out, *rest = arguments
     if os.environ.get(MAP_AT_START):
