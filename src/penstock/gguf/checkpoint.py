@@ -87,7 +87,9 @@ class GgufCheckpoint(Checkpoint):
 
     @cached_property
     def _generation_config(self) -> dict[str, Any]:
-        return config.generation_config(self.metadata, self._tokenizer.eos_token_ids())
+        has_text = "tokenizer.ggml.tokens" in self.metadata
+        ends = self._tokenizer.eos_token_ids() if has_text else []
+        return config.generation_config(self.metadata, ends)
 
     @cached_property
     def _tokenizer(self) -> GgufTokenizer:

@@ -62,6 +62,8 @@ class QuantizedWeight:
         """offsets_NG, spelt out where they are implied."""
         if self.offsets_NG is not None:
             return self.offsets_NG
+        if self.scales_NG.is_meta:
+            return torch.empty_like(self.scales_NG)
         return self.scales_NG * -float(1 << (self.bits - 1))
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -108,9 +110,9 @@ def stack(parts: list[QuantizedWeight]) -> QuantizedWeight | None:
     return QuantizedWeight(
         bits,
         group_size,
-        torch.cat([part.codes_NK for part in parts]),
-        torch.cat([part.scales_NG for part in parts]),
-        None if symmetric else torch.cat([part.offsets() for part in parts]),
+        _below_each_other([part.codes_NK for part in parts]),
+        _below_each_other([part.scales_NG for part in parts]),
+        None if symmetric else _below_each_other([part.offsets() for part in parts]),
         first.input_order_K,
     )
 
@@ -125,10 +127,28 @@ def _widened(weight: QuantizedWeight, bits: int, group_size: int) -> QuantizedWe
         bits,
         group_size,
         weight.codes_NK,
-        weight.scales_NG.repeat_interleave(repeats, dim=1),
-        None if offsets_NG is None else offsets_NG.repeat_interleave(repeats, dim=1),
+        _each_repeated(weight.scales_NG, repeats),
+        None if offsets_NG is None else _each_repeated(offsets_NG, repeats),
         weight.input_order_K,
     )
+
+
+# On the meta device torch computes shapes in Python, and imports its compiler to do so: 1 to 3 s
+# that a start does not have. So shapes are computed here.
+
+
+def _below_each_other(parts: list[torch.Tensor]) -> torch.Tensor:
+    if not parts[0].is_meta:
+        return torch.cat(parts)
+    rows = sum(len(part) for part in parts)
+    return torch.empty(rows, parts[0].shape[1], dtype=parts[0].dtype, device="meta")
+
+
+def _each_repeated(table_NG: torch.Tensor, repeats: int) -> torch.Tensor:
+    if not table_NG.is_meta:
+        return table_NG.repeat_interleave(repeats, dim=1)
+    rows, groups = table_NG.shape
+    return torch.empty(rows, groups * repeats, dtype=table_NG.dtype, device="meta")
 
 
 def _same_order(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:

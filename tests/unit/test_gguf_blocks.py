@@ -1,0 +1,120 @@
+"""ggml's quantized types against the `gguf` package, over random bytes; and what becomes of types
+that stand beside each other in one linear."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from tests.helpers.checkpoints import make_checkpoint
+from tests.helpers.gguf_files import encode, q4_k_m, write_gguf
+
+from penstock.engine.quantization.formats.base import FewBits, Stored
+from penstock.engine.quantization.formats.gguf import GgufFormat
+from penstock.engine.quantization.formats.gguf_blocks import AFFINE
+from penstock.engine.quantization.weight import QuantizedWeight, stack
+from penstock.gguf.types import TYPES
+
+BLOCK_BYTES = {kind.name: kind.block_bytes for kind in TYPES.values()}
+
+
+def decoded(kind: str, raw: np.ndarray, columns: int) -> QuantizedWeight:
+    """As the loader does it: layout, then decode."""
+    found = Stored((len(raw), columns), frozenset({kind}))
+    layout = GgufFormat(gguf_types(kind)).layout("m", len(raw), columns, lambda name: found)
+    assert isinstance(layout, FewBits)
+    weight = layout.decode({"weight": torch.from_numpy(raw)})
+    declared = layout.declared
+    assert declared.codes_NK.is_meta and declared.shape == weight.shape
+    assert (declared.bits, declared.group_size) == (weight.bits, weight.group_size)
+    assert (declared.offsets_NG is None) == (weight.offsets_NG is None)
+    return weight
+
+
+def gguf_types(kind: str) -> dict[str, int]:  # what the metadata count; not looked at here
+    return {kind: 1}
+
+
+def blocks(kind: str, rows: int, blocks_per_row: int, seed: int) -> np.ndarray:
+    """Random bytes, in rows; the float16 among them neither infinite nor huge."""
+    found = np.empty((0, BLOCK_BYTES[kind]), np.uint8)
+    rng = np.random.default_rng(seed)
+    while len(found) < rows * blocks_per_row:
+        more = rng.integers(0, 256, (2 * rows * blocks_per_row, BLOCK_BYTES[kind]), dtype=np.uint8)
+        with np.errstate(all="ignore"):
+            values = gguf.quants.dequantize(more, gguf.GGMLQuantizationType[kind])
+            usable = np.isfinite(values).all(-1) & (np.abs(values).max(-1) < 1e3)
+        found = np.concatenate([found, more[usable]])
+    return found[: rows * blocks_per_row].reshape(rows, -1)
+
+
+@pytest.mark.parametrize("kind", AFFINE)
+def test_values_are_those_of_the_package(kind: str) -> None:
+    raw = blocks(kind, rows=60, blocks_per_row=3, seed=3)
+    expected = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[kind])
+    weight = decoded(kind, raw, expected.shape[1])
+    # Codes and scales are exact; codes that were moved to the middle may round the last bit.
+    largest = np.abs(expected).reshape(len(raw), -1, 32).max(-1).repeat(32, axis=-1)
+    found = weight.dequantize().numpy()
+    assert (np.abs(found - expected) <= largest * 1e-5).all()
+    assert int(weight.codes_NK.max()) < 1 << weight.bits
+
+
+@pytest.mark.parametrize("kinds", [("Q4_K", "Q4_K", "Q6_K"), ("Q4_0", "Q8_0"), ("Q6_K", "Q5_0"),
+                                   ("Q3_K", "Q2_K"), ("Q8_0", "Q8_0")])  # fmt: skip
+def test_types_beside_each_other_keep_their_values(kinds: tuple[str, ...]) -> None:
+    rng = np.random.default_rng(1)
+    parts = []
+    for n, kind in enumerate(kinds):
+        values = rng.standard_normal((16 + 8 * n, 512)).astype(np.float32)
+        raw = encode(values, kind)[0] if kind not in ("Q2_K", "Q3_K", "Q5_K") else blocks(
+            kind, 16 + 8 * n, 2, n)  # fmt: skip
+        parts.append(decoded(kind, raw, 512))
+    whole = stack(parts)
+    assert whole is not None
+    expected = torch.cat([part.dequantize() for part in parts])
+    torch.testing.assert_close(whole.dequantize(), expected, rtol=0, atol=1e-5)
+    assert whole.bits == max(part.bits for part in parts)
+
+    def meta(part: QuantizedWeight) -> QuantizedWeight:
+        tables = (part.codes_NK, part.scales_NG, part.offsets_NG)
+        codes, scales, offsets = (None if t is None else t.to("meta") for t in tables)
+        assert codes is not None and scales is not None
+        return QuantizedWeight(part.bits, part.group_size, codes, scales, offsets)
+
+    declared = stack([meta(part) for part in parts])
+    assert declared is not None and declared.shape == whole.shape
+    assert declared.scales_NG.shape == whole.scales_NG.shape
+    assert (declared.offsets_NG is None) == (whole.offsets_NG is None)
+
+
+def test_groups_with_too_little_in_common_are_not_stacked() -> None:
+    def part(group_size: int) -> QuantizedWeight:
+        groups = 96 // group_size
+        return QuantizedWeight(
+            8, group_size, torch.zeros(2, 96, dtype=torch.uint8), torch.ones(2, groups)
+        )
+
+    assert stack([part(32), part(24)]) is None
+    assert stack([part(24), part(24)]) is not None
+
+
+def test_loading_does_not_import_the_compiler_of_torch(tmp_path: Path) -> None:
+    """It takes seconds, and torch does so for the sake of shapes on the meta device."""
+    folder = make_checkpoint(tmp_path / "hf", "llama", hidden_size=256, intermediate_size=256)
+    file = write_gguf(folder, tmp_path / "m.gguf", q4_k_m)
+    program = (
+        "import sys; from penstock.checkpoint import resolve;"
+        "from penstock.engine.loading.loader import load_model;"
+        "from penstock.engine.platforms.cpu.platform import CpuPlatform;"
+        f"load_model(resolve({str(file)!r}), CpuPlatform());"
+        "assert 'torch._dynamo' not in sys.modules"
+    )
+    environment = {**os.environ, "PENSTOCK_NATIVE": "0"}  # kernels may have to be compiled first
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=100, env=environment)
