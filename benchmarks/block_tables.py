@@ -60,7 +60,7 @@ class Tables:
 
 
 def build_with_tables(folder: Path) -> Ops:
-    """The same sources, the address read from a table."""
+    """The same sources, the address read from a table. Kept with the other kernels."""
     original = kernels._HERE
     for name in (*kernels._SOURCES, *kernels._HEADERS):
         shutil.copy(original / name, folder / name)
@@ -69,7 +69,7 @@ def build_with_tables(folder: Path) -> Ops:
     (folder / "attention.h").write_text(header.replace(_ADDRESS, _FROM_TABLE))
     kernels._HERE = folder
     try:
-        return Ops(kernels.open_library(kernels.build(cache=folder)))
+        return Ops(kernels.open_library(kernels.build()))
     finally:
         kernels._HERE = original
 
