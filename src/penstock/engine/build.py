@@ -96,7 +96,7 @@ def _assemble(
         progress=progress,
     )
     max_model_len = model_config.max_model_len
-    layout = model_config.kv_layout()
+    layout = model_config.kv_layout(config.kv_cache_dtype)
     num_blocks = choose_num_blocks(
         layout,
         max_model_len=max_model_len,
@@ -156,8 +156,9 @@ def _assemble(
         can=CAPABILITIES,
         kernels=platform.kernels() | {"attention": attention.name},
     )
-    mapped = isinstance(memory, XTensorMemory)
-    premapper = Premapper(memory, layout.block_tokens, trace) if mapped else NoPremapper()
+    premapper: Premapper | NoPremapper = NoPremapper()
+    if isinstance(memory, XTensorMemory):
+        premapper = Premapper(memory, layout.block_tokens, trace)
     cpus = threads.cpus if placement.bind_team(kernels.load(), threads.cpus) else ()
     log.info("compute threads: %d (%s)", threads.num_threads, threads.reason)
     return executor, premapper, InstanceCore(card, scheduler, core_config), cpus
