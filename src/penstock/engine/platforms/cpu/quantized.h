@@ -163,11 +163,11 @@ struct Prefetch {
     int64_t group_stride = 0, step_stride = 0;
 
     void group() {
-        for (int i = 0; i < per_group; i++) __builtin_prefetch(next + i * kCacheLine, 0, 2);
+        for (int i = 0; i < per_group; i++) __builtin_prefetch(next + i * kCacheLine);
         next += group_stride;
     }
     void step() {
-        for (int i = 0; i < per_step; i++) __builtin_prefetch(next + i * kCacheLine, 0, 2);
+        for (int i = 0; i < per_step; i++) __builtin_prefetch(next + i * kCacheLine);
         next += step_stride;
     }
 };
@@ -344,7 +344,7 @@ void multiply_rows(const FewBitsLinear& call, int64_t panel, int64_t column, int
 template <int kBits>
 Prefetch prefetch(const FewBitsLinear& call, const Cut& cut, int64_t panel, int64_t column,
                   int64_t index, int64_t count) {
-    constexpr int64_t kAheadBytes = 2048;
+    constexpr int64_t kAheadBytes = 8192;
     constexpr int kStepLines = kStepBytes / kCacheLine;
     const PanelLayout& layout = call.layout;
     const uint8_t* at = call.panels + panel * layout.panel_bytes(kBits);
