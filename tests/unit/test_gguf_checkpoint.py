@@ -114,7 +114,19 @@ def test_a_part_of_another_model_is_noticed(hf: Path, tmp_path: Path) -> None:
 # --- what it says ---
 
 
+LLAMA32 = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama3.2": (
+        "llama",
+        {"rope_parameters": LLAMA32, "max_position_embeddings": 131_072, "head_dim": 64},
+    ),
     "llama": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "mistral": ("mistral", {"head_dim": 32, "num_key_value_heads": 1}),
     "qwen2": ("qwen2", {"tie_word_embeddings": True, "rope_parameters": {"rope_theta": 1e6}}),
@@ -136,6 +148,14 @@ def test_the_config_is_that_of_the_original(variant: str, tmp_path: Path) -> Non
         for config in (found, expected)
     )
     assert found == expected
+
+
+def test_other_rope_factors_are_taken_as_they_are(tmp_path: Path) -> None:
+    rope = {**LLAMA32, "original_max_position_embeddings": 64}
+    folder = make_checkpoint(tmp_path / "hf", "llama", rope_parameters=rope, head_dim=16)
+    found = model_config(resolve(str(write_gguf(folder, tmp_path / "x.gguf")))).rope
+    assert found.type == "default" and len(found.frequency_factors) == 8
+    assert max(found.frequency_factors) == pytest.approx(32.0)
 
 
 def test_the_sliding_window_of_a_mistral_is_kept(tmp_path: Path) -> None:
@@ -188,8 +208,11 @@ KEYS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("garbage", ["", "{% if", 0, (1 << 32) - 1, float("nan"), [1, 2], ["a"]])
-def test_garbage_in_metadata_ends_in_one_line(garbage: Any, hf: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "garbage", ["", "{% if", 0, -1.0, (1 << 32) - 1, float("nan"), [1, 2], ["a"]]
+)
+def test_garbage_in_metadata_ends_in_one_line(garbage: Any, tmp_path: Path) -> None:
+    hf = make_checkpoint(tmp_path / "hf", "llama", rope_parameters=LLAMA32)
     for number, key in enumerate(KEYS):
         file = write_gguf(hf, tmp_path / f"{number}.gguf", "F16", metadata={key: garbage})
         try:

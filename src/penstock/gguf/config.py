@@ -22,6 +22,13 @@ ARCHITECTURES = {
 ROPE_FACTORS = "rope_freqs.weight"
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 
+#: Of Llama 3.1, 3.2 and 3.3, which differ in `factor`.
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _SAMPLING = {
     "general.sampling.temp": "temperature",
@@ -123,7 +130,8 @@ def _head_dim(metadata: Metadata, arch: str, hidden_size: int, num_heads: int) -
 def _rope_scaling(
     metadata: Metadata, arch: str, rope_factors: Sequence[float]
 ) -> dict[str, Any] | None:
-    """Llama 3.1's scaling comes as a divisor for each frequency, `rope_factors`."""
+    """Llama 3.1's scaling comes as a divisor for each frequency, `rope_factors`. Meta's own are
+    called by their name, so that what is written from here can be read by others."""
     key = f"{arch}.rope.scaling"
     kind = metadata.text(f"{key}.type", "none")
     # How it was written before it had a type.
@@ -141,8 +149,30 @@ def _rope_scaling(
     if rope_factors:
         if not all(math.isfinite(f) and f > 0.0 for f in rope_factors):
             raise CheckpointError(f"{metadata.path}: {ROPE_FACTORS} holds no divisors")
+        theta = metadata.number(f"{arch}.rope.freq_base", 10_000.0)
+        if kind == "none" and theta > 1.0:
+            llama3 = _LLAMA3 | {"factor": max(rope_factors)}
+            if _close(rope_factors, _llama3_factors(llama3, theta, rope_factors)):
+                return llama3
         found["frequency_factors"] = list(rope_factors)
     return found if len(found) > 1 else None
+
+
+def _llama3_factors(scaling: Mapping[str, Any], theta: float, like: Sequence[float]) -> list[float]:
+    """What each frequency is divided by, as transformers has it for rope_type llama3."""
+    factor, original = scaling["factor"], scaling["original_max_position_embeddings"]
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    found = []
+    for i in range(len(like)):
+        wavelength = 2 * math.pi * theta ** (i / len(like))
+        kept = (original / wavelength - low) / (high - low)
+        kept = min(1.0, max(0.0, kept))  # 1: a wave so short that it is left as it is
+        found.append(1 / ((1 - kept) / factor + kept))
+    return found
+
+
+def _close(a: Sequence[float], b: Sequence[float]) -> bool:
+    return all(math.isclose(x, y, rel_tol=1e-5) for x, y in zip(a, b, strict=True))
 
 
 def _yarn(metadata: Metadata, key: str, factor: float) -> dict[str, Any]:
