@@ -169,8 +169,6 @@ def results(
         for name, memory in found.memory.items()
         if name.startswith("penstock")
     }
-    ids = found.same_model_ids
-    first = next(iter(ids), "")
     return {
         "machine": machine.describe(),
         "versions": found.versions,
@@ -200,7 +198,8 @@ def results(
         "torch_alone_bytes": alone_bytes,
         "weight_bytes": found.weight_bytes,
         "memory": found.memory,
-        "agreement": agreement(ids, first) if ids else {},
+        "agreement": agreement(found.same_model_ids),
+        "same_model_ids": found.same_model_ids,
         "missing": found.missing,
         "records": found.records,
     }

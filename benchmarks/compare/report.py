@@ -83,11 +83,12 @@ def lines(results: Results) -> Iterator[str]:
         yield from table(results["process"].items(), _PROCESS)
     if results["agreement"]:
         yield ""
-        yield "the same model? Greedy tokens beside the first engine's"
+        yield "the same model? Greedy tokens beside what most engines say"
         for engine, same in results["agreement"].items():
+            doubt = "  <- no" if 2 * same["same_first_token"] < same["prompts"] else ""
             yield (
                 f"  {engine:15} {same['same_first_token']} of {same['prompts']} first tokens, "
-                f"{same['same_tokens']} of {same['prompts']} whole"
+                f"{same['same_tokens']} of {same['prompts']} whole{doubt}"
             )
     for engine, why in results["missing"].items():
         yield f"without {engine}: {why}"

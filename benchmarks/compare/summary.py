@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -86,20 +87,26 @@ def same_round_ratios(
     return found
 
 
-def agreement(
-    ids: Mapping[str, Sequence[Sequence[int]]], reference: str
-) -> dict[str, dict[str, int]]:
-    """How many prompts each engine begins with the reference's token, and goes on with its tokens.
-    Random weights have narrow margins: a few differ between two orders of summation."""
-    wanted = ids[reference]
+def agreement(ids: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, dict[str, int]]:
+    """How many prompts each engine goes on with the token, and with the tokens, that most engines
+    go on with. Random weights have narrow margins: some differ between two orders of summation."""
+    usual = [_commonest(continuations) for continuations in zip(*ids.values(), strict=True)]
+    usual_first = [_commonest([c[:1] for c in all_]) for all_ in zip(*ids.values(), strict=True)]
     return {
         engine: {
-            "prompts": len(wanted),
-            "same_first_token": sum(a[0] == b[0] for a, b in zip(found, wanted, strict=True)),
-            "same_tokens": sum(list(a) == list(b) for a, b in zip(found, wanted, strict=True)),
+            "prompts": len(usual),
+            "same_first_token": sum(
+                tuple(a[:1]) == b for a, b in zip(found, usual_first, strict=True)
+            ),
+            "same_tokens": sum(tuple(a) == b for a, b in zip(found, usual, strict=True)),
         }
         for engine, found in ids.items()
     }
+
+
+def _commonest(continuations: Iterable[Sequence[int]]) -> tuple[int, ...]:
+    """Of equally common ones the first."""
+    return Counter(map(tuple, continuations)).most_common(1)[0][0]
 
 
 def worth_repeating(

@@ -162,10 +162,17 @@ def test_slow_rivals_run_once_and_ours_always() -> None:
 
 
 def test_agreement_counts_first_tokens_and_whole_continuations() -> None:
-    ids = {"a": [[1, 2], [3, 4]], "b": [[1, 9], [3, 4]], "c": [[7, 2], [8, 4]]}
-    found = agreement(ids, "a")
+    ids = {
+        "odd": [[7, 2], [8, 4]],
+        "a": [[1, 2], [3, 4]],
+        "b": [[1, 9], [3, 4]],
+        "c": [[1, 2], [3, 5]],
+    }
+    found = agreement(ids)
+    assert found["a"] == {"prompts": 2, "same_first_token": 2, "same_tokens": 2}
     assert found["b"] == {"prompts": 2, "same_first_token": 2, "same_tokens": 1}
-    assert found["c"]["same_first_token"] == 0
+    assert found["odd"] == {"prompts": 2, "same_first_token": 0, "same_tokens": 0}
+    assert agreement({}) == {}
 
 
 def test_shared_memory_is_no_part_of_the_private_peak() -> None:
@@ -414,7 +421,7 @@ def results() -> dict[str, Any]:
         "online": online,
         "best_goodput": best_goodput(online),
         "process": report.process_rows({"vllm": [60.0, 30.0]}, {}, weights, {}),
-        "agreement": agreement({"vllm": [[1]], "penstock": [[1]]}, "vllm"),
+        "agreement": agreement({"vllm": [[1]], "penstock": [[1]], "openvino": [[2]]}),
         "missing": {"llama": "not installed"},
         "records": records,
     }  # fmt: skip
@@ -424,6 +431,7 @@ def test_the_report_has_every_engine_and_says_who_is_missing(tmp_path: Path) -> 
     text = "\n".join(report.lines(results()))
     assert "0.50" in text and "256.0" in text  # the ratio, and tokens a second
     assert "penstock / vllm" in text and "without llama: not installed" in text
+    assert "0 of 1 whole  <- no" in text and text.count("<- no") == 1
     report.write(results(), tmp_path / "new" / "r.json")
     written = json.loads((tmp_path / "new" / "r.json").read_text())
     assert written["summary"]["penstock"]["batch"]["output_tok_s"] == 256.0
