@@ -63,12 +63,16 @@ class Case:
         return torch.cat(parts)
 
     def assert_stored(self) -> None:
+        """Bit by bit; what is rounded to int8 lies within half a step of its scale."""
+        half_a_step = 0.51 / 127 if self.memory.layout.dtype == "int8" else 0.0
         first = 0
         for row in self.rows:
             k_GSD, v_GSD = self.memory.read(row.slot, row.start + row.num_tokens, LAYER)
             here = slice(first, first + row.num_tokens)
-            assert torch.equal(k_GSD[:, row.start :], self.k[here].transpose(0, 1))
-            assert torch.equal(v_GSD[:, row.start :], self.v[here].transpose(0, 1))
+            for found_GSD, x_TGD in ((k_GSD, self.k), (v_GSD, self.v)):
+                x_GTD = x_TGD[here].transpose(0, 1).to(found_GSD.dtype)
+                error_GTD = (found_GSD[:, row.start :] - x_GTD).abs()
+                assert (error_GTD <= x_GTD.abs().amax(-1, keepdim=True) * half_a_step).all()
             first += row.num_tokens
 
 
@@ -81,6 +85,7 @@ def make_case(
     head_dim: int | None = None,
     window: int | None = None,
     lengths: list[tuple[int, int]] | None = None,
+    kv_dtype: str | None = None,
 ) -> Case:
     rng, gen = random.Random(seed), torch.Generator().manual_seed(seed)
     kv_heads = rng.choice((1, 2, 3))
@@ -93,11 +98,11 @@ def make_case(
         )
         for _ in range(4)
     ]
-    layout = kv_layout(2, kv_heads, dim, dtype)
+    layout = kv_layout(2, kv_heads, dim, kv_dtype or dtype)
     needed = [-(-(start + num) // 16) for start, num in lengths]
     memory = memory_class(layout, sum(needed) + 3, len(lengths) + 1, max(needed))
     pool = memory.pool_blocks()
-    pool.fill_(float("nan"))
+    poison(pool)
     free = list(range(sum(needed) + 3))
     rng.shuffle(free)
     rows = []
@@ -105,7 +110,7 @@ def make_case(
         for index in range(needed[slot]):
             memory.map(slot, index, free.pop())
         if memory_class is ContiguousMemory:
-            memory.slot_blocks(slot, needed[slot]).fill_(float("nan"))
+            poison(memory.slot_blocks(slot, needed[slot]))
         past = torch.randn(2, start, kv_heads, dim, generator=gen).to(dtype)
         if start:
             memory.write(slot, 0, LAYER, past[0], past[1])
@@ -117,6 +122,11 @@ def make_case(
     q, k, v = qkv.split((num_heads, kv_heads, kv_heads), dim=1)
     shape = AttentionShape(num_heads, kv_heads, dim, dim**-0.5, window)
     return Case(shape, memory, rows, q, k, v)
+
+
+def poison(blocks: torch.Tensor) -> None:
+    """NaN; in int8 all bits set, which makes scales NaN."""
+    blocks.fill_(float("nan") if blocks.dtype.is_floating_point else -1)
 
 
 def run(backend_class: type, case: Case, monkeypatch) -> torch.Tensor:
@@ -175,6 +185,67 @@ def test_native_on_random_batches(library, dtype, monkeypatch):
         case = make_case(seed, dtype, window=(None, None, 7, 40, 200)[seed % 5])
         assert_right(NativeCpuAttention, case, monkeypatch)
         case.memory.close()
+
+
+@pytest.mark.parametrize("memory_class", [XTensorMemory, ContiguousMemory, PagedMemory])
+def test_reference_with_kv_in_fewer_bits(memory_class, monkeypatch):
+    for kv_dtype in ("int8", "bfloat16"):
+        case = make_case(7, torch.float32, memory_class, kv_dtype=kv_dtype)
+        assert_right(ReferenceAttention, case, monkeypatch)
+        case.memory.close()
+
+
+@needs_compiler
+@pytest.mark.parametrize("kv_dtype", ["int8", "bfloat16"])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_native_with_kv_in_fewer_bits(library, dtype, kv_dtype, monkeypatch):
+    """Against the same values in float64: only the storing rounds."""
+    for seed in range(8):
+        window = (None, None, 30)[seed % 3]
+        case = make_case(seed, dtype, window=window, kv_dtype=kv_dtype)
+        assert_right(NativeCpuAttention, case, monkeypatch)
+        case.memory.close()
+
+
+@needs_compiler
+def test_int8_is_stored_as_torch_would_store_it(monkeypatch):
+    stored = []
+    for backend in (NativeCpuAttention, ReferenceAttention):
+        case = make_case(11, torch.bfloat16, kv_dtype="int8", lengths=[(5, 40), (0, 1), (30, 2)])
+        run(backend, case, monkeypatch)
+        ends = [row.start + row.num_tokens for row in case.rows]
+        found = [case.memory.read(row.slot, end, LAYER) for row, end in zip(case.rows, ends, strict=True)]
+        stored.append([x.clone() for pair in found for x in pair])
+        case.memory.close()
+    for native, reference in zip(*stored, strict=True):  # but for values halfway between two steps
+        step_GS1 = reference.abs().amax(-1, keepdim=True) / 127
+        assert ((native - reference).abs() <= 1.01 * step_GS1).all()
+        assert ((native - reference).abs() > 0.01 * step_GS1).float().mean() < 1e-3
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_int8_stays_near_what_unrounded_kv_gives(dtype, monkeypatch):
+    """Normal data, 1,000 keys: the output is off by a few thousandths."""
+    outs = []
+    for kv_dtype in ("int8", None):
+        case = make_case(
+            4, dtype, heads=(8, 4), head_dim=128, lengths=[(1000, 1), (0, 500)], kv_dtype=kv_dtype
+        )
+        outs.append((run(NativeCpuAttention, case, monkeypatch), case.rows))
+        case.memory.close()
+    (int8, rows), (exact, same_rows) = outs
+    assert rows == same_rows
+    error = (int8 - exact).float().norm() / exact.float().norm()
+    assert 0 < error < 0.012
+
+
+def test_layouts_of_different_kv_dtypes_differ():
+    layouts = [kv_layout(2, 2, 64, dtype) for dtype in ("float32", "bfloat16", "int8")]
+    assert len({layout.digest() for layout in layouts}) == 3
+    assert [layout.block_bytes for layout in layouts] == [
+        8192 * 4, 8192 * 2, 8192 + 4 * 2 * 2 * 2 * 16
+    ]  # fmt: skip
 
 
 @needs_compiler

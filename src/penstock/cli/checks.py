@@ -314,7 +314,7 @@ def _capacity(state: Examination) -> Iterator[Finding]:
     model = state.model
     config = state.engine.for_device("cuda" if state.platform.device.type == "cuda" else "cpu")
     assert config.max_num_seqs is not None and config.max_num_batched_tokens is not None
-    layout = model.kv_layout()
+    layout = model.kv_layout(state.engine.kv_cache_dtype)
     num_blocks = choose_num_blocks(
         layout,
         max_model_len=model.max_model_len,

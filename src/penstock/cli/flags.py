@@ -74,6 +74,11 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         help="size of the KV cache, such as 4G",
     )
     add(
+        "--kv-cache-dtype",
+        choices=("auto", "bfloat16", "int8"),
+        help="auto takes the dtype of the weights; int8 holds twice the tokens of bfloat16",
+    )
+    add(
         "--num-gpu-blocks-override",
         dest="num_blocks",
         type=count,

@@ -44,6 +44,8 @@ class _Args(ctypes.Structure):
                 "block_tokens",
                 "sliding_window",
                 "is_bf16",
+                "kv_is_int8",
+                "kv_is_bf16",
             )
         ),
         ("scale", ctypes.c_float),
@@ -98,6 +100,8 @@ class NativeCpuAttention:
             head_dim=shape.head_dim,
             block_tokens=layout.block_tokens,
             sliding_window=shape.sliding_window or 0,
+            kv_is_int8=layout.dtype == "int8",
+            kv_is_bf16=layout.dtype == "bfloat16",
             scale=shape.scale,
         )
 

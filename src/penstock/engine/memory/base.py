@@ -11,6 +11,7 @@ from typing import Protocol
 
 import torch
 
+from penstock.engine.memory.codec import decode, encode
 from penstock.protocol.instance import NO_MAPS, MapCounts
 from penstock.protocol.kv import KvLayout
 
@@ -58,6 +59,7 @@ class KvMemory(Protocol):
 class ContiguousAccess:
     """`write` and `read` for memories whose `slot_blocks` is a view."""
 
+    layout: KvLayout
     maps: MapCounts = NO_MAPS
 
     def slot_blocks(self, slot: int, num_blocks: int) -> torch.Tensor:
@@ -70,11 +72,11 @@ class ContiguousAccess:
         blocks_NLCGBD = self._covering(slot, start + len(k_TGD))
         block_tokens = blocks_NLCGBD.shape[4]
         index, offset = positions // block_tokens, positions % block_tokens
-        blocks_NLCGBD[:, layer, 0][index, :, offset] = k_TGD
-        blocks_NLCGBD[:, layer, 1][index, :, offset] = v_TGD
+        encode(self.layout, blocks_NLCGBD[:, layer, 0], index, offset, k_TGD)
+        encode(self.layout, blocks_NLCGBD[:, layer, 1], index, offset, v_TGD)
 
     def read(self, slot: int, num_tokens: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return tokens_in_order(self._covering(slot, num_tokens)[:, layer], num_tokens)
+        return tokens_in_order(self.layout, self._covering(slot, num_tokens)[:, layer], num_tokens)
 
     def _covering(self, slot: int, num_tokens: int) -> torch.Tensor:
         block_tokens = self.slot_blocks(slot, 1).shape[4]
@@ -82,9 +84,11 @@ class ContiguousAccess:
 
 
 def tokens_in_order(
-    blocks_NCGBD: torch.Tensor, num_tokens: int
+    layout: KvLayout, blocks_NCGBX: torch.Tensor, num_tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One layer's blocks [n, 2, kv_head, token, dim] as k_GSD and v_GSD."""
-    num_blocks, _, heads, block_tokens, dim = blocks_NCGBD.shape
-    flat = blocks_NCGBD.permute(1, 2, 0, 3, 4).reshape(2, heads, num_blocks * block_tokens, dim)
-    return flat[0, :, :num_tokens], flat[1, :, :num_tokens]
+
+    def in_order(blocks_NGBX: torch.Tensor) -> torch.Tensor:
+        return decode(layout, blocks_NGBX).transpose(0, 1).flatten(1, 2)[:, :num_tokens]
+
+    return in_order(blocks_NCGBX[:, 0]), in_order(blocks_NCGBX[:, 1])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from penstock.engine.memory.base import tokens_in_order
+from penstock.engine.memory.codec import encode
 from penstock.engine.memory.sizing import block_shape, torch_dtype
 from penstock.protocol.errors import NotEnoughMemory
 from penstock.protocol.instance import NO_MAPS
@@ -73,13 +74,13 @@ class PagedMemory:
         positions = torch.arange(start, start + len(k_TGD))
         offset = (positions % self.layout.block_tokens).to(self.device)
         block = self._table[slot, positions // self.layout.block_tokens].to(self.device)
-        self._pool[:, layer, 0][block, :, offset] = k_TGD
-        self._pool[:, layer, 1][block, :, offset] = v_TGD
+        encode(self.layout, self._pool[:, layer, 0], block, offset, k_TGD)
+        encode(self.layout, self._pool[:, layer, 1], block, offset, v_TGD)
 
     def read(self, slot: int, num_tokens: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         num_blocks = -(-num_tokens // self.layout.block_tokens)
         blocks = self.block_ids(slot, num_blocks).to(self.device)
-        return tokens_in_order(self._pool[:, layer][blocks], num_tokens)
+        return tokens_in_order(self.layout, self._pool[:, layer][blocks], num_tokens)
 
     def check(self) -> None:
         for slot, live in enumerate(self._live):

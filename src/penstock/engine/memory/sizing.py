@@ -14,7 +14,14 @@ GIB = 1 << 30
 PAGE_BYTES = 4096
 HUGE_PAGE_BYTES = 2 << 20
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int8": torch.int8,
+}
+#: Beside each token's values of one kv head (see codec.py).
+_SCALE_BYTES = {"int8": 4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,22 +56,23 @@ def kv_layout(
 ) -> KvLayout:
     """The layout of one rank's blocks; `num_kv_heads` counts this rank's heads."""
     name = str(dtype).removeprefix("torch.")
-    values = num_layers * 2 * num_kv_heads * block_tokens * head_dim
+    token_bytes = head_dim * torch_dtype(name).itemsize + _SCALE_BYTES.get(name, 0)
     return KvLayout(
         num_layers=num_layers,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         block_tokens=block_tokens,
         dtype=name,
-        block_bytes=values * torch_dtype(name).itemsize,
+        block_bytes=num_layers * 2 * num_kv_heads * block_tokens * token_bytes,
         tp_rank=tp_rank,
         tp_size=tp_size,
     )
 
 
 def block_shape(layout: KvLayout) -> tuple[int, int, int, int, int]:
-    """[layer, k|v, kv_head, token, dim] of one block."""
-    return (layout.num_layers, 2, layout.num_kv_heads, layout.block_tokens, layout.head_dim)
+    """[layer, k|v, kv_head, token, dim] of one block; of int8, `dim` has room for the scales."""
+    dim = layout.head_dim + _SCALE_BYTES.get(layout.dtype, 0)
+    return (layout.num_layers, 2, layout.num_kv_heads, layout.block_tokens, dim)
 
 
 def block_stride_bytes(layout: KvLayout) -> int:

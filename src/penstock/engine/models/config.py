@@ -84,9 +84,10 @@ class ModelConfig:
     def attention_scale(self) -> float:
         return self.head_dim**-0.5
 
-    def kv_layout(self) -> KvLayout:
-        """Of one rank that holds the whole model, KV in the weights' dtype."""
-        return kv_layout(self.num_layers, self.num_kv_heads, self.head_dim, self.dtype)
+    def kv_layout(self, dtype: str = "auto") -> KvLayout:
+        """Of one rank that holds the whole model; "auto": KV in the weights' dtype."""
+        dtype = self.dtype if dtype == "auto" else dtype
+        return kv_layout(self.num_layers, self.num_kv_heads, self.head_dim, dtype)
 
     def with_max_model_len(self, wanted: int | None) -> ModelConfig:
         """A copy for another context length. Raises `ConfigError` beyond what the rotary embedding

@@ -11,7 +11,7 @@
 namespace penstock {
 
 // Items of about equal cost for each thread, one after the other.
-template <typename T, int NV> void attend_items(const Call& call, const Plan& plan) {
+template <typename T, typename S, int NV> void attend_items(const Call& call, const Plan& plan) {
     const int64_t count = plan.items.size();
     const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
     const auto& before = plan.cost_before;
@@ -20,11 +20,11 @@ template <typename T, int NV> void attend_items(const Call& call, const Plan& pl
         return std::lower_bound(before.begin(), before.begin() + count, cost) - before.begin();
     };
     const int64_t end = first_of(thread + 1);
-    for (int64_t i = first_of(thread); i < end; i++) attend_item<T, NV>(call, plan, plan.items[i]);
+    for (int64_t i = first_of(thread); i < end; i++) attend_item<T, S, NV>(call, plan, plan.items[i]);
 }
 
 // Few queries: an item stores what it reads itself. Many: tiles of all threads read what is new.
-template <typename T, int NV> void attend(const Call& call) {
+template <typename T, typename S, int NV> void attend(const Call& call) {
     const Plan& plan = *call.plan;
     const int64_t num_chunks = plan.chunks.size(), num_tiles = plan.tiles.size();
     const int64_t num_joins = plan.joins.size();
@@ -32,13 +32,13 @@ template <typename T, int NV> void attend(const Call& call) {
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < num_chunks; i++) {
             const Chunk& chunk = plan.chunks[i];
-            store_kv<T>(call, plan.rows[chunk.row], 0, call.num_kv_heads, chunk.first, chunk.end);
+            store_kv<T, S>(call, plan.rows[chunk.row], 0, call.num_kv_heads, chunk.first, chunk.end);
         }
     }
-    attend_items<T, NV>(call, plan);
+    attend_items<T, S, NV>(call, plan);
     if (num_tiles > 0) {
 #pragma omp for schedule(dynamic, 1) nowait
-        for (int64_t i = 0; i < num_tiles; i++) attend_tile<T, T>(call, plan, plan.tiles[i]);
+        for (int64_t i = 0; i < num_tiles; i++) attend_tile<T, S>(call, plan, plan.tiles[i]);
     }
 #pragma omp barrier
     if (num_joins > 0) {
@@ -47,22 +47,30 @@ template <typename T, int NV> void attend(const Call& call) {
     }
 }
 
-template <typename T> void attend_dim(const Call& call) {
+template <typename T, typename S> void attend_dim(const Call& call) {
     switch (call.head_dim) {
-        case 16: return attend<T, 16 / kLanes>(call);
-        case 32: return attend<T, 32 / kLanes>(call);
-        case 48: return attend<T, 48 / kLanes>(call);
-        case 64: return attend<T, 64 / kLanes>(call);
-        case 80: return attend<T, 80 / kLanes>(call);
-        case 96: return attend<T, 96 / kLanes>(call);
-        case 128: return attend<T, 128 / kLanes>(call);
-        case 256: return attend<T, 256 / kLanes>(call);
+        case 16: return attend<T, S, 16 / kLanes>(call);
+        case 32: return attend<T, S, 32 / kLanes>(call);
+        case 48: return attend<T, S, 48 / kLanes>(call);
+        case 64: return attend<T, S, 64 / kLanes>(call);
+        case 80: return attend<T, S, 80 / kLanes>(call);
+        case 96: return attend<T, S, 96 / kLanes>(call);
+        case 128: return attend<T, S, 128 / kLanes>(call);
+        case 256: return attend<T, S, 256 / kLanes>(call);
     }
 }
 
 void attend_any(const Call& call) {
-    if (call.is_bf16) attend_dim<BFloat16>(call);
-    else attend_dim<float>(call);
+    if (call.kv_is_int8) {
+        if (call.is_bf16) attend_dim<BFloat16, int8_t>(call);
+        else attend_dim<float, int8_t>(call);
+    } else if (call.is_bf16) {
+        attend_dim<BFloat16, BFloat16>(call);
+    } else if (call.kv_is_bf16) {
+        attend_dim<float, BFloat16>(call);
+    } else {
+        attend_dim<float, float>(call);
+    }
 }
 
 }  // namespace penstock

@@ -1,17 +1,27 @@
 // What the attention operation is given, and where a sequence's keys and values stand.
 //
 // A sequence's block i is at base + i * block_stride; inside it one layer's keys are
-// [kv_head][token][dim] at layer_offset, its values right behind. The query heads that share a kv
-// head are "queries" of it alike: query i of a row is head i % group of token i / group.
+// [kv_head][token][dim] at layer_offset, its values right behind. Where they are stored as int8, each
+// head's [token][dim] is followed by float32 scales [token]. The query heads that share a kv head
+// are "queries" of it alike: query i of a row is head i % group of token i / group.
 #pragma once
 
 #include <cmath>
 #include <memory>
+#include <type_traits>
 #include <vector>
 
 #include "common.h"
 
 namespace penstock {
+
+typedef int8_t VecI8 __attribute__((vector_size(kLanes)));
+
+inline Vec load(const int8_t* p) {
+    VecI8 narrow;
+    std::memcpy(&narrow, p, sizeof narrow);
+    return __builtin_convertvector(__builtin_convertvector(narrow, VecI32), Vec);
+}
 
 // The queries at positions [start, start + num_tokens) of the sequence whose KV begins at `base`;
 // they stand at `first` in the flat token axis of q, k, v and out.
@@ -67,18 +77,30 @@ struct Call {
     int64_t num_heads, num_kv_heads, head_dim, block_tokens;
     int64_t sliding_window;  // 0: none
     int64_t is_bf16;         // q, k, v and out; else float32
+    int64_t kv_is_int8, kv_is_bf16;  // as what keys and values are stored; else float32
     float scale;
 };
 
-// The keys [token][dim] of one block, layer and head; the values are `values_offset` further on.
-template <typename T> inline T* keys_of(const Call& call, const Row& row, int64_t block, int64_t head) {
-    char* at = reinterpret_cast<char*>(row.base) + block * call.block_stride_bytes +
-               call.layer_offset_bytes;
-    return reinterpret_cast<T*>(at) + head * call.block_tokens * call.head_dim;
+// One kv head's keys or values of a block, scales included, in elements of what is stored.
+template <typename S> inline int64_t head_size(const Call& call) {
+    const int64_t scale_bytes = std::is_same<S, int8_t>::value ? sizeof(float) : 0;
+    return call.block_tokens * (call.head_dim + scale_bytes);
 }
 
-inline int64_t values_offset(const Call& call) {
-    return call.num_kv_heads * call.block_tokens * call.head_dim;
+// The keys [token][dim] of one block, layer and head; the values are `values_offset` further on.
+template <typename S> inline S* keys_of(const Call& call, const Row& row, int64_t block, int64_t head) {
+    char* at = reinterpret_cast<char*>(row.base) + block * call.block_stride_bytes +
+               call.layer_offset_bytes;
+    return reinterpret_cast<S*>(at) + head * head_size<S>(call);
+}
+
+template <typename S> inline int64_t values_offset(const Call& call) {
+    return call.num_kv_heads * head_size<S>(call);
+}
+
+// The scales [token] of a head's keys or values.
+inline float* scales_of(const Call& call, const int8_t* head) {
+    return reinterpret_cast<float*>(const_cast<int8_t*>(head) + call.block_tokens * call.head_dim);
 }
 
 inline int64_t group_of(const Call& call) { return call.num_heads / call.num_kv_heads; }
@@ -92,20 +114,45 @@ inline T* query_at(const Call& call, T* base, int64_t token_stride, const Row& r
            (head * group + i % group) * call.head_dim;
 }
 
-// Stores keys and values at positions [first, end) of heads [head, end_head).
+// Stores one token's `dim` values at token `i` of a head's [token][dim].
+template <typename T, typename S>
+inline void store_token(const Call&, S* head, int64_t i, const T* from, int64_t dim) {
+    for (int64_t d = 0; d < dim; d += kLanes) store(head + i * dim + d, load(from + d));
+}
+
+// In int8, the largest of them as 127 or -127.
 template <typename T>
+inline void store_token(const Call& call, int8_t* head, int64_t i, const T* from, int64_t dim) {
+    Vec most{};
+    for (int64_t d = 0; d < dim; d += kLanes) {
+        const Vec x = load(from + d), size = x < 0 ? -x : x;
+        most = size > most ? size : most;
+    }
+    const float largest = max(most);
+    const float factor = largest > 0 ? 127.0f / largest : 0.0f;
+    const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+    for (int64_t d = 0; d < dim; d += kLanes) {
+        const Vec rounded = load(from + d) * factor + magic;
+        const VecI8 out = __builtin_convertvector((VecI32)rounded - (VecI32)magic, VecI8);
+        std::memcpy(head + i * dim + d, &out, sizeof out);
+    }
+    scales_of(call, head)[i] = largest / 127.0f;
+}
+
+// Stores keys and values at positions [first, end) of heads [head, end_head).
+template <typename T, typename S>
 void store_kv(const Call& call, const Row& row, int64_t head, int64_t end_head, int64_t first,
               int64_t end) {
     const int64_t dim = call.head_dim;
     for (int64_t position = first; position < end; position++) {
         const int64_t token = row.first + position - row.start;
+        const int64_t block = position / call.block_tokens, i = position % call.block_tokens;
         const T* k = static_cast<const T*>(call.k) + token * call.k_token_stride;
         const T* v = static_cast<const T*>(call.v) + token * call.v_token_stride;
         for (int64_t h = head; h < end_head; h++) {
-            T* to = keys_of<T>(call, row, position / call.block_tokens, h) +
-                    position % call.block_tokens * dim;
-            std::memcpy(to, k + h * dim, dim * sizeof(T));
-            std::memcpy(to + values_offset(call), v + h * dim, dim * sizeof(T));
+            S* keys = keys_of<S>(call, row, block, h);
+            store_token(call, keys, i, k + h * dim, dim);
+            store_token(call, keys + values_offset<S>(call), i, v + h * dim, dim);
         }
     }
 }

@@ -15,8 +15,8 @@ namespace penstock {
 constexpr int kFoldTokens = kLanes;  // keys handled at a time: one vector of scores
 constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
 
-// One query of head_dim = NV * kLanes and what it has gathered so far.
-template <typename T, int NV, bool Paired> struct Gathered {
+// One query of head_dim = NV * kLanes over keys and values of S, and what it has gathered so far.
+template <typename T, typename S, int NV, bool Paired> struct Gathered {
     Vec q[NV], acc[NV];
 
     void start(const T* query) {
@@ -26,13 +26,13 @@ template <typename T, int NV, bool Paired> struct Gathered {
         }
     }
     // Products with a key, still to be summed over the lanes.
-    Vec products(const T* key) const {
+    Vec products(const S* key) const {
         Vec out = q[0] * load(key);
         for (int i = 1; i < NV; i++) out += q[i] * load(key + i * kLanes);
         return out;
     }
     // Two tokens' values by their weights.
-    void add(const T* value, float weight, const T* next_value, float next_weight) {
+    void add(const S* value, float weight, const S* next_value, float next_weight) {
         for (int i = 0; i < NV; i++)
             acc[i] += load(value + i * kLanes) * weight + load(next_value + i * kLanes) * next_weight;
     }
@@ -44,11 +44,15 @@ template <typename T, int NV, bool Paired> struct Gathered {
 #ifdef __AVX512BF16__
 // The same with products of bfloat16 pairs: along the dimension for keys, across two tokens for
 // values. Interleaving two values leaves each accumulator with every other run of four dimensions.
-template <int NV> struct Gathered<BFloat16, NV, true> {
+// An int8 is a bfloat16 without rounding.
+template <typename S, int NV> struct Gathered<BFloat16, S, NV, true> {
     __m512bh q[NV / 2];
     Vec acc[NV];
 
     static __m512i read(const BFloat16* p) { return _mm512_loadu_si512(p); }
+    static __m512i read(const int8_t* p) {
+        return (__m512i)_mm512_cvtne2ps_pbh((__m512)load(p + kLanes), (__m512)load(p));
+    }
     static Vec dot(Vec acc, __m512i a, __m512bh b) {
         return (Vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, b);
     }
@@ -56,13 +60,13 @@ template <int NV> struct Gathered<BFloat16, NV, true> {
         for (int i = 0; i < NV / 2; i++) q[i] = (__m512bh)read(query + i * 32);
         for (int i = 0; i < NV; i++) acc[i] = Vec{};
     }
-    Vec products(const BFloat16* key) const {
+    Vec products(const S* key) const {
         Vec even{}, odd{};
         for (int i = 0; i < NV / 2; i += 2) even = dot(even, read(key + i * 32), q[i]);
         for (int i = 1; i < NV / 2; i += 2) odd = dot(odd, read(key + i * 32), q[i]);
         return even + odd;
     }
-    void add(const BFloat16* value, float weight, const BFloat16* next_value, float next_weight) {
+    void add(const S* value, float weight, const S* next_value, float next_weight) {
         const uint32_t low = from_float<BFloat16>(weight).bits;
         const uint32_t high = from_float<BFloat16>(next_weight).bits;
         const __m512bh weights = (__m512bh)_mm512_set1_epi32(int(low | high << 16));
@@ -80,8 +84,8 @@ template <int NV> struct Gathered<BFloat16, NV, true> {
 };
 #endif
 
-template <typename T, int NV> struct Query {
-    Gathered<T, NV, sizeof(T) == 2 && NV % 2 == 0> gathered;
+template <typename T, typename S, int NV> struct Query {
+    Gathered<T, S, NV, sizeof(T) == 2 && NV % 2 == 0> gathered;
     Vec total;  // sums of weights, lane by lane
     float top;
     int64_t first_key, last_key;  // what it may see
@@ -103,11 +107,11 @@ template <int Num> struct Scores {
 
 // The scores of Num queries with Count keys from `first` on (in the first lanes when complete).
 // Keys past the last one are read as the last one: `fold` hides them.
-template <int Count, int Num, typename T, int NV>
-inline Scores<Num> raw_scores(const Query<T, NV>* queries, const T* keys, int first, int last) {
+template <int Count, int Num, typename T, typename S, int NV>
+inline Scores<Num> raw_scores(const Query<T, S, NV>* queries, const S* keys, int first, int last) {
     Scores<Num> out;
     if constexpr (Count == 1) {
-        const T* key = keys + std::min(first, last) * NV * kLanes;
+        const S* key = keys + std::min(first, last) * NV * kLanes;
         for (int i = 0; i < Num; i++) out.of[i] = queries[i].gathered.products(key);
     } else {
         const auto a = raw_scores<Count / 2, Num>(queries, keys, first, last);
@@ -117,21 +121,49 @@ inline Scores<Num> raw_scores(const Query<T, NV>* queries, const T* keys, int fi
     return out;
 }
 
-// Folds keys [first, first + count), count <= kFoldTokens and all in one block, into Num queries.
-template <int Num, typename T, int NV>
-inline void fold(Query<T, NV>* queries, const T* keys, const T* values, int64_t first, int count,
-                 float scale) {
-    const auto raw = raw_scores<kFoldTokens, Num>(queries, keys, 0, count - 1);
+// A stretch of keys of one head that lie side by side, and their values.
+template <typename S> struct Run {
+    const S *keys, *values;
+    Vec key_scales, value_scales;  // of int8
+    int64_t first;  // position
+    int count;      // at most kFoldTokens
+};
+
+template <typename S>
+inline Run<S> run_at(const Call& call, const Row& row, int64_t head, int64_t first, int64_t end) {
+    const int64_t block = first / call.block_tokens, offset = first % call.block_tokens;
+    const S* keys = keys_of<S>(call, row, block, head);
+    const S* values = keys + values_offset<S>(call);
+    Run<S> run;
+    run.keys = keys + offset * call.head_dim;
+    run.values = values + offset * call.head_dim;
+    run.first = first;
+    run.count = int(std::min<int64_t>({kFoldTokens, call.block_tokens - offset, end - first}));
+    if constexpr (std::is_same<S, int8_t>::value) {
+        run.key_scales = run.value_scales = Vec{};
+        std::memcpy(&run.key_scales, scales_of(call, keys) + offset, run.count * sizeof(float));
+        std::memcpy(&run.value_scales, scales_of(call, values) + offset, run.count * sizeof(float));
+    }
+    return run;
+}
+
+// Folds a run into Num queries.
+template <int Num, typename T, typename S, int NV>
+inline void fold(Query<T, S, NV>* queries, const Run<S>& run, float scale) {
+    constexpr bool kScaled = std::is_same<S, int8_t>::value;
+    const auto raw = raw_scores<kFoldTokens, Num>(queries, run.keys, 0, run.count - 1);
     float weights[Num][kFoldTokens];
     VecI32 lane;
     for (int i = 0; i < kLanes; i++) lane[i] = i;
     for (int i = 0; i < Num; i++) {
-        Query<T, NV>& query = queries[i];
-        const int end = int(std::min<int64_t>(count, query.last_key + 1 - first));
-        const int begin = int(std::max<int64_t>(0, query.first_key - first));
+        Query<T, S, NV>& query = queries[i];
+        const int end = int(std::min<int64_t>(run.count, query.last_key + 1 - run.first));
+        const int begin = int(std::max<int64_t>(0, query.first_key - run.first));
         const VecI32 visible = (lane >= begin) & (lane < end);
-        const Vec scores = visible ? raw.of[i] * scale : splat(kMinusInf);
-        const float top = std::max(query.top, max(scores));
+        Vec score = raw.of[i] * scale;
+        if (kScaled) score *= run.key_scales;
+        score = visible ? score : splat(kMinusInf);
+        const float top = std::max(query.top, max(score));
         if (top > query.top) {
             const float keep = std::exp(query.top - top);
             for (int j = 0; j < NV; j++) query.gathered.acc[j] *= keep;
@@ -139,13 +171,13 @@ inline void fold(Query<T, NV>* queries, const T* keys, const T* values, int64_t 
             query.top = top;
         }
         // Nothing visible yet: the difference of two infinities is not a number, so pick 0 by hand.
-        const Vec found = visible ? exp(scores - top) : Vec{};
+        const Vec found = visible ? exp(score - top) : Vec{};
         query.total += found;
-        store(weights[i], found);
+        store(weights[i], kScaled ? found * run.value_scales : found);
     }
-    for (int t = 0; t < count; t += 2) {
-        const T* value = values + t * NV * kLanes;
-        const T* next = t + 1 < count ? value + NV * kLanes : value;
+    for (int t = 0; t < run.count; t += 2) {
+        const S* value = run.values + t * NV * kLanes;
+        const S* next = t + 1 < run.count ? value + NV * kLanes : value;
         for (int i = 0; i < Num; i++)
             queries[i].gathered.add(value, weights[i][t], next, weights[i][t + 1]);
     }
@@ -153,37 +185,36 @@ inline void fold(Query<T, NV>* queries, const T* keys, const T* values, int64_t 
 
 // Asks for what the next step reads. The processor's own prefetching stops at a page's end, and a
 // block's keys of one head are a page: without this, memory's latency is paid for every block.
-template <typename T> inline void prefetch(const T* from, int64_t count) {
+template <typename S> inline void prefetch(const S* from, int64_t count) {
     const char* at = reinterpret_cast<const char*>(from);
-    for (int64_t i = 0; i < count * int64_t(sizeof(T)); i += 64) __builtin_prefetch(at + i, 0, 2);
+    for (int64_t i = 0; i < count * int64_t(sizeof(S)); i += 64) __builtin_prefetch(at + i, 0, 2);
 }
 
 constexpr int kQueries = 8;  // queries that share one pass over the keys
 
-template <typename T, int NV>
-inline void fold_all(Query<T, NV>* queries, int num, const T* keys, const T* values, int64_t first,
-                     int count, float scale) {
+template <typename T, typename S, int NV>
+inline void fold_all(Query<T, S, NV>* queries, int num, const Run<S>& run, float scale) {
     int i = 0;
-    for (; i + 2 <= num; i += 2) fold<2>(queries + i, keys, values, first, count, scale);
-    if (i < num) fold<1>(queries + i, keys, values, first, count, scale);
+    for (; i + 2 <= num; i += 2) fold<2>(queries + i, run, scale);
+    if (i < num) fold<1>(queries + i, run, scale);
 }
 
-template <typename T, int NV>
-void write_query(const Query<T, NV>& query, float* to) {
+template <typename T, typename S, int NV>
+void write_query(const Query<T, S, NV>& query, float* to) {
     to[0] = query.top;
     to[1] = sum(query.total);
     query.gathered.write(to + 2);
 }
 
 // The queries of one kv head over the item's keys; results go to `partial` or to the output.
-template <typename T, int NV>
+template <typename T, typename S, int NV>
 void attend_head(const Call& call, const Row& row, const Item& item, int64_t head, float* partial) {
     const int64_t group = group_of(call), num_queries = row.num_tokens * group;
-    Query<T, NV> queries[kQueries];
+    Query<T, S, NV> queries[kQueries];
     for (int64_t done = 0; done < num_queries; done += kQueries) {
         const int num = int(std::min<int64_t>(kQueries, num_queries - done));
         for (int i = 0; i < num; i++) {
-            Query<T, NV>& query = queries[i];
+            Query<T, S, NV>& query = queries[i];
             query.gathered.start(query_at(call, static_cast<const T*>(call.q), call.q_token_stride,
                                           row, head, done + i));
             query.total = Vec{};
@@ -192,19 +223,15 @@ void attend_head(const Call& call, const Row& row, const Item& item, int64_t hea
             query.first_key = call.sliding_window ? query.last_key - call.sliding_window + 1 : 0;
         }
         for (int64_t key = item.first; key < item.end;) {
-            const int64_t block = key / call.block_tokens, offset = key % call.block_tokens;
-            const int count = int(
-                std::min<int64_t>({kFoldTokens, call.block_tokens - offset, item.end - key}));
-            const T* keys = keys_of<T>(call, row, block, head) + offset * NV * kLanes;
-            const int64_t next = key + count;
-            if (next < item.end) {
-                const T* next_keys = keys_of<T>(call, row, next / call.block_tokens, head) +
-                                     next % call.block_tokens * NV * kLanes;
-                prefetch(next_keys, kFoldTokens * NV * kLanes);
-                prefetch(next_keys + values_offset(call), kFoldTokens * NV * kLanes);
+            const Run<S> run = run_at<S>(call, row, head, key, item.end);
+            key += run.count;
+            if (key < item.end) {
+                const S* next = keys_of<S>(call, row, key / call.block_tokens, head) +
+                                key % call.block_tokens * NV * kLanes;
+                prefetch(next, kFoldTokens * NV * kLanes);
+                prefetch(next + values_offset<S>(call), kFoldTokens * NV * kLanes);
             }
-            fold_all(queries, num, keys, keys + values_offset(call), key, count, call.scale);
-            key = next;
+            fold_all(queries, num, run, call.scale);
         }
         for (int i = 0; i < num; i++) {
             if (partial != nullptr) {
@@ -220,15 +247,15 @@ void attend_head(const Call& call, const Row& row, const Item& item, int64_t hea
     }
 }
 
-template <typename T, int NV>
+template <typename T, typename S, int NV>
 void attend_item(const Call& call, const Plan& plan, const Item& item) {
     const Row& row = plan.rows[item.row];
     const int64_t num_queries = row.num_tokens * group_of(call);
-    store_kv<T>(call, row, item.head, item.end_head, std::max(item.first, row.start), item.end);
+    store_kv<T, S>(call, row, item.head, item.end_head, std::max(item.first, row.start), item.end);
     for (int64_t head = item.head; head < item.end_head; head++) {
         const int64_t at = item.partial + (head - item.head) * num_queries;
         float* partial = item.partial < 0 ? nullptr : plan.partials.get() + at * (2 + NV * kLanes);
-        attend_head<T, NV>(call, row, item, head, partial);
+        attend_head<T, S, NV>(call, row, item, head, partial);
     }
 }
 

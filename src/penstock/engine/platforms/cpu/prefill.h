@@ -85,6 +85,7 @@ template <typename T> struct Tile {
     alignas(64) Element weights[kTileKeys / kPair][kTileQueries];
     alignas(64) float out[kMaxDim][kTileQueries];
     const Element* key_rows[kTileKeys];
+    float key_scales[kTileKeys], value_scales[kTileKeys];  // of int8
 };
 
 // kLanes x kLanes values, in place: log2(kLanes) rounds that swap blocks across the diagonal.
@@ -155,20 +156,26 @@ void start_tile(const Call& call, const Row& row, int64_t head, int64_t first, T
 
 // Finds keys [first, first + count) and copies their values, re-ordered, up to `padded`: what lies
 // behind the last key may hold anything, so its values become 0 and its scores will be masked.
-template <typename T, typename Stored>
+template <typename T, typename S>
 void load_keys(const Call& call, const Row& row, int64_t head, int64_t first, int count, int padded,
                Tile<T>& tile) {
     typedef Product<T> P;
     constexpr int kPair = P::kPair;
     const int64_t dim = tile.dim;
-    static const Stored zeros[kMaxDim] = {};
-    const Stored* values[kTileKeys];
+    static const S zeros[kMaxDim] = {};
+    const S* values[kTileKeys];
     for (int i = 0; i < padded; i++) {
         const int64_t position = first + i, block = position / call.block_tokens;
-        const Stored* key = keys_of<Stored>(call, row, block, head) +
-                            position % call.block_tokens * dim;
-        values[i] = i < count ? key + values_offset(call) : zeros;
-        if constexpr (P::kInPlace && std::is_same<T, Stored>::value) {
+        const S* keys = keys_of<S>(call, row, block, head);
+        const S* key = keys + position % call.block_tokens * dim;
+        values[i] = i < count ? key + values_offset<S>(call) : zeros;
+        if constexpr (std::is_same<S, int8_t>::value) {
+            const int64_t at = position % call.block_tokens;
+            tile.key_scales[i] = scales_of(call, keys)[at];
+            tile.value_scales[i] =
+                i < count ? scales_of(call, keys + values_offset<S>(call))[at] : 0.0f;
+        }
+        if constexpr (P::kInPlace && std::is_same<T, S>::value) {
             tile.key_rows[i] = reinterpret_cast<const typename P::Element*>(key);
         } else {
             typename P::Element* to = tile.keys + i * dim / kPair;
@@ -203,30 +210,32 @@ inline void multiply(Vec (&acc)[kRows][kTileVecs], const typename Product<T>::El
 
 // Asks for keys [first, first + kRows) and their values, which the next round of the tile reads: the
 // processor's own prefetching ends with the page, and a block's keys of one head are a page.
-template <typename Stored>
+template <typename S>
 inline void prefetch_keys(const Call& call, const Row& row, int64_t head, int64_t first,
                           int64_t end) {
     if (first >= end) return;
-    const Stored* at = keys_of<Stored>(call, row, first / call.block_tokens, head) +
-                       first % call.block_tokens * call.head_dim;
+    const S* at = keys_of<S>(call, row, first / call.block_tokens, head) +
+                  first % call.block_tokens * call.head_dim;
     const char* keys = reinterpret_cast<const char*>(at);
-    const char* values = reinterpret_cast<const char*>(at + values_offset(call));
-    for (int64_t i = 0; i < kRows * call.head_dim * int64_t(sizeof(Stored)); i += 64) {
+    const char* values = reinterpret_cast<const char*>(at + values_offset<S>(call));
+    for (int64_t i = 0; i < kRows * call.head_dim * int64_t(sizeof(S)); i += 64) {
         __builtin_prefetch(keys + i, 0, 2);
         __builtin_prefetch(values + i, 0, 2);
     }
 }
 
-template <typename T, typename Stored>
+template <typename T, typename S>
 void score(const Call& call, const Row& row, int64_t head, int64_t next, int64_t end, int padded,
            Tile<T>& tile) {
     for (int key = 0; key < padded; key += kRows) {
-        prefetch_keys<Stored>(call, row, head, next + key, end);
+        prefetch_keys<S>(call, row, head, next + key, end);
         Vec acc[kRows][kTileVecs] = {};
         multiply<T>(acc, tile.key_rows + key, 1, tile.queries, tile.dim / Tile<T>::kPair);
         for (int r = 0; r < kRows; r++)
-            for (int v = 0; v < kTileVecs; v++)
+            for (int v = 0; v < kTileVecs; v++) {
+                if (std::is_same<S, int8_t>::value) acc[r][v] *= tile.key_scales[key + r];
                 store(tile.scores[key + r] + v * kLanes, acc[r][v]);
+            }
     }
 }
 
@@ -250,7 +259,7 @@ template <typename T> void mask(const Call& call, Tile<T>& tile, int64_t first, 
 }
 
 // Turns scores into weights relative to the new maximum, and notes by what the old ones shrink.
-template <typename T> void soften(const Call& call, Tile<T>& tile, int padded) {
+template <typename T, typename S> void soften(const Call& call, Tile<T>& tile, int padded) {
     constexpr int kPair = Tile<T>::kPair;
     const float factor = call.scale * kLog2E;
     for (int v = 0; v < kTileVecs; v++) {
@@ -269,6 +278,7 @@ template <typename T> void soften(const Call& call, Tile<T>& tile, int padded) {
             for (int i = 0; i < kPair; i++) {
                 weights[i] = exp2(load(tile.scores[key + i] + v * kLanes) * factor - top);
                 total += weights[i];
+                if (std::is_same<S, int8_t>::value) weights[i] *= tile.value_scales[key + i];
             }
             Product<T>::write_weights(tile.weights[key / kPair] + v * kLanes, weights);
         }
@@ -308,7 +318,7 @@ void finish_tile(const Call& call, const Row& row, int64_t head, int64_t first, 
     }
 }
 
-template <typename T, typename Stored>
+template <typename T, typename S>
 void attend_tile(const Call& call, const Plan& plan, const TileOf& which) {
     static thread_local Tile<T> own_tile;
     Tile<T>* found = &own_tile;
@@ -323,10 +333,10 @@ void attend_tile(const Call& call, const Plan& plan, const TileOf& which) {
     for (key = key / kTileKeys * kTileKeys; key < end; key += kTileKeys) {
         const int count = int(std::min<int64_t>(kTileKeys, end - key));
         const int padded = (count + kRows - 1) / kRows * kRows;
-        load_keys<T, Stored>(call, row, head, key, count, padded, tile);
-        score<T, Stored>(call, row, head, key + kTileKeys, end, padded, tile);
+        load_keys<T, S>(call, row, head, key, count, padded, tile);
+        score<T, S>(call, row, head, key + kTileKeys, end, padded, tile);
         if (window || key + padded - 1 > tile.first_position) mask(call, tile, key, padded);
-        soften(call, tile, padded);
+        soften<T, S>(call, tile, padded);
         weigh_values(tile, padded);
     }
     finish_tile(call, row, head, first_query, tile);
