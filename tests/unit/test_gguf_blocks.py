@@ -15,9 +15,14 @@ import torch
 from tests.helpers.checkpoints import make_checkpoint
 from tests.helpers.gguf_files import encode, q4_k_m, write_gguf
 
+from penstock.checkpoint import resolve
+from penstock.engine.loading.sources import FromCheckpoint
+from penstock.engine.loading.tensors import CheckpointTensors
+from penstock.engine.platforms.base import Platform
 from penstock.engine.quantization.formats.base import FewBits, Stored
 from penstock.engine.quantization.formats.gguf import GgufFormat
 from penstock.engine.quantization.formats.gguf_blocks import AFFINE
+from penstock.engine.quantization.select import quantization_of
 from penstock.engine.quantization.weight import QuantizedWeight, stack
 from penstock.gguf.types import TYPES
 
@@ -82,16 +87,22 @@ def test_types_beside_each_other_keep_their_values(kinds: tuple[str, ...]) -> No
     torch.testing.assert_close(whole.dequantize(), expected, rtol=0, atol=1e-5)
     assert whole.bits == max(part.bits for part in parts)
 
-    def meta(part: QuantizedWeight) -> QuantizedWeight:
-        tables = (part.codes_NK, part.scales_NG, part.offsets_NG)
-        codes, scales, offsets = (None if t is None else t.to("meta") for t in tables)
-        assert codes is not None and scales is not None
-        return QuantizedWeight(part.bits, part.group_size, codes, scales, offsets)
-
-    declared = stack([meta(part) for part in parts])
+    declared = stack([part.to(torch.device("meta")) for part in parts])
     assert declared is not None and declared.shape == whole.shape
     assert declared.scales_NG.shape == whole.scales_NG.shape
     assert (declared.offsets_NG is None) == (whole.offsets_NG is None)
+
+
+def test_weights_are_decoded_on_the_cpu_and_go_to_the_device(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "hf", "llama")
+    checkpoint = resolve(str(write_gguf(folder, tmp_path / "m.gguf", "Q4_1")))
+    with CheckpointTensors(checkpoint) as tensors:
+        weights = FromCheckpoint(
+            Platform("meta"), torch.float32, tensors, 1, None, quantization_of(checkpoint)
+        )
+        found = weights.read_quantized("model.layers.0.mlp.up_proj", 96, 64)
+    assert found is not None and found.offsets_NG is not None
+    assert {t.device.type for t in (found.codes_NK, found.scales_NG, found.offsets_NG)} == {"meta"}
 
 
 def test_groups_with_too_little_in_common_are_not_stacked() -> None:

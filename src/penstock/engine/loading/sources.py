@@ -139,7 +139,8 @@ class FromCheckpoint(_Modules):
         self._progress = progress
 
     def _few_bits(self, module: str, layout: FewBits) -> QuantizedWeight:
-        return layout.decode(self._raw(module, layout.tensors))
+        # Files are read and decoded on the CPU, wherever the model is going to be.
+        return layout.decode(self._raw(module, layout.tensors)).to(self.platform.device)
 
     def _fill_module(self, module: str, layout: Layout, out: torch.Tensor) -> None:
         raw = self._raw(module, layout.tensors)

@@ -66,6 +66,19 @@ class QuantizedWeight:
             return torch.empty_like(self.scales_NG)
         return self.scales_NG * -float(1 << (self.bits - 1))
 
+    def to(self, device: torch.device) -> QuantizedWeight:
+        """On `device`; itself if it is there already."""
+        if self.codes_NK.device == device:
+            return self
+        return QuantizedWeight(
+            self.bits,
+            self.group_size,
+            self.codes_NK.to(device),
+            self.scales_NG.to(device),
+            None if self.offsets_NG is None else self.offsets_NG.to(device),
+            None if self.input_order_K is None else self.input_order_K.to(device),
+        )
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """[N, K] in `dtype`, the columns in the order of the inputs. Computed in float32, a few
         rows at a time: there is never a whole copy in float32 beside the result."""
