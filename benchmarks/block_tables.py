@@ -2,25 +2,31 @@
 
     python -m benchmarks.block_tables [--threads 2] [--rounds 15] [--pool-gib 1]
 
-The kernels are compiled a second time with one line of attention.h changed: instead of computing a
-block's address (base + block * stride) it reads it from a table. That is the table in its cheapest
-form, whole addresses instead of numbers of blocks. Both variants read the same physical blocks, in
-the same scattered order, layer by layer through a step of Qwen3-0.6B's dimensions; they take turns,
-and what counts is the ratio within a round. A third one looks up addresses of the mapped range:
-what it costs over the first is the look-up, and what the second costs over it is the translation of
-scattered addresses (TLB, page walks). Mapping is measured apart: each sequence needs one new block
-every 16 steps, so a step of n sequences owes n / 16 maps where nothing is mapped ahead.
+The kernels are compiled twice, the second time with one line of attention.h changed: instead of
+computing a block's address (base + block * stride) it reads it from a table. That is the table in
+its cheapest form, whole addresses instead of numbers of blocks. Both variants read the same physical
+blocks, in the same scattered order, layer by layer through a step of Qwen3-0.6B's dimensions; they
+take turns, and what counts is the ratio within a round. A third one looks up addresses of the mapped
+range: what it costs over the first is the look-up, and what the second costs over it is the
+translation of scattered addresses (TLB, page walks). Mapping is measured apart: each sequence needs
+one new block every 16 steps, so a step of n sequences owes n / 16 maps where nothing is mapped
+ahead.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
+import os
+import re
 import shutil
 import statistics
+import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -59,19 +65,37 @@ class Tables:
         return int(self._table_SN[slot].ctypes.data)
 
 
-def build_with_tables(folder: Path) -> Ops:
-    """The same sources, the address read from a table. Kept with the other kernels."""
-    original = kernels._HERE
-    for name in (*kernels._SOURCES, *kernels._HEADERS):
-        shutil.copy(original / name, folder / name)
-    header = (folder / "attention.h").read_text()
-    assert header.count(_ADDRESS) == 1, "attention.h finds blocks in another way: change this too"
-    (folder / "attention.h").write_text(header.replace(_ADDRESS, _FROM_TABLE))
-    kernels._HERE = folder
-    try:
-        return Ops(kernels.open_library(kernels.build()))
-    finally:
-        kernels._HERE = original
+def build(folder: Path, *, with_tables: bool) -> Ops:
+    """The attention kernels, of this head_dim alone to save time; at will with the address read
+    from a table."""
+    folder.mkdir()
+    for file in kernels._HERE.glob("*.h"):
+        shutil.copy(file, folder / file.name)
+    if with_tables:
+        header = (folder / "attention.h").read_text()
+        assert header.count(_ADDRESS) == 1, "attention.h finds blocks in another way: change this"
+        (folder / "attention.h").write_text(header.replace(_ADDRESS, _FROM_TABLE))
+    other_dims = rf"\n +case (?!{DIM}:)\d+: return attend<.*"
+    source, count = re.subn(other_dims, "", (kernels._HERE / "attention.cpp").read_text())
+    assert count and f"case {DIM}:" in source
+    (folder / "attention.cpp").write_text(source)
+    shutil.copy(kernels._HERE / "ops.cpp", folder)
+    library = folder / "attention.so"
+    subprocess.run(
+        [
+            *(os.environ.get("CXX", "g++"), *kernels._FLAGS, "-march=native", "-shared"),
+            *(str(folder / "attention.cpp"), str(folder / "ops.cpp")),
+            *(*kernels._openmp(), "-o", str(library)),
+        ],
+        check=True,
+    )
+    loaded = ctypes.CDLL(str(library))
+    pointer, count_type = ctypes.c_void_p, ctypes.c_int64
+    loaded.penstock_run.argtypes = [pointer, pointer, ctypes.c_int]
+    loaded.penstock_plan_new.restype = pointer
+    loaded.penstock_plan_free.argtypes = [pointer]
+    loaded.penstock_plan.argtypes = [pointer] * 3 + [count_type] * 2
+    return Ops(loaded)
 
 
 def scattered(
@@ -84,7 +108,7 @@ def scattered(
 
 
 def compare(
-    num_sequences: int, context: int, pool_blocks: int, table_ops: Ops, rounds: int
+    num_sequences: int, context: int, pool_blocks: int, ops: tuple[Ops, Ops], rounds: int
 ) -> None:
     layout = kv_layout(LAYERS, KV_HEADS, DIM, "bfloat16")
     num_blocks = context // BLOCK
@@ -104,7 +128,8 @@ def compare(
     bases_S1 = np.array([[memory.base(slot)] for slot in range(num_sequences)])
     in_order = np.broadcast_to(np.arange(num_blocks), blocks_SN.shape)
     of_ranges: Any = Tables(memory, in_order, bases_S1)
-    mapped = NativeCpuAttention(SHAPE, memory)
+    plain_ops, table_ops = ops
+    mapped = NativeCpuAttention(SHAPE, memory, plain_ops)
     tabled = NativeCpuAttention(SHAPE, of_pool, table_ops)
     looked_up = NativeCpuAttention(SHAPE, of_ranges, table_ops)
     backends = [mapped, tabled, looked_up]
@@ -170,9 +195,12 @@ def main() -> None:
     stride = kv_layout(LAYERS, KV_HEADS, DIM, "bfloat16").block_bytes
     pool_blocks = int(options.pool_gib * (1 << 30)) // stride
     with tempfile.TemporaryDirectory() as folder:
-        table_ops = build_with_tables(Path(folder))
+        with ThreadPoolExecutor(2) as pool:
+            plain = pool.submit(build, Path(folder) / "plain", with_tables=False)
+            tables = pool.submit(build, Path(folder) / "tables", with_tables=True)
+        ops = plain.result(), tables.result()
         for num_sequences, context in shapes(options.contexts, options.sequences):
-            compare(num_sequences, context, pool_blocks, table_ops, options.rounds)
+            compare(num_sequences, context, pool_blocks, ops, options.rounds)
 
 
 if __name__ == "__main__":
