@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import gguf
@@ -25,14 +26,16 @@ from penstock.engine.quantization.formats.gguf_blocks import AFFINE
 from penstock.engine.quantization.select import quantization_of
 from penstock.engine.quantization.weight import QuantizedWeight, stack
 from penstock.gguf.types import TYPES
+from penstock.protocol.errors import CheckpointError
 
+TYPES_BY_NAME = {kind.name: kind for kind in TYPES.values()}
 BLOCK_BYTES = {kind.name: kind.block_bytes for kind in TYPES.values()}
 
 
 def decoded(kind: str, raw: np.ndarray, columns: int) -> QuantizedWeight:
     """As the loader does it: layout, then decode."""
     found = Stored((len(raw), columns), frozenset({kind}))
-    layout = GgufFormat(gguf_types(kind)).layout("m", len(raw), columns, lambda name: found)
+    layout = GgufFormat(Counter({kind: 1})).layout("m", len(raw), columns, lambda name: found)
     assert isinstance(layout, FewBits)
     weight = layout.decode({"weight": torch.from_numpy(raw)})
     declared = layout.declared
@@ -40,10 +43,6 @@ def decoded(kind: str, raw: np.ndarray, columns: int) -> QuantizedWeight:
     assert (declared.bits, declared.group_size) == (weight.bits, weight.group_size)
     assert (declared.offsets_NG is None) == (weight.offsets_NG is None)
     return weight
-
-
-def gguf_types(kind: str) -> dict[str, int]:  # what the metadata count; not looked at here
-    return {kind: 1}
 
 
 def blocks(kind: str, rows: int, blocks_per_row: int, seed: int) -> np.ndarray:
@@ -69,6 +68,18 @@ def test_values_are_those_of_the_package(kind: str) -> None:
     found = weight.dequantize().numpy()
     assert (np.abs(found - expected) <= largest * 1e-5).all()
     assert int(weight.codes_NK.max()) < 1 << weight.bits
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_1", "Q4_K"])
+def test_scales_that_are_not_finite_are_damage(kind: str) -> None:
+    raw = blocks(kind, rows=4, blocks_per_row=2, seed=1)
+    for start in (0, 2) if kind != "Q8_0" else (0,):
+        broken = raw.copy()
+        broken[2, start : start + 2] = np.array([np.inf], np.float16).view(np.uint8)
+        if kind == "Q4_K":  # 0 x inf is nan, and anything else inf
+            broken[2, 4:16] = 0
+        with pytest.raises(CheckpointError, match="m: its scales are not all finite"):
+            decoded(kind, broken, 2 * TYPES_BY_NAME[kind].block_values)
 
 
 @pytest.mark.parametrize("kinds", [("Q4_K", "Q4_K", "Q6_K"), ("Q4_0", "Q8_0"), ("Q6_K", "Q5_0"),

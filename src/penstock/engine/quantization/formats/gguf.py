@@ -21,6 +21,7 @@ from penstock.engine.quantization.formats.base import (
     Layout,
     Raw,
     Stored,
+    require,
 )
 from penstock.engine.quantization.formats.gguf_blocks import AFFINE, Affine
 from penstock.engine.quantization.weight import QuantizedWeight, row_slices
@@ -51,7 +52,9 @@ class GgufFormat(Format):
         if kind in AFFINE:
             affine = AFFINE[kind]
             declared = _empty(rows, columns, affine, "meta")
-            return FewBits(tensors, declared, lambda raw: _decode(raw["weight"], kind, columns))
+            return FewBits(
+                tensors, declared, lambda raw: _decode(module, raw["weight"], kind, columns)
+            )
         dequantize = _of_package(kind, module)
         return Floats(tensors, lambda raw, out_NK: _fill(raw, out_NK, dequantize))
 
@@ -72,7 +75,7 @@ def _empty(rows: int, columns: int, affine: Affine, device: str) -> QuantizedWei
     )
 
 
-def _decode(raw: torch.Tensor, kind: str, columns: int) -> QuantizedWeight:
+def _decode(module: str, raw: torch.Tensor, kind: str, columns: int) -> QuantizedWeight:
     """The weight exactly as it is stored."""
     affine, block_bytes = AFFINE[kind], TYPES[_NUMBERS[kind]].block_bytes
     weight = _empty(len(raw), columns, affine, "cpu")
@@ -82,6 +85,8 @@ def _decode(raw: torch.Tensor, kind: str, columns: int) -> QuantizedWeight:
         weight.scales_NG[part].view(-1).copy_(scales.view(-1))
         if weight.offsets_NG is not None and offsets is not None:
             weight.offsets_NG[part].view(-1).copy_(offsets.view(-1))
+    finite = weight.scales_NG.isfinite().all() and weight.offsets().isfinite().all()
+    require(module, bool(finite), "its scales are not all finite")
     return weight
 
 
