@@ -55,12 +55,17 @@ class Scheme:
         offsets_NG = torch.empty_like(scales_NG) if bits == 4 else None
         for part in row_slices(rows, columns):
             x_NGK = weight_NK[part].float().unflatten(1, (groups, group_size))
-            if not x_NGK.isfinite().all():
+            low_NG1 = x_NGK.amin(-1, keepdim=True)  # these hand on what is not finite
+            high_NG1 = x_NGK.amax(-1, keepdim=True)
+            if not (low_NG1.isfinite().all() and high_NG1.isfinite().all()):
                 raise CheckpointError(f"{name} holds values that are not finite: is it damaged?")
             if offsets_NG is None:
-                codes_NGK, scales_NG[part] = _symmetric8(x_NGK)
+                largest_NG1 = torch.maximum(-low_NG1, high_NG1)
+                codes_NGK, scales_NG[part] = _symmetric8(x_NGK, largest_NG1)
             else:
-                codes_NGK, scales_NG[part], offsets_NG[part] = _asymmetric4(x_NGK)
+                low_NG1, high_NG1 = low_NG1.clamp_(max=0), high_NG1.clamp_(min=0)
+                found = _asymmetric4(x_NGK, low_NG1, high_NG1)
+                codes_NGK, scales_NG[part], offsets_NG[part] = found
             codes_NK[part] = codes_NGK.flatten(1)
         return QuantizedWeight(bits, group_size, codes_NK, scales_NG, offsets_NG)
 
@@ -100,9 +105,10 @@ def half(scale: torch.Tensor) -> torch.Tensor:
     return rounded.clamp_(min=2.0**-24)
 
 
-def _symmetric8(x_NGK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes in 1..255 around 128, as wide as the largest weight."""
-    largest_NG1 = x_NGK.abs().amax(-1, keepdim=True)
+def _symmetric8(
+    x_NGK: torch.Tensor, largest_NG1: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes in 1..255 around 128, as wide as the largest weight. Returns codes, scales."""
     # A scale that was rounded down would clip: the next one up then.
     scale_NG1 = half(largest_NG1 / 127)
     above_NG1 = half(torch.maximum(scale_NG1 * 1.008, scale_NG1 + 2.0**-24))
@@ -111,11 +117,11 @@ def _symmetric8(x_NGK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return codes_NGK.to(torch.uint8), scale_NG1[..., 0]
 
 
-def _asymmetric4(x_NGK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _asymmetric4(
+    x_NGK: torch.Tensor, low_NG1: torch.Tensor, high_NG1: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Codes in 0..15 with an integer zero point (as formats store it), of the range with the least
     squared error. Returns codes, scales, offsets."""
-    low_NG1 = x_NGK.amin(-1, keepdim=True).clamp_(max=0)
-    high_NG1 = x_NGK.amax(-1, keepdim=True).clamp_(min=0)
     best_scale_NG1 = torch.ones_like(low_NG1)
     best_zero_NG1 = torch.zeros_like(low_NG1)
     least_NG1 = torch.full_like(low_NG1, torch.inf)
