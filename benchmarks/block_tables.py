@@ -4,13 +4,13 @@
 
 The kernels are compiled twice, the second time with one line of attention.h changed: instead of
 computing a block's address (base + block * stride) it reads it from a table. That is the table in
-its cheapest form, whole addresses instead of numbers of blocks. Both variants read the same physical
-blocks, in the same scattered order, layer by layer through a step of Qwen3-0.6B's dimensions; they
-take turns, and what counts is the ratio within a round. A third one looks up addresses of the mapped
-range: what it costs over the first is the look-up, and what the second costs over it is the
-translation of scattered addresses (TLB, page walks). Mapping is measured apart: each sequence needs
-one new block every 16 steps, so a step of n sequences owes n / 16 maps where nothing is mapped
-ahead.
+its cheapest form, whole addresses instead of numbers of blocks. Both variants read the same
+physical blocks, in the same scattered order, layer by layer through a step of Qwen3-0.6B's
+dimensions; they take turns, and what counts is the ratio within a round. A third one looks up
+addresses of the mapped range: what it costs over the first is the look-up, and what the second
+costs over it is the translation of scattered addresses (TLB, page walks). Mapping is measured
+apart: each sequence needs one new block every 16 steps, so a step of n sequences owes n / 16 maps
+where nothing is mapped ahead.
 """
 
 from __future__ import annotations
