@@ -42,7 +42,7 @@ def choose(
     """
     if bind in ("auto", "none"):
         if num_threads is not None:
-            return Placement(num_threads, (), f"{num_threads} threads, as asked for")
+            return Placement(num_threads, (), "as asked for")
         count, reason = num_cores, f"a thread for each of {num_cores} cores"
         if quota is not None and quota < num_cores:
             count = max(1, int(quota))
