@@ -85,6 +85,9 @@ def test_several_files_need_a_choice(whole: Path, tmp_path: Path) -> None:
         shutil.copy(whole, tmp_path / name)
     with pytest.raises(CheckpointError, match=r"give one of a\.gguf, b\.gguf"):
         resolve(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(CheckpointError, match="several GGUF files"):
+        resolve(str(tmp_path))
 
 
 def test_a_split_file_is_one_checkpoint(hf: Path, whole: Path, tmp_path: Path) -> None:

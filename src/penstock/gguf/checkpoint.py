@@ -134,14 +134,14 @@ def parts_of(path: Path) -> list[Path]:
 def only_gguf(folder: Path) -> Path | None:
     """The one model in GGUF files that a folder holds, if it holds no safetensors.
 
-    Raises `CheckpointError` for a folder with several and no config.json.
+    Raises `CheckpointError` for a folder with several.
     """
     if any(folder.glob("*.safetensors")):
         return None
     firsts = sorted({_first_part(path) for path in folder.glob("*.gguf")})
     if len(firsts) == 1:
         return firsts[0]
-    if firsts and not (folder / "config.json").is_file():
+    if firsts:
         names = ", ".join(path.name for path in firsts[:4])
         raise CheckpointError(f"{folder} holds several GGUF files: give one of {names}")
     return None
