@@ -212,6 +212,46 @@ def test_from_a_quantized_checkpoint(kind: str, tmp_path: Path) -> None:
         assert (a.dequantize() - b.dequantize()).norm() < 0.01 * b.dequantize().norm()
 
 
+_MEASURE = """
+import sys
+from pathlib import Path
+
+from penstock.checkpoint import Checkpoint
+from penstock.engine.quantization.convert import quantize_checkpoint
+from penstock.engine.quantization.schemes import INT4
+
+
+def kibibytes(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+big, small, out = map(Path, sys.argv[1:])
+quantize_checkpoint(Checkpoint(small), out / "small", INT4)  # what a first use of torch costs
+Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+before = kibibytes("VmRSS:")
+report = quantize_checkpoint(Checkpoint(big), out / "big", INT4)
+print(report.bytes_before, (kibibytes("VmHWM:") - before) * 1024)
+"""
+
+
+def test_one_linear_in_memory_at_a_time(source: Path, tmp_path: Path) -> None:
+    """By the kernel's count of the process's peak; the largest linear has 1 MB."""
+    big = make_checkpoint(
+        tmp_path / "big", "llama", num_hidden_layers=12, hidden_size=256, intermediate_size=1024
+    )
+    words = [sys.executable, "-c", _MEASURE, str(big), str(source), str(tmp_path / "out")]
+    done = subprocess.run(
+        words,
+        env=os.environ | {"PYTHONPATH": "src", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    size, grown = (int(word) for word in done.stdout.split())
+    assert size > 40e6 and grown < size / 2, (size, grown)
+
+
 class TestAllOrNothing:
     def refused(self, kind: type[Exception], source: Path, out: Path) -> str:
         beside = set(out.parent.iterdir())
