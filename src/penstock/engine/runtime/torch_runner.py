@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
@@ -24,6 +25,8 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 _Done = Callable[[StepResult], None]
+#: Long enough to be put to sleep; the kernel's timer slack makes some 60 us of it.
+_BLINK_S = 1e-6
 
 
 class TorchRunner:
@@ -33,6 +36,7 @@ class TorchRunner:
         self._executor: StepExecutor | None = None
         self._premapper: Premapper | NoPremapper = NoPremapper()
         self._lost = False
+        self._launched = self._ended = 0
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="penstock-compute", daemon=True)
         self._thread.start()
@@ -64,7 +68,13 @@ class TorchRunner:
 
     def launch(self, batch: Batch, done: _Done) -> None:
         self._premapper.launched(batch)
+        idle = self._launched == self._ended
+        self._launched += 1
         self._queue.put(partial(self._step, batch, done))
+        if idle:
+            # The compute thread has just been woken, and our caller would hold the interpreter for
+            # the rest of its turn, publishing: let the step go first.
+            time.sleep(_BLINK_S)
 
     def close(self) -> None:
         self._queue.put(None)
@@ -88,4 +98,5 @@ class TorchRunner:
             reason = f"the engine's runner is lost: {type(exc).__name__}: {exc}"
             result = StepResult(batch.step, [], error=EngineFailed(reason).info(), fatal=True)
         self._premapper.ended()
+        self._ended += 1
         done(result)
