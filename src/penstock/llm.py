@@ -376,7 +376,9 @@ def _from_dict(prompt: dict[str, Any]) -> str | list[int]:
             return ids
         case {"prompt": str(text)}:
             return text
-    raise InvalidRequest('a prompt is text, token ids, {"prompt": text} or {"prompt_token_ids": ids}')
+    raise InvalidRequest(
+        'a prompt is text, token ids, {"prompt": text} or {"prompt_token_ids": ids}'
+    )
 
 
 class _Progress:

@@ -46,17 +46,27 @@ class CompileFailed(Exception):
     """Why there are no native kernels; the message is for the log and for `doctor`."""
 
 
+class CacheUnusable(CompileFailed):
+    """Nothing is wrong with the kernels, but they cannot be kept."""
+
+
 @functools.cache
 def load() -> ctypes.CDLL | None:
     """The kernels, compiled if need be; None (after one warning) where that is impossible.
 
-    PENSTOCK_NATIVE=0 asks for torch's operations alone.
+    PENSTOCK_NATIVE=0 asks for torch's operations alone. Where the cache cannot be used (a full
+    disk, a read-only home) this process compiles for itself.
     """
     if os.environ.get("PENSTOCK_NATIVE") == "0":
         return None
     try:
         with _building:
-            return open_library(build())
+            try:
+                return open_library(build())
+            except CacheUnusable as exc:
+                logger.warning("the native CPU kernels are compiled at every start: %s", exc)
+                with tempfile.TemporaryDirectory() as folder:
+                    return open_library(build(cache=Path(folder)))
     except CompileFailed as exc:
         logger.warning("no native CPU kernels, torch's operations are used: %s", exc)
         return None
@@ -74,8 +84,12 @@ def build_ahead() -> None:
         threading.Thread(target=work, name="penstock-compile", daemon=True).start()
 
 
-def build(march: str = "native", cache: Path | None = None) -> Path:
-    """Path of the shared library, from the cache or compiled. Raises `CompileFailed`."""
+def build(march: str | None = None, cache: Path | None = None) -> Path:
+    """Path of the shared library, from the cache or compiled. Raises `CompileFailed`.
+
+    `march` is the compiler's name for a processor: PENSTOCK_MARCH, or this one.
+    """
+    march = march or os.environ.get("PENSTOCK_MARCH") or "native"
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         raise CompileFailed("no C++ compiler (g++) on the PATH")
@@ -90,7 +104,7 @@ def build(march: str = "native", cache: Path | None = None) -> Path:
             _seal(built)
             built.replace(library)  # atomic: another process sees all of it or nothing
     except OSError as exc:
-        raise CompileFailed(f"{cache} cannot be used: {exc}") from exc
+        raise CacheUnusable(f"{cache} cannot be used: {exc}") from exc
     return library
 
 
