@@ -49,7 +49,7 @@ class Scene:
         layout = kv_layout(LAYERS, KV_HEADS, DIM, kv_dtype)
         blocks = [-(-length // 16) for length in lengths]
         self.memory = XTensorMemory(layout, sum(blocks), len(lengths), max(blocks))
-        self.memory.pool_blocks().fill_(1)
+        self.memory.pool_blocks().fill_(60)  # in int8, four of these are a scale of 0.01
         block = iter(torch.randperm(sum(blocks)).tolist())  # as in an engine that has run for long
         for slot, count in enumerate(blocks):
             for index in range(count):

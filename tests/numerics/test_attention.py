@@ -220,7 +220,7 @@ def test_int8_is_stored_as_torch_would_store_it(monkeypatch):
     for native, reference in zip(*stored, strict=True):  # but for values halfway between two steps
         step_GS1 = reference.abs().amax(-1, keepdim=True) / 127
         assert ((native - reference).abs() <= 1.01 * step_GS1).all()
-        assert ((native - reference).abs() > 0.01 * step_GS1).float().mean() < 1e-3
+        assert ((native - reference).abs() > 0.01 * step_GS1).float().mean() < 1e-2
 
 
 @needs_compiler

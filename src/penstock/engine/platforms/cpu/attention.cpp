@@ -20,7 +20,10 @@ template <typename T, typename S, int NV> void attend_items(const Call& call, co
         return std::lower_bound(before.begin(), before.begin() + count, cost) - before.begin();
     };
     const int64_t end = first_of(thread + 1);
-    for (int64_t i = first_of(thread); i < end; i++) attend_item<T, S, NV>(call, plan, plan.items[i]);
+    for (int64_t i = first_of(thread); i < end; i++) {
+        const Item* next = i + 1 < end ? &plan.items[i + 1] : nullptr;
+        attend_item<T, S, NV>(call, plan, plan.items[i], next);
+    }
 }
 
 // Few queries: an item stores what it reads itself. Many: tiles of all threads read what is new.

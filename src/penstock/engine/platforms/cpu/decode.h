@@ -12,6 +12,7 @@
 
 namespace penstock {
 
+constexpr int kAheadTokens = 32;  // how far ahead keys and values are asked for
 constexpr int kFoldTokens = kLanes;  // keys handled at a time: one vector of scores
 constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
 
@@ -101,21 +102,32 @@ inline Vec fold_pairs(Vec a, Vec b) {
     return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, odd);
 }
 
+// Asks for one token's values. The processor's own prefetching ends with the page, and a block's keys
+// of one head are a page: without this, memory's latency is paid for every block. One token at a
+// time, between the products: many requests at once would be waited for.
+template <int NV, typename S> inline void prefetch(const S* from) {
+    const char* at = reinterpret_cast<const char*>(from);
+    for (int i = 0; i < NV * kLanes * int(sizeof(S)); i += 64) __builtin_prefetch(at + i, 0, 3);
+}
+
 template <int Num> struct Scores {
     Vec of[Num];
 };
 
 // The scores of Num queries with Count keys from `first` on (in the first lanes when complete).
 // Keys past the last one are read as the last one: `fold` hides them.
+// Asks for key `first` of `ahead` in passing, unless that is null.
 template <int Count, int Num, typename T, typename S, int NV>
-inline Scores<Num> raw_scores(const Query<T, S, NV>* queries, const S* keys, int first, int last) {
+inline Scores<Num> raw_scores(const Query<T, S, NV>* queries, const S* keys, int first, int last,
+                              const S* ahead) {
     Scores<Num> out;
     if constexpr (Count == 1) {
+        if (ahead != nullptr) prefetch<NV>(ahead + first * NV * kLanes);
         const S* key = keys + std::min(first, last) * NV * kLanes;
         for (int i = 0; i < Num; i++) out.of[i] = queries[i].gathered.products(key);
     } else {
-        const auto a = raw_scores<Count / 2, Num>(queries, keys, first, last);
-        const auto b = raw_scores<Count / 2, Num>(queries, keys, first + Count / 2, last);
+        const auto a = raw_scores<Count / 2, Num>(queries, keys, first, last, ahead);
+        const auto b = raw_scores<Count / 2, Num>(queries, keys, first + Count / 2, last, ahead);
         for (int i = 0; i < Num; i++) out.of[i] = fold_pairs(a.of[i], b.of[i]);
     }
     return out;
@@ -147,11 +159,36 @@ inline Run<S> run_at(const Call& call, const Row& row, int64_t head, int64_t fir
     return run;
 }
 
-// Folds a run into Num queries.
+// Keys and values to be asked for.
+template <typename S> struct Ahead {
+    const S *keys = nullptr, *values = nullptr;
+};
+
+// What the thread reads at `key` of the item and head; past the item's end, what follows: the next
+// head, then the next item (null: none).
+template <typename S>
+inline Ahead<S> ahead_at(const Call& call, const Plan& plan, const Item* item, const Item* next,
+                         int64_t head, int64_t key) {
+    if (key >= item->end) {
+        key -= item->end;
+        if (++head == item->end_head) {
+            if (next == nullptr) return {};
+            item = next;
+            head = item->head;
+        }
+        key += item->first;
+        if (key >= item->end) return {};
+    }
+    const S* keys = keys_of<S>(call, plan.rows[item->row], key / call.block_tokens, head) +
+                    key % call.block_tokens * call.head_dim;
+    return {keys, keys + values_offset<S>(call)};
+}
+
+// Folds a run into Num queries, and asks for what comes later (or nothing, where that is null).
 template <int Num, typename T, typename S, int NV>
-inline void fold(Query<T, S, NV>* queries, const Run<S>& run, float scale) {
+inline void fold(Query<T, S, NV>* queries, const Run<S>& run, float scale, Ahead<S> ahead) {
     constexpr bool kScaled = std::is_same<S, int8_t>::value;
-    const auto raw = raw_scores<kFoldTokens, Num>(queries, run.keys, 0, run.count - 1);
+    const auto raw = raw_scores<kFoldTokens, Num>(queries, run.keys, 0, run.count - 1, ahead.keys);
     float weights[Num][kFoldTokens];
     VecI32 lane;
     for (int i = 0; i < kLanes; i++) lane[i] = i;
@@ -176,6 +213,10 @@ inline void fold(Query<T, S, NV>* queries, const Run<S>& run, float scale) {
         store(weights[i], kScaled ? found * run.value_scales : found);
     }
     for (int t = 0; t < run.count; t += 2) {
+        if (ahead.values != nullptr) {
+            prefetch<NV>(ahead.values + t * NV * kLanes);
+            prefetch<NV>(ahead.values + (t + 1) * NV * kLanes);
+        }
         const S* value = run.values + t * NV * kLanes;
         const S* next = t + 1 < run.count ? value + NV * kLanes : value;
         for (int i = 0; i < Num; i++)
@@ -183,20 +224,17 @@ inline void fold(Query<T, S, NV>* queries, const Run<S>& run, float scale) {
     }
 }
 
-// Asks for what the next step reads. The processor's own prefetching stops at a page's end, and a
-// block's keys of one head are a page: without this, memory's latency is paid for every block.
-template <typename S> inline void prefetch(const S* from, int64_t count) {
-    const char* at = reinterpret_cast<const char*>(from);
-    for (int64_t i = 0; i < count * int64_t(sizeof(S)); i += 64) __builtin_prefetch(at + i, 0, 2);
-}
-
 constexpr int kQueries = 8;  // queries that share one pass over the keys
 
 template <typename T, typename S, int NV>
-inline void fold_all(Query<T, S, NV>* queries, int num, const Run<S>& run, float scale) {
+inline void fold_all(Query<T, S, NV>* queries, int num, const Run<S>& run, float scale,
+                     Ahead<S> ahead) {
     int i = 0;
-    for (; i + 2 <= num; i += 2) fold<2>(queries + i, run, scale);
-    if (i < num) fold<1>(queries + i, run, scale);
+    for (; i + 2 <= num; i += 2) {
+        fold<2>(queries + i, run, scale, ahead);
+        ahead = {};
+    }
+    if (i < num) fold<1>(queries + i, run, scale, ahead);
 }
 
 template <typename T, typename S, int NV>
@@ -208,7 +246,9 @@ void write_query(const Query<T, S, NV>& query, float* to) {
 
 // The queries of one kv head over the item's keys; results go to `partial` or to the output.
 template <typename T, typename S, int NV>
-void attend_head(const Call& call, const Row& row, const Item& item, int64_t head, float* partial) {
+void attend_head(const Call& call, const Plan& plan, const Item& item, const Item* next,
+                 int64_t head, float* partial) {
+    const Row& row = plan.rows[item.row];
     const int64_t group = group_of(call), num_queries = row.num_tokens * group;
     Query<T, S, NV> queries[kQueries];
     for (int64_t done = 0; done < num_queries; done += kQueries) {
@@ -224,14 +264,9 @@ void attend_head(const Call& call, const Row& row, const Item& item, int64_t hea
         }
         for (int64_t key = item.first; key < item.end;) {
             const Run<S> run = run_at<S>(call, row, head, key, item.end);
+            fold_all(queries, num, run, call.scale,
+                     ahead_at<S>(call, plan, &item, next, head, key + kAheadTokens));
             key += run.count;
-            if (key < item.end) {
-                const S* next = keys_of<S>(call, row, key / call.block_tokens, head) +
-                                key % call.block_tokens * NV * kLanes;
-                prefetch(next, kFoldTokens * NV * kLanes);
-                prefetch(next + values_offset<S>(call), kFoldTokens * NV * kLanes);
-            }
-            fold_all(queries, num, run, call.scale);
         }
         for (int i = 0; i < num; i++) {
             if (partial != nullptr) {
@@ -248,14 +283,14 @@ void attend_head(const Call& call, const Row& row, const Item& item, int64_t hea
 }
 
 template <typename T, typename S, int NV>
-void attend_item(const Call& call, const Plan& plan, const Item& item) {
+void attend_item(const Call& call, const Plan& plan, const Item& item, const Item* next) {
     const Row& row = plan.rows[item.row];
     const int64_t num_queries = row.num_tokens * group_of(call);
     store_kv<T, S>(call, row, item.head, item.end_head, std::max(item.first, row.start), item.end);
     for (int64_t head = item.head; head < item.end_head; head++) {
         const int64_t at = item.partial + (head - item.head) * num_queries;
         float* partial = item.partial < 0 ? nullptr : plan.partials.get() + at * (2 + NV * kLanes);
-        attend_head<T, S, NV>(call, row, item, head, partial);
+        attend_head<T, S, NV>(call, plan, item, next, head, partial);
     }
 }
 
