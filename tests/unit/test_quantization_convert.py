@@ -21,9 +21,10 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig
 from compressed_tensors.utils import is_match
 from tests.helpers.checkpoints import make_checkpoint
+from tests.helpers.gguf_files import write_gguf
 from tests.helpers.quantized_checkpoints import WRITERS
 
-from penstock.checkpoint import Checkpoint
+from penstock.checkpoint import Checkpoint, resolve
 from penstock.cli.main import main
 from penstock.engine.loading import safetensors_writer
 from penstock.engine.loading.loader import load_model
@@ -33,6 +34,7 @@ from penstock.engine.quantization.convert import Report, quantize_checkpoint
 from penstock.engine.quantization.schemes import INT4, INT8, Scheme, scheme_named
 from penstock.engine.quantization.weight import QuantizedWeight
 from penstock.protocol.errors import CheckpointError, ConfigError
+from penstock.service.text.texts import Texts
 
 SCHEMES = [INT8, INT4, scheme_named("int4", 32)]
 IDS = [f"{scheme.name}-{scheme.group_size}" for scheme in SCHEMES]
@@ -210,6 +212,20 @@ def test_from_a_quantized_checkpoint(kind: str, tmp_path: Path) -> None:
     stored, made = load(tmp_path / "out").linears, load(folder, "int8").linears
     for a, b in zip(stored, made):
         assert (a.dequantize() - b.dequantize()).norm() < 0.01 * b.dequantize().norm()
+
+
+def test_from_a_gguf_file(tmp_path: Path) -> None:
+    """Which answers for the files of a folder: out comes a whole checkpoint."""
+    plain = make_checkpoint(tmp_path / "plain", "qwen3", hidden_size=128, intermediate_size=128)
+    file = write_gguf(plain, tmp_path / "model.gguf", "Q8_0")
+    quantize_checkpoint(resolve(str(file)), tmp_path / "out", INT4)
+    assert Texts.from_checkpoint(Checkpoint(tmp_path / "out")).tokenizer.encode("Water")
+    stored, made = load(tmp_path / "out").linears, Keeps()
+    load_model(resolve(str(file)), made, "bfloat16", quantization="int4")
+    assert [w.bits for w in stored] == [w.bits for w in made.linears]
+    for a, b in zip(stored, made.linears):
+        difference = (a.dequantize() - b.dequantize()).norm()
+        assert difference < 0.05 * b.dequantize().norm()
 
 
 _MEASURE = """

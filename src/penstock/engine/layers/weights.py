@@ -79,7 +79,7 @@ class Weights(ABC):
         """An embedding that is not the output head as well: a plain matrix [rows, columns]."""
         quantized = self.read_quantized(name, rows, columns)
         if quantized is not None:
-            return quantized.dequantize(self.dtype)
+            return quantized.dequantize(self.dtype).to(self.platform.device)
         return self.matrix(f"{name}.weight", rows, columns)
 
     def _biases(self, outputs: Mapping[str, int]) -> torch.Tensor:

@@ -78,13 +78,13 @@ class Platform:
     ) -> Linear:
         """x @ weight.T + bias over activations of `dtype`, the weight kept in its few bits where
         there is a kernel for them; without one it is dequantized once."""
-        return self.make_linear(weight.dequantize(dtype), bias_N)
+        return self.make_linear(weight.dequantize(dtype).to(self.device), bias_N)
 
     def make_quantized_embedding(
         self, weight: QuantizedWeight, dtype: torch.dtype
     ) -> TiedEmbedding:
         """The same for a matrix that is both embedding and head."""
-        return self.make_tied_embedding(weight.dequantize(dtype))
+        return self.make_tied_embedding(weight.dequantize(dtype).to(self.device))
 
     def quantized_kernel(
         self, weight: QuantizedWeight, dtype: torch.dtype, *, embedding: bool = False
