@@ -20,7 +20,7 @@ from penstock.engine.platforms.cpu.ops import Ops
 #: Compiled into the kernels (`attend_dim` in attention.cpp).
 HEAD_DIMS = (16, 32, 48, 64, 80, 96, 128, 256)
 
-#: Below this many products of a query and a key, waking the other threads costs more than they save.
+#: Below this many products of a query and a key, waking the other threads costs more than it saves.
 _SERIAL_PRODUCTS = 256
 
 
@@ -113,7 +113,8 @@ class NativeCpuAttention:
         for i, row in enumerate(rows):
             start, num_tokens = row.start, row.num_tokens
             end = start + num_tokens
-            into[i] = (base(row.slot, -(-end // block_tokens)), start, num_tokens, first)
+            # ctypes makes a structure of a tuple.
+            into[i] = (base(row.slot, -(-end // block_tokens)), start, num_tokens, first)  # type: ignore[call-overload]
             first += num_tokens
             products += num_tokens * end
         self._serial = products * self._args.num_heads < _SERIAL_PRODUCTS

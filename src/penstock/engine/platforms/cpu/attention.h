@@ -11,16 +11,27 @@
 #include <type_traits>
 #include <vector>
 
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
 #include "common.h"
 
 namespace penstock {
 
 typedef int8_t VecI8 __attribute__((vector_size(kLanes)));
 
+// GCC's conversion of generic vectors by more than a factor of two goes value by value.
 inline Vec load(const int8_t* p) {
+#if defined(__AVX512F__)
+    return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif defined(__AVX2__)
+    return (Vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
     VecI8 narrow;
     std::memcpy(&narrow, p, sizeof narrow);
     return __builtin_convertvector(__builtin_convertvector(narrow, VecI32), Vec);
+#endif
 }
 
 // The queries at positions [start, start + num_tokens) of the sequence whose KV begins at `base`;

@@ -32,11 +32,20 @@ template <typename T, typename S, int NV, bool Paired> struct Gathered {
         for (int i = 1; i < NV; i++) out += q[i] * load(key + i * kLanes);
         return out;
     }
-    // Two tokens' values by their weights.
-    void add(const S* value, float weight, const S* next_value, float next_weight) {
-        for (int i = 0; i < NV; i++)
-            acc[i] += load(value + i * kLanes) * weight + load(next_value + i * kLanes) * next_weight;
-    }
+    typedef float Weight;
+    // Two tokens' values, and their sum by two weights.
+    struct Pair {
+        Vec a[NV], b[NV];
+        Pair(const S* value, const S* next_value) {
+            for (int i = 0; i < NV; i++) {
+                a[i] = load(value + i * kLanes);
+                b[i] = load(next_value + i * kLanes);
+            }
+        }
+        void add_to(Vec* sums, const Weight* two) const {
+            for (int i = 0; i < NV; i++) sums[i] += a[i] * two[0] + b[i] * two[1];
+        }
+    };
     void write(float* to) const {
         for (int i = 0; i < NV; i++) store(to + i * kLanes, acc[i]);
     }
@@ -67,16 +76,23 @@ template <typename S, int NV> struct Gathered<BFloat16, S, NV, true> {
         for (int i = 1; i < NV / 2; i += 2) odd = dot(odd, read(key + i * 32), q[i]);
         return even + odd;
     }
-    void add(const S* value, float weight, const S* next_value, float next_weight) {
-        const uint32_t low = from_float<BFloat16>(weight).bits;
-        const uint32_t high = from_float<BFloat16>(next_weight).bits;
-        const __m512bh weights = (__m512bh)_mm512_set1_epi32(int(low | high << 16));
-        for (int i = 0; i < NV; i += 2) {
-            const __m512i a = read(value + i * kLanes), b = read(next_value + i * kLanes);
-            acc[i] = dot(acc[i], _mm512_unpacklo_epi16(a, b), weights);
-            acc[i + 1] = dot(acc[i + 1], _mm512_unpackhi_epi16(a, b), weights);
+    typedef BFloat16 Weight;
+    struct Pair {
+        __m512i both[NV];
+        Pair(const S* value, const S* next_value) {
+            for (int i = 0; i < NV; i += 2) {
+                const __m512i a = read(value + i * kLanes), b = read(next_value + i * kLanes);
+                both[i] = _mm512_unpacklo_epi16(a, b);
+                both[i + 1] = _mm512_unpackhi_epi16(a, b);
+            }
         }
-    }
+        void add_to(Vec* sums, const Weight* two) const {
+            int bits;
+            std::memcpy(&bits, two, sizeof bits);
+            const __m512bh weights = (__m512bh)_mm512_set1_epi32(bits);
+            for (int i = 0; i < NV; i++) sums[i] = dot(sums[i], both[i], weights);
+        }
+    };
     void write(float* to) const {
         for (int i = 0; i < NV; i += 2)
             for (int d = 0; d < 2 * kLanes; d++)
@@ -189,7 +205,8 @@ template <int Num, typename T, typename S, int NV>
 inline void fold(Query<T, S, NV>* queries, const Run<S>& run, float scale, Ahead<S> ahead) {
     constexpr bool kScaled = std::is_same<S, int8_t>::value;
     const auto raw = raw_scores<kFoldTokens, Num>(queries, run.keys, 0, run.count - 1, ahead.keys);
-    float weights[Num][kFoldTokens];
+    typedef decltype(queries->gathered) Gatherer;
+    typename Gatherer::Weight weights[Num][kFoldTokens];
     VecI32 lane;
     for (int i = 0; i < kLanes; i++) lane[i] = i;
     for (int i = 0; i < Num; i++) {
@@ -212,6 +229,10 @@ inline void fold(Query<T, S, NV>* queries, const Run<S>& run, float scale, Ahead
         query.total += found;
         store(weights[i], kScaled ? found * run.value_scales : found);
     }
+    // In variables of their own: stores into `queries` might, for all the compiler knows, change
+    // the values that are read next.
+    Vec sums[Num][NV];
+    for (int i = 0; i < Num; i++) std::memcpy(sums[i], queries[i].gathered.acc, sizeof sums[i]);
     for (int t = 0; t < run.count; t += 2) {
         if (ahead.values != nullptr) {
             prefetch<NV>(ahead.values + t * NV * kLanes);
@@ -219,9 +240,10 @@ inline void fold(Query<T, S, NV>* queries, const Run<S>& run, float scale, Ahead
         }
         const S* value = run.values + t * NV * kLanes;
         const S* next = t + 1 < run.count ? value + NV * kLanes : value;
-        for (int i = 0; i < Num; i++)
-            queries[i].gathered.add(value, weights[i][t], next, weights[i][t + 1]);
+        const typename Gatherer::Pair pair(value, next);
+        for (int i = 0; i < Num; i++) pair.add_to(sums[i], weights[i] + t);
     }
+    for (int i = 0; i < Num; i++) std::memcpy(queries[i].gathered.acc, sums[i], sizeof sums[i]);
 }
 
 constexpr int kQueries = 8;  // queries that share one pass over the keys
