@@ -214,7 +214,9 @@ def test_int8_is_stored_as_torch_would_store_it(monkeypatch):
         case = make_case(11, torch.bfloat16, kv_dtype="int8", lengths=[(5, 40), (0, 1), (30, 2)])
         run(backend, case, monkeypatch)
         ends = [row.start + row.num_tokens for row in case.rows]
-        found = [case.memory.read(row.slot, end, LAYER) for row, end in zip(case.rows, ends, strict=True)]
+        found = [
+            case.memory.read(row.slot, end, LAYER) for row, end in zip(case.rows, ends, strict=True)
+        ]
         stored.append([x.clone() for pair in found for x in pair])
         case.memory.close()
     for native, reference in zip(*stored, strict=True):  # but for values halfway between two steps
@@ -363,3 +365,47 @@ def test_without_kernels_auto_is_the_reference(monkeypatch):
 @needs_compiler
 def test_the_chosen_one_is_native_on_this_machine():
     assert select.choose(AttentionShape(16, 8, 128, 0.1), torch.bfloat16, CPU) is NativeCpuAttention
+
+
+@needs_compiler
+@pytest.mark.parametrize("kv_dtype", [None, "int8"])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_a_rows_bits_depend_neither_on_threads_nor_on_other_rows(dtype, kv_dtype, monkeypatch):
+    lengths = [(1100, 1), (600, 1), (30, 100), (0, 1), (250, 3)]
+    case = make_case(6, dtype, heads=(6, 3), head_dim=64, lengths=lengths, kv_dtype=kv_dtype)
+    backend = NativeCpuAttention(case.shape, case.memory)
+    before, together = torch.get_num_threads(), None
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            backend.plan(case.rows)
+            out_THD = backend.run(LAYER, case.q, case.k, case.v)
+            together = out_THD if together is None else together
+            assert torch.equal(out_THD, together)
+    finally:
+        torch.set_num_threads(before)
+    first = 0
+    for row in case.rows:
+        here = slice(first, first + row.num_tokens)
+        first += row.num_tokens
+        backend.plan([row])
+        alone = backend.run(LAYER, case.q[here], case.k[here], case.v[here])
+        assert torch.equal(alone, together[here])
+    case.memory.close()
+
+
+@needs_compiler
+@pytest.mark.parametrize("window", [None, 70])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_prefill_in_chunks_gives_the_same_bits(dtype, window, monkeypatch):
+    case = make_case(8, dtype, heads=(4, 2), head_dim=64, window=window, lengths=[(0, 300)])
+    backend = NativeCpuAttention(case.shape, case.memory)
+    backend.plan(case.rows)
+    whole = backend.run(LAYER, case.q, case.k, case.v)
+    parts = []
+    for start, end in ((0, 100), (100, 117), (117, 300)):
+        here = slice(start, end)
+        backend.plan([AttentionRow(case.rows[0].slot, start, end - start)])
+        parts.append(backend.run(LAYER, case.q[here], case.k[here], case.v[here]))
+    assert torch.equal(torch.cat(parts), whole)
+    case.memory.close()
