@@ -82,15 +82,16 @@ class Planner {
             plan_.joins.push_back({i, head, partial + head * num_queries, step, count});
     }
 
-    // Last queries first: they see the most, and a long tile should not start at the end.
+    // Head by head, so that tiles at work together read the same keys. Last queries first: they see
+    // the most, and a long tile should not start at the end.
     void add_tiles(int64_t i) {
         const Row& row = plan_.rows[i];
         const int64_t num_queries = row.num_tokens * group_;
         for (int64_t at = row.start; at < row.end(); at += kChunkTokens)
             plan_.chunks.push_back({i, at, std::min(at + kChunkTokens, row.end())});
-        for (int64_t first = (num_queries - 1) / tile_queries_ * tile_queries_; first >= 0;
-             first -= tile_queries_)
-            for (int64_t head = 0; head < call_.num_kv_heads; head++)
+        for (int64_t head = 0; head < call_.num_kv_heads; head++)
+            for (int64_t first = (num_queries - 1) / tile_queries_ * tile_queries_; first >= 0;
+                 first -= tile_queries_)
                 plan_.tiles.push_back({i, head, first});
     }
 
