@@ -19,7 +19,6 @@ import argparse
 import ctypes
 import gc
 import os
-import re
 import shutil
 import statistics
 import subprocess
@@ -29,6 +28,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -65,6 +65,12 @@ class Tables:
         return int(self._table_SN[slot].ctypes.data)
 
 
+def attention(memory: Any, ops: Ops) -> NativeCpuAttention:
+    """The backend over a variant's library instead of the engine's."""
+    with mock.patch.object(kernels, "load_attention", lambda head_dim: ops.library):
+        return NativeCpuAttention(SHAPE, memory, ops)
+
+
 def build(folder: Path, *, with_tables: bool) -> Ops:
     """The attention kernels, of this head_dim alone to save time; at will with the address read
     from a table."""
@@ -75,15 +81,13 @@ def build(folder: Path, *, with_tables: bool) -> Ops:
         header = (folder / "attention.h").read_text()
         assert header.count(_ADDRESS) == 1, "attention.h finds blocks in another way: change this"
         (folder / "attention.h").write_text(header.replace(_ADDRESS, _FROM_TABLE))
-    other_dims = rf"\n +case (?!{DIM}:)\d+: return attend<.*"
-    source, count = re.subn(other_dims, "", (kernels._HERE / "attention.cpp").read_text())
-    assert count and f"case {DIM}:" in source
-    (folder / "attention.cpp").write_text(source)
+    shutil.copy(kernels._HERE / "attention.cpp", folder)
     shutil.copy(kernels._HERE / "ops.cpp", folder)
     library = folder / "attention.so"
     subprocess.run(
         [
             *(os.environ.get("CXX", "g++"), *kernels._FLAGS, "-march=native", "-shared"),
+            *kernels.attention(DIM).defines,
             *(str(folder / "attention.cpp"), str(folder / "ops.cpp")),
             *(*kernels._openmp(), "-o", str(library)),
         ],
@@ -129,9 +133,9 @@ def compare(
     in_order = np.broadcast_to(np.arange(num_blocks), blocks_SN.shape)
     of_ranges: Any = Tables(memory, in_order, bases_S1)
     plain_ops, table_ops = ops
-    mapped = NativeCpuAttention(SHAPE, memory, plain_ops)
-    tabled = NativeCpuAttention(SHAPE, of_pool, table_ops)
-    looked_up = NativeCpuAttention(SHAPE, of_ranges, table_ops)
+    mapped = attention(memory, plain_ops)
+    tabled = attention(of_pool, table_ops)
+    looked_up = attention(of_ranges, table_ops)
     backends = [mapped, tabled, looked_up]
     rows = [AttentionRow(slot, context - 1, 1) for slot in range(num_sequences)]
     for backend in backends:

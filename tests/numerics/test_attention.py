@@ -36,9 +36,11 @@ def library(request, monkeypatch):
     """The kernels as built for this machine, for one with AVX2 only, and for any x86-64."""
     if request.param != "native" and not torch.backends.mkldnn.is_available():
         pytest.skip("not an x86 machine")
-    built = kernels.open_library(kernels.build(request.param))
-    monkeypatch.setattr(kernels, "load", lambda: built)
-    return built
+
+    def load_attention(head_dim):
+        return kernels.open_library(kernels.build(request.param, part=kernels.attention(head_dim)))
+
+    monkeypatch.setattr(kernels, "load_attention", load_attention)
 
 
 @dataclass

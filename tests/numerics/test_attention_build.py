@@ -20,9 +20,9 @@ needs_compiler = pytest.mark.skipif(kernels.load() is None, reason="needs a C++ 
 def fresh(monkeypatch, tmp_path):
     """An empty cache of its own, and `load` as if never called."""
     monkeypatch.setenv("PENSTOCK_CACHE", str(tmp_path / "cache"))
-    kernels.load.cache_clear()
+    kernels.load_part.cache_clear()
     yield tmp_path / "cache"
-    kernels.load.cache_clear()
+    kernels.load_part.cache_clear()
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def cached(monkeypatch, tmp_path):
     copy.write_bytes(library.read_bytes())
     compiled = []
 
-    def compile_quickly(compiler: str, march: str, scratch: Path) -> Path:
+    def compile_quickly(compiler: str, march: str, part: kernels.Part, scratch: Path) -> Path:
         compiled.append(march)
         built = scratch / "kernels.so"
         built.write_bytes(library.read_bytes()[: -kernels._SEAL_BYTES])

@@ -25,8 +25,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "model",
         nargs="?",
         metavar="MODEL",
-        help="a checkpoint folder (Hugging Face layout), a GGUF file, a hub id, or `toy`, the carried "
-        "model",
+        help="a checkpoint folder (Hugging Face layout), a GGUF file, a hub id, or `toy`, the model "
+        "that comes along",
     )
     # vLLM takes the model either way.
     parser.add_argument("--model", dest="model_flag", metavar="MODEL", help=argparse.SUPPRESS)

@@ -17,7 +17,7 @@ from penstock.engine.memory.base import KvMemory
 from penstock.engine.platforms.cpu import kernels
 from penstock.engine.platforms.cpu.ops import Ops
 
-#: Compiled into the kernels (`attend_dim` in attention.cpp).
+#: What attention.cpp is compiled for, one at a time.
 HEAD_DIMS = (16, 32, 48, 64, 80, 96, 128, 256)
 
 #: Below this many products of a query and a key, waking the other threads costs more than it saves.
@@ -74,22 +74,23 @@ class NativeCpuAttention:
             return f"{dtype} is not compiled in"
         if shape.head_dim not in HEAD_DIMS:
             return f"head_dim {shape.head_dim} is not one of {', '.join(map(str, HEAD_DIMS))}"
-        if kernels.load() is None:
+        if kernels.load_attention(shape.head_dim) is None:
             return "the native kernels could not be compiled"
         return None
 
     def __init__(self, shape: AttentionShape, memory: KvMemory, ops: Ops | None = None) -> None:
-        if ops is None:
-            library = kernels.load()
-            assert library is not None, "ask `unsupported` first"
-            ops = Ops(library)
+        library = kernels.load_attention(shape.head_dim)
+        core = kernels.load()
+        assert library is not None and core is not None, "ask `unsupported` first"
+        ops = ops or Ops(core)
         layout = memory.layout
         self._ops = ops
         self._memory = memory
         self._layer_bytes = layout.block_bytes // layout.num_layers
-        self._attend = ops.address("attend")
-        self._plan = ops.library.penstock_plan_new()
-        weakref.finalize(self, ops.library.penstock_plan_free, self._plan)
+        self._library = library
+        self._attend = ops.address("attend", library)
+        self._plan = library.penstock_plan_new()
+        weakref.finalize(self, library.penstock_plan_free, self._plan)
         self._rows = (_Row * 1)()
         self._serial = False
         self._args = _Args(
@@ -118,7 +119,7 @@ class NativeCpuAttention:
             first += num_tokens
             products += num_tokens * end
         self._serial = products * self._args.num_heads < _SERIAL_PRODUCTS
-        self._ops.library.penstock_plan(
+        self._library.penstock_plan(
             self._plan, ctypes.byref(self._args), into, len(rows), torch.get_num_threads()
         )
 

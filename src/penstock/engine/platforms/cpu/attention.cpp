@@ -1,4 +1,4 @@
-// Attention over virtually contiguous KV: the operation, and its plan.
+// Attention over virtually contiguous KV for one head_dim: the operation, and its plan.
 
 #include <omp.h>
 
@@ -50,29 +50,21 @@ template <typename T, typename S, int NV> void attend(const Call& call) {
     }
 }
 
-template <typename T, typename S> void attend_dim(const Call& call) {
-    switch (call.head_dim) {
-        case 16: return attend<T, S, 16 / kLanes>(call);
-        case 32: return attend<T, S, 32 / kLanes>(call);
-        case 48: return attend<T, S, 48 / kLanes>(call);
-        case 64: return attend<T, S, 64 / kLanes>(call);
-        case 80: return attend<T, S, 80 / kLanes>(call);
-        case 96: return attend<T, S, 96 / kLanes>(call);
-        case 128: return attend<T, S, 128 / kLanes>(call);
-        case 256: return attend<T, S, 256 / kLanes>(call);
-    }
-}
+#ifndef PENSTOCK_HEAD_DIM
+#error "compiled once for each head_dim: -DPENSTOCK_HEAD_DIM=..., a multiple of 16"
+#endif
+constexpr int kVecs = PENSTOCK_HEAD_DIM / kLanes;
 
 void attend_any(const Call& call) {
     if (call.kv_is_int8) {
-        if (call.is_bf16) attend_dim<BFloat16, int8_t>(call);
-        else attend_dim<float, int8_t>(call);
+        if (call.is_bf16) attend<BFloat16, int8_t, kVecs>(call);
+        else attend<float, int8_t, kVecs>(call);
     } else if (call.is_bf16) {
-        attend_dim<BFloat16, BFloat16>(call);
+        attend<BFloat16, BFloat16, kVecs>(call);
     } else if (call.kv_is_bf16) {
-        attend_dim<float, BFloat16>(call);
+        attend<float, BFloat16, kVecs>(call);
     } else {
-        attend_dim<float, float>(call);
+        attend<float, float, kVecs>(call);
     }
 }
 

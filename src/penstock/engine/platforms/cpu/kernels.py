@@ -19,20 +19,44 @@ import subprocess
 import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
 _HERE = Path(__file__).parent
-_SOURCES = (
-    *("attention.cpp", "small_ops.cpp", "ops.cpp", "linear.cpp"),
-    *("gemm_int8.cpp", "gemm_int4.cpp", "quantize_rows.cpp", "placement.cpp"),
-)
 _HEADERS = (
     *("common.h", "attention.h", "decode.h", "prefill.h", "plan.h", "ops.h", "linear.h"),
     "quantized.h",
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What is compiled and loaded as one library."""
+
+    name: str
+    sources: tuple[str, ...]
+    defines: tuple[str, ...] = ()
+
+
+CORE = Part(
+    "core",
+    (
+        *("small_ops.cpp", "ops.cpp", "linear.cpp", "placement.cpp"),
+        *("gemm_int8.cpp", "gemm_int4.cpp", "quantize_rows.cpp"),
+    ),
+)
+
+
+def attention(head_dim: int) -> Part:
+    """For one head_dim: all of them together would take a quarter of a minute to compile."""
+    return Part(f"attention-{head_dim}", ("attention.cpp",), (f"-DPENSTOCK_HEAD_DIM={head_dim}",))
+
+
+#: Compiled with an installation: what most models have.
+_COMMON_HEAD_DIMS = (64, 128)
 _FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fopenmp"),
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi"),
@@ -50,42 +74,53 @@ class CacheUnusable(CompileFailed):
     """Nothing is wrong with the kernels, but they cannot be kept."""
 
 
-@functools.cache
 def load() -> ctypes.CDLL | None:
     """The kernels, compiled if need be; None (after one warning) where that is impossible.
 
     PENSTOCK_NATIVE=0 asks for torch's operations alone. Where the cache cannot be used (a full
     disk, a read-only home) this process compiles for itself.
     """
+    return load_part(CORE)
+
+
+def load_attention(head_dim: int) -> ctypes.CDLL | None:
+    """The same for attention, whose kernels are made for one head_dim, a multiple of 16."""
+    return load_part(attention(head_dim)) if load() is not None else None
+
+
+@functools.cache
+def load_part(part: Part) -> ctypes.CDLL | None:
     if os.environ.get("PENSTOCK_NATIVE") == "0":
         return None
     try:
         with _building:
             try:
-                return open_library(build())
+                return open_library(build(part=part))
             except CacheUnusable as exc:
-                logger.warning("the native CPU kernels are compiled at every start: %s", exc)
+                logger.warning("native CPU kernels are compiled at every start: %s", exc)
                 with tempfile.TemporaryDirectory() as folder:
-                    return open_library(build(cache=Path(folder)))
+                    return open_library(build(cache=Path(folder), part=part))
     except CompileFailed as exc:
         logger.warning("no native CPU kernels, torch's operations are used: %s", exc)
         return None
 
 
-def build_ahead() -> None:
+def build_ahead(head_dim: int | None = None) -> None:
     """Compile in the background if need be. Needs no torch, so that a first start can compile while
     it imports that; `load` waits for it."""
+    parts = [CORE] if head_dim is None else [CORE, attention(head_dim)]
 
     def work() -> None:
-        with _building, contextlib.suppress(CompileFailed):  # `load` will say it
-            build()
+        # `load` will say what is wrong
+        with _building, contextlib.suppress(CompileFailed), ThreadPoolExecutor() as pool:
+            list(pool.map(lambda part: build(part=part), parts))
 
     if os.environ.get("PENSTOCK_NATIVE") != "0":
         threading.Thread(target=work, name="penstock-compile", daemon=True).start()
 
 
-def build(march: str | None = None, cache: Path | None = None) -> Path:
-    """Path of the shared library, from the cache or compiled. Raises `CompileFailed`.
+def build(march: str | None = None, cache: Path | None = None, part: Part = CORE) -> Path:
+    """Path of a part's shared library, from the cache or compiled. Raises `CompileFailed`.
 
     `march` is the compiler's name for a processor: PENSTOCK_MARCH, or this one.
     """
@@ -94,13 +129,13 @@ def build(march: str | None = None, cache: Path | None = None) -> Path:
     if compiler is None:
         raise CompileFailed("no C++ compiler (g++) on the PATH")
     cache = cache or cache_folder()
-    library = cache / f"kernels-{_key(compiler, march)}.so"
+    library = cache / f"{part.name}-{_key(compiler, march, part)}.so"
     if _intact(library):
         return library
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
-            built = _compile(compiler, march, Path(scratch))
+            built = _compile(compiler, march, part, Path(scratch))
             _seal(built)
             built.replace(library)  # atomic: another process sees all of it or nothing
     except OSError as exc:
@@ -132,23 +167,26 @@ def open_library(path: Path) -> ctypes.CDLL:
         "dot_unit": [],
     }
     for name, argtypes in signatures.items():
-        function = getattr(library, f"penstock_{name}")
+        function = getattr(library, f"penstock_{name}", None)
+        if function is None:  # of another part
+            continue
         function.argtypes = argtypes
         returns = {"lanes": flag, "plan_new": pointer, "dot_unit": ctypes.c_char_p}
         function.restype = returns.get(name)
     return library
 
 
-def _compile(compiler: str, march: str, scratch: Path) -> Path:
+def _compile(compiler: str, march: str, part: Part, scratch: Path) -> Path:
     """The sources side by side, then one link."""
 
     def compile_one(source: str) -> Path:
         out = scratch / f"{source}.o"
-        _run([compiler, *_FLAGS, f"-march={march}", "-c", str(_HERE / source), "-o", str(out)])
+        how = [*_FLAGS, f"-march={march}", *part.defines]
+        _run([compiler, *how, "-c", str(_HERE / source), "-o", str(out)])
         return out
 
-    with ThreadPoolExecutor(len(_SOURCES)) as pool:
-        objects = list(pool.map(compile_one, _SOURCES))
+    with ThreadPoolExecutor(len(part.sources)) as pool:
+        objects = list(pool.map(compile_one, part.sources))
     library = scratch / "kernels.so"
     _run([compiler, "-shared", *map(str, objects), *_openmp(), "-o", str(library)])
     return library
@@ -177,14 +215,18 @@ def _openmp() -> list[str]:
     return [str(bundled[0])] if bundled else ["-fopenmp"]
 
 
-def _key(compiler: str, march: str) -> str:
+def _key(compiler: str, march: str, part: Part) -> str:
     """Everything that decides the binary."""
     version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
     digest = hashlib.sha256()
-    parts = [(_HERE / name).read_bytes() for name in (*_SOURCES, *_HEADERS)]
-    parts += [version, " ".join((*_FLAGS, march, *_openmp())).encode(), _cpu_flags()]
-    for part in parts:
-        digest.update(len(part).to_bytes(8, "little") + part)
+    inputs = [(_HERE / name).read_bytes() for name in (*part.sources, *_HEADERS)]
+    inputs += [
+        version,
+        " ".join((*_FLAGS, *part.defines, march, *_openmp())).encode(),
+        _cpu_flags(),
+    ]
+    for each in inputs:
+        digest.update(len(each).to_bytes(8, "little") + each)
     return digest.hexdigest()[:24]
 
 
@@ -219,4 +261,6 @@ def _intact(library: Path) -> bool:
 
 if __name__ == "__main__":
     # What installers call, so that the first start need not compile.
-    load()
+    if load() is not None:
+        for each in _COMMON_HEAD_DIMS:
+            load_attention(each)

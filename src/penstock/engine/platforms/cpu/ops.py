@@ -35,9 +35,11 @@ class Ops:
         self._num_tokens = ctypes.c_int64()
         self._num_tokens_address = ctypes.addressof(self._num_tokens)
 
-    def address(self, name: str) -> int:
-        """Where the operation penstock_op_`name` is: what `run` wants."""
-        found = ctypes.cast(getattr(self.library, f"penstock_op_{name}"), ctypes.c_void_p).value
+    def address(self, name: str, library: ctypes.CDLL | None = None) -> int:
+        """Where the operation penstock_op_`name` is: what `run` wants. It may be another library's
+        than the core's."""
+        function = getattr(library or self.library, f"penstock_op_{name}")
+        found = ctypes.cast(function, ctypes.c_void_p).value
         assert found is not None
         return found
 
