@@ -78,8 +78,8 @@ PENSTOCK_EXPORT penstock::Plan* penstock_plan_new() { return new penstock::Plan;
 
 PENSTOCK_EXPORT void penstock_plan_free(penstock::Plan* plan) { delete plan; }
 
-// `call` gives the shape, `rows` what a step asks for. The cost of few queries is returned in keys
-// of one head, that of a tile as that of all keys it sees.
+// `call` gives the shape, `rows` what a step asks for. Where few queries are, costs are in keys of
+// one head (Plan::cost_before); tiles are handed out one by one and have none.
 PENSTOCK_EXPORT void penstock_plan(penstock::Plan* plan, const penstock::Call* call,
                                    const penstock::Row* rows, int64_t num_rows,
                                    int64_t num_threads) {

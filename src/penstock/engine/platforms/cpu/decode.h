@@ -1,8 +1,9 @@
 // Attention for rows of few queries, which is bound by reading keys and values.
 //
-// An item is one kv head of one row over one stretch of the context: it handles all query heads of
-// that kv head together and so reads each byte once. Softmax is computed online in float32 (Milakov
-// and Gimelshein, 2018); stretches are joined at the end (Flash-Decoding, Dao et al., 2023).
+// An item is kv heads [head, end_head) of one row over one stretch of the context: it handles all
+// query heads of a kv head together and so reads each byte once. Softmax is computed online in
+// float32 (Milakov and Gimelshein, 2018); stretches are joined at the end (Flash-Decoding, Dao et
+// al., 2023).
 #pragma once
 
 #include <algorithm>
