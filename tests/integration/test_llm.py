@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from penstock import LLM, SamplingParams
-from penstock.protocol.errors import ContextLengthExceeded, InvalidRequest
+from penstock.protocol.errors import ConfigError, ContextLengthExceeded, InvalidRequest
 from penstock.protocol.request import Constraint
 from tests.helpers.checkpoints import make_checkpoint
 
@@ -165,3 +165,23 @@ def test_more_sequences_than_fit_at_once_all_come_out(llm: LLM) -> None:
     outputs = llm.generate([[5, 6, 7]] * 30, params, use_tqdm=False)
     assert [len(o.outputs) for o in outputs] == [40] * 30
     assert all(c.finish_reason for o in outputs for c in o.outputs)
+
+
+def test_a_failed_start_gives_its_memory_back(checkpoint: Path) -> None:
+    def pools() -> int:
+        links = [each.readlink() for each in Path("/proc/self/fd").iterdir() if each.is_symlink()]
+        return sum("penstock-kv" in str(link) for link in links)
+
+    before = pools()
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="nonsense"):
+            LLM(str(checkpoint), attention_backend="nonsense")
+    assert pools() == before
+
+
+def test_prompts_as_vllm_writes_them(llm: LLM) -> None:
+    forms = [PROMPTS[0], {"prompt_token_ids": PROMPTS[0]}]
+    ids = [llm.generate(form, GREEDY, use_tqdm=False)[0].outputs[0].token_ids for form in forms]
+    assert ids[0] == ids[1]
+    with pytest.raises(InvalidRequest, match="prompt_token_ids"):
+        llm.generate([{"text": "x"}], GREEDY, use_tqdm=False)

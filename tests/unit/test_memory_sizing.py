@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from penstock.engine.memory import huge_pages
 from penstock.engine.memory.sizing import (
     GIB,
     KvSizing,
@@ -96,3 +98,16 @@ def test_a_group_seen_from_inside_a_container_is_at_the_root(machine):
     (proc / "self/cgroup").write_text("0::/docker/not/visible\n")
     group(sys / "fs/cgroup", 2 * GIB, GIB)
     assert available_memory_bytes(proc, sys) == GIB
+
+
+def test_large_buffers_where_there_are_no_huge_pages(monkeypatch):
+    """A kernel without transparent huge pages refuses the advice; that is all."""
+    monkeypatch.setattr(huge_pages, "_MADV_HUGEPAGE", 12345)
+    found = huge_pages.empty_huge((3, 1 << 20), torch.float32)
+    found[2, -1] = 7
+    assert found.shape == (3, 1 << 20) and found[2, -1] == 7
+
+
+def test_a_large_buffer_that_does_not_fit_is_an_error_of_ours():
+    with pytest.raises(NotEnoughMemory, match="GiB"):
+        huge_pages.empty_huge((1 << 60,), torch.uint8)

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 
-from penstock.checkpoint import resolve
+from penstock.checkpoint import Checkpoint, resolve
 from penstock.engine.config import EngineConfig
 from penstock.engine.core import CoreConfig, InstanceCore
 from penstock.engine.layers.attention import build_attention
 from penstock.engine.loading.digest import model_digest
 from penstock.engine.loading.loader import load_model
+from penstock.engine.memory.base import KvMemory
 from penstock.engine.memory.contiguous import ContiguousMemory
 from penstock.engine.memory.premap import NoPremapper, Premapper
 from penstock.engine.memory.sizing import KvSizing, blocks_for, choose_num_blocks
 from penstock.engine.memory.xtensor import XTensorMemory
+from penstock.engine.models.config import ModelConfig
 from penstock.engine.platforms.cpu import kernels, placement
 from penstock.engine.platforms.select import platform_for
 from penstock.engine.runtime.executor import StepExecutor
@@ -30,6 +33,7 @@ from penstock.engine.scheduler.config import SchedulerConfig
 from penstock.engine.scheduler.scheduler import Scheduler
 from penstock.engine.structured.matchers import MaskService
 from penstock.protocol.instance import InstanceCard
+from penstock.protocol.kv import KvLayout
 from penstock.trace import NO_TRACE, Trace
 
 log = logging.getLogger(__name__)
@@ -106,35 +110,80 @@ def _assemble(
     )
     make_memory = ContiguousMemory if config.kv_memory == "plain" else platform.kv_memory
     memory = make_memory(layout, num_blocks, config.max_num_seqs, blocks_for(max_model_len, layout))
-    attention = build_attention(
-        model_config,
-        lambda shape: platform.attention(shape, memory, model.dtype, config.attention_backend),
-    )
-    eos = model_config.eos_token_ids
-    executor = StepExecutor(
-        model,
-        memory,
-        attention,
-        Sampler(config.max_num_seqs, model_config.vocab_size, eos, platform.device),
-        MaskService.from_checkpoint(checkpoint, model_config.vocab_size, eos),
-        max_num_seqs=config.max_num_seqs,
-        max_model_len=max_model_len,
-        device=platform.device,
-        forms=Forms(model, attention, platform, FormsConfig(config.graph_mode)),
-        trace=trace,
-    )
-    scheduler = Scheduler(
-        SchedulerConfig(
+    with _closed_on_failure(memory):
+        attention = build_attention(
+            model_config,
+            lambda shape: platform.attention(shape, memory, model.dtype, config.attention_backend),
+        )
+        eos = model_config.eos_token_ids
+        executor = StepExecutor(
+            model,
+            memory,
+            attention,
+            Sampler(config.max_num_seqs, model_config.vocab_size, eos, platform.device),
+            MaskService.from_checkpoint(checkpoint, model_config.vocab_size, eos),
             max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
             max_model_len=max_model_len,
-            enable_prefix_caching=config.enable_prefix_caching,
-            eos_token_ids=eos,
-            max_waiting=MAX_WAITING,
-        ),
-        num_blocks,
-    )
-    card = InstanceCard(
+            device=platform.device,
+            forms=Forms(model, attention, platform, FormsConfig(config.graph_mode)),
+            trace=trace,
+        )
+        scheduler = Scheduler(
+            SchedulerConfig(
+                max_num_seqs=config.max_num_seqs,
+                max_num_batched_tokens=config.max_num_batched_tokens,
+                max_model_len=max_model_len,
+                enable_prefix_caching=config.enable_prefix_caching,
+                eos_token_ids=eos,
+                max_waiting=MAX_WAITING,
+            ),
+            num_blocks,
+        )
+        card = _card(
+            config,
+            checkpoint,
+            model_config,
+            name=name,
+            incarnation=incarnation,
+            layout=layout,
+            num_blocks=num_blocks,
+            dtype=str(model.dtype).removeprefix("torch."),
+            device=str(platform.device),
+            kernels=platform.kernels() | {"attention": attention.name},
+        )
+        premapper: Premapper | NoPremapper = NoPremapper()
+        if isinstance(memory, XTensorMemory):
+            premapper = Premapper(memory, layout.block_tokens, trace)
+        cpus = threads.cpus if placement.bind_team(kernels.load(), threads.cpus) else ()
+        log.info("compute threads: %d (%s)", threads.num_threads, threads.reason)
+        return executor, premapper, InstanceCore(card, scheduler, core_config), cpus
+
+
+@contextlib.contextmanager
+def _closed_on_failure(memory: KvMemory) -> Iterator[None]:
+    """A start that fails gives the pool back: the process may try again."""
+    try:
+        yield
+    except BaseException:
+        memory.close()
+        raise
+
+
+def _card(
+    config: EngineConfig,
+    checkpoint: Checkpoint,
+    model_config: ModelConfig,
+    *,
+    name: str,
+    incarnation: int,
+    layout: KvLayout,
+    num_blocks: int,
+    dtype: str,
+    device: str,
+    kernels: dict[str, str],
+) -> InstanceCard:
+    assert config.max_num_seqs is not None and config.max_num_batched_tokens is not None
+    return InstanceCard(
         name=name,
         incarnation=incarnation,
         pid=os.getpid(),
@@ -146,22 +195,16 @@ def _assemble(
             quantization=config.quantization,
         ),
         vocab_size=model_config.vocab_size,
-        max_model_len=max_model_len,
-        dtype=str(model.dtype).removeprefix("torch."),
-        device=str(platform.device),
+        max_model_len=model_config.max_model_len,
+        dtype=dtype,
+        device=device,
         layout=layout,
         num_blocks=num_blocks,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         can=CAPABILITIES,
-        kernels=platform.kernels() | {"attention": attention.name},
+        kernels=kernels,
     )
-    premapper: Premapper | NoPremapper = NoPremapper()
-    if isinstance(memory, XTensorMemory):
-        premapper = Premapper(memory, layout.block_tokens, trace)
-    cpus = threads.cpus if placement.bind_team(kernels.load(), threads.cpus) else ()
-    log.info("compute threads: %d (%s)", threads.num_threads, threads.reason)
-    return executor, premapper, InstanceCore(card, scheduler, core_config), cpus
 
 
 def kv_sizing(config: EngineConfig) -> KvSizing:

@@ -7,6 +7,7 @@ something.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import gc
 import logging
@@ -49,6 +50,8 @@ _eventfd_write.argtypes = [ctypes.c_int, ctypes.c_uint64]
 _FRAMES_A_TURN = 256
 #: Python's default of 5 ms is a step's length with a small model.
 _SWITCH_INTERVAL_S = 0.0005
+#: What an engine in a thread gets to finish its step.
+_CLOSE_TIMEOUT_S = 60.0
 #: Who asks for the warm-up tokens; no transport lets a peer have this name.
 _SELF = "\0self"
 
@@ -273,11 +276,15 @@ class EngineThread:
             target=self._driver.run, args=(endpoint,), name="penstock-engine", daemon=True
         )
         self._thread.start()
+        # A daemon thread inside a kernel when the interpreter goes down crashes the process.
+        atexit.register(self.close)
 
     def close(self) -> None:
+        """Returns when the step in flight is done; a step that never ends is left behind."""
+        atexit.unregister(self.close)
         if self._thread.is_alive():
             self._driver.stop()
-            self._thread.join()
+            self._thread.join(_CLOSE_TIMEOUT_S)
 
 
 def _open_trace(config: WorkerConfig) -> Trace:

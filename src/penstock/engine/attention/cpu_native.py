@@ -90,7 +90,8 @@ class NativeCpuAttention:
         self._library = library
         self._attend = ops.address("attend", library)
         self._plan = library.penstock_plan_new()
-        weakref.finalize(self, library.penstock_plan_free, self._plan)
+        # Not at exit: a step may still be running then.
+        weakref.finalize(self, library.penstock_plan_free, self._plan).atexit = False
         self._rows = (_Row * 1)()
         self._serial = False
         self._args = _Args(

@@ -12,6 +12,9 @@ import torch
 
 from penstock.protocol.kv import KvLayout
 
+#: Below this a token's values count as zero: 127 over it would not be a float any more.
+_SMALLEST = 1e-35
+
 
 def encode(
     layout: KvLayout, blocks_NGBX: torch.Tensor, index: torch.Tensor, offset: torch.Tensor,
@@ -23,8 +26,10 @@ def encode(
         return
     values_NGBD, scales_NGB = _int8(layout, blocks_NGBX)
     largest_TG = x_TGD.float().abs().amax(-1)
-    factor_TG = torch.where(largest_TG > 0, 127.0 / largest_TG, 0.0)
-    values_NGBD[index, :, offset] = (x_TGD.float() * factor_TG[..., None]).round().to(torch.int8)
+    largest_TG = torch.where(largest_TG.isfinite(), largest_TG, torch.nan)  # seen by whoever reads
+    factor_TG = torch.where(largest_TG > _SMALLEST, 127.0 / largest_TG, 0.0)
+    codes_TGD = (x_TGD.float() * factor_TG[..., None]).round().nan_to_num(0.0)
+    values_NGBD[index, :, offset] = codes_TGD.to(torch.int8)
     scales_NGB[index, :, offset] = largest_TG / 127.0
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import mmap
 
 import torch
 
-from penstock.engine.memory.sizing import HUGE_PAGE_BYTES
+from penstock.engine.memory.sizing import GIB, HUGE_PAGE_BYTES
+from penstock.protocol.errors import NotEnoughMemory
 
 _LARGE_BYTES = 2 * HUGE_PAGE_BYTES
+_MADV_HUGEPAGE = 14  # Linux; not everywhere in Python's mmap
 _PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # mmap's default here is shared memory
 
 
@@ -24,8 +27,14 @@ def empty_huge(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     num_bytes = math.prod(shape) * dtype.itemsize
     if num_bytes < _LARGE_BYTES:
         return torch.empty(shape, dtype=dtype)
-    region = mmap.mmap(-1, num_bytes + HUGE_PAGE_BYTES, flags=_PRIVATE)
-    region.madvise(mmap.MADV_HUGEPAGE)
+    try:
+        region = mmap.mmap(-1, num_bytes + HUGE_PAGE_BYTES, flags=_PRIVATE)
+    except OSError as exc:
+        raise NotEnoughMemory(
+            f"{num_bytes / GIB:.2f} GiB for a weight cannot be had: {exc.strerror}"
+        ) from exc
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        region.madvise(_MADV_HUGEPAGE)
     start = -ctypes.addressof(ctypes.c_char.from_buffer(region)) % HUGE_PAGE_BYTES
     flat = torch.frombuffer(region, dtype=torch.uint8, count=num_bytes, offset=start)
     return flat.view(dtype).view(shape)

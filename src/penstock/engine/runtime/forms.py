@@ -94,6 +94,9 @@ class Forms:
                 return
             except CannotCapture as exc:
                 self.reason = str(exc)
+            except Exception as exc:  # eager is always right; the next step need not fail as well
+                log.exception("capturing failed")
+                self.reason = f"{type(exc).__name__}: {exc}"
         log.info("steps run eagerly: %s", self.reason)
 
     def _forward_through(

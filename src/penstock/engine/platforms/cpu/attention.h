@@ -131,16 +131,19 @@ inline void store_token(const Call&, S* head, int64_t i, const T* from, int64_t 
     for (int64_t d = 0; d < dim; d += kLanes) store(head + i * dim + d, load(from + d));
 }
 
-// In int8, the largest of them as 127 or -127.
+// In int8, the largest of them as 127 or -127. A NaN or an infinity makes the scale NaN, so that
+// what attends to it shows it, as it would in floats.
 template <typename T>
 inline void store_token(const Call& call, int8_t* head, int64_t i, const T* from, int64_t dim) {
-    Vec most{};
+    Vec most{}, spoilt{};
     for (int64_t d = 0; d < dim; d += kLanes) {
         const Vec x = load(from + d), size = x < 0 ? -x : x;
         most = size > most ? size : most;
+        spoilt += x - x;  // 0, or NaN
     }
-    const float largest = max(most);
-    const float factor = largest > 0 ? 127.0f / largest : 0.0f;
+    const float largest = max(most) + sum(spoilt);
+    // Below this, 127 over it would not be a float any more.
+    const float factor = largest > 1e-35f ? 127.0f / largest : 0.0f;
     const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
     for (int64_t d = 0; d < dim; d += kLanes) {
         const Vec rounded = load(from + d) * factor + magic;

@@ -109,7 +109,8 @@ class NativeLinear:
     def __call__(self, x_TK: torch.Tensor) -> torch.Tensor:
         if x_TK.stride(1) != 1 or x_TK.dtype != self.dtype:
             x_TK = x_TK.to(self.dtype).contiguous()
-        num_tokens = x_TK.shape[0]
+        num_tokens, num_inputs = x_TK.shape
+        assert num_inputs == self.num_inputs, (num_inputs, self.num_inputs)
         out_TN = self.ops.empty((num_tokens, self.num_outputs), self.dtype)
         num_panels, words, _ = self.words_PWN.shape
         args = _Linear(
@@ -136,6 +137,7 @@ class NativeTiedEmbedding(TiedEmbedding):
         self._operation = linear.ops.address("embed_bf16" if is_bf16 else "embed_f32")
 
     def embed(self, ids_T: torch.Tensor) -> torch.Tensor:
+        assert ids_T.dtype == torch.int64, ids_T.dtype
         linear = self._linear
         out_TE = linear.ops.empty((len(ids_T), linear.num_inputs), linear.dtype)
         args = _Embed(

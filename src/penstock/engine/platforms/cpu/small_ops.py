@@ -171,7 +171,7 @@ class SmallOps:
 
     def embedding(self, ids_T: torch.Tensor, matrix_VE: torch.Tensor) -> torch.Tensor | None:
         """See `Platform.embedding`. Ids must be valid."""
-        if not matrix_VE.is_contiguous():
+        if not matrix_VE.is_contiguous() or ids_T.dtype != torch.int64:
             return None
         out_TE = self._ops.empty((len(ids_T), matrix_VE.shape[1]), matrix_VE.dtype)
         args = _GatherRows(
