@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
@@ -209,3 +210,76 @@ def test_a_refused_mapping_is_tried_again_by_the_step(memory, monkeypatch) -> No
     memory.map(0, 0, 6)
     memory.map(0, 1, 7)
     memory.check()
+
+
+def test_a_mapping_that_fails_halfway_leaves_no_hole(memory, monkeypatch) -> None:
+    """The kernel may have taken the old mapping down before it found that the new one cannot be."""
+    from penstock.engine.memory import xtensor
+
+    lay, calls = xtensor._mmap, []
+
+    def fail_once(address: int, size: int, *others: int) -> int:
+        calls.append(address)
+        if len(calls) > 1:
+            return lay(address, size, *others)
+        xtensor._libc.munmap(address, size)
+        raise EngineFailed("the kernel has no room for another mapping")
+
+    memory.map(0, 0, 5)
+    memory.map(0, 1, 6)
+    place = memory.base(0) + memory.block_stride_bytes
+    with monkeypatch.context() as patched:
+        patched.setattr(xtensor, "_mmap", fail_once)
+        memory.map_ahead(0, 1, 7)
+    assert calls == [place, place]
+    assert protection(place) == "---p"
+    memory.map(0, 1, 7)
+    memory.check()
+
+
+def protection(address: int) -> str | None:
+    """What the kernel says of an address of this process; None: nothing is there."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        addresses, rights, *_ = line.split()
+        start, end = (int(part, 16) for part in addresses.split("-"))
+        if start <= address < end:
+            return rights
+    return None
+
+
+def test_a_mapping_thread_that_fails_is_done_without(caplog) -> None:
+    class Broken:
+        def map_ahead(self, slot: int, index: int, block: int) -> None:
+            raise AssertionError("slot out of range")
+
+    ahead = Premapper(Broken(), 16)
+    ahead.launched(decode(0, 0, 0, BlockMap(0, 0, 0)))
+    ahead.launched(decode(1, 1, 0, BlockMap(1, 0, 1)))
+    ahead._thread.join(10)
+    for step in range(2, 20):
+        ahead.launched(decode(step, step, 0, BlockMap(step, 0, step)))
+    assert ahead._waiting.empty()
+    assert [r.message for r in caplog.records if r.exc_info] == [
+        "mapping ahead stops; from now on blocks are mapped as steps start"
+    ]
+    ahead.close()
+
+
+def test_a_step_may_end_while_the_next_is_launched() -> None:
+    ahead = ByHand(Table())
+
+    class Interrupted(deque):
+        """Whoever walks through it is overtaken by the compute thread."""
+
+        def __iter__(self):
+            walk = super().__iter__()
+            yield next(walk)
+            ends.start()
+            ends.join(0.05)
+            yield from walk
+
+    ahead._in_flight = Interrupted([decode(0, 0, 0), decode(1, 0, 1)])
+    ends = threading.Thread(target=ahead.ended)
+    ahead.launched(decode(2, 0, 2))
+    ends.join(10)
+    assert [batch.step for batch in deque.__iter__(ahead._in_flight)][:1] == [1]

@@ -6,13 +6,18 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
+from penstock.engine.build import build_engine
+from penstock.engine.config import EngineConfig
+from penstock.engine.platforms.cpu import kernels
 from penstock.engine.platforms.cpu.placement import (
+    bind_team,
     choose,
     count_cores,
     cpu_quota,
@@ -160,3 +165,50 @@ def test_each_thread_of_the_team_has_its_processor_and_others_are_free() -> None
         alone = [cpus for cpus in found["bound"] if len(cpus) == 1]
         assert sorted(alone) == [[cpu] for cpu in wanted]
         assert allowed in found["bound"]
+
+
+def test_binding_without_kernels_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--cpu-bind 0-1 needs the native CPU kernels"):
+        bind_team(None, (0, 1))
+    bind_team(None, ())  # nothing was asked for
+
+
+BIND = """
+import os, sys
+from penstock.engine.platforms.cpu import kernels, placement
+from penstock.protocol.errors import ConfigError
+try:
+    placement.bind_team(kernels.load(), [int(cpu) for cpu in sys.argv[1:]])
+except ConfigError as exc:
+    print(exc.message)
+"""
+
+
+@pytest.mark.parametrize(
+    ("limit", "others", "failed"), [("1", [], 1), ("2", [], 0), ("2", [1023], 1)]
+)
+def test_threads_that_could_not_be_bound_are_counted(limit: str, others: list[int], failed) -> None:
+    """A team that OpenMP cuts short, and a processor that is not there."""
+    cpu = min(os.sched_getaffinity(0))
+    if 1023 in os.sched_getaffinity(0):
+        pytest.skip("this machine has that processor")
+    done = subprocess.run(
+        [sys.executable, "-c", BIND, *map(str, [cpu, *(others or [cpu])])],
+        env=os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_THREAD_LIMIT": limit},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"{failed} of 2 threads" in done.stdout if failed else not done.stdout
+
+
+def test_an_engine_that_cannot_be_bound_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "load", lambda: None)
+    before = set(threading.enumerate())
+    cpu = min(os.sched_getaffinity(0))
+    config = EngineConfig(model="toy", cpu_bind=str(cpu), max_model_len=128, max_num_seqs=2)
+    with pytest.raises(ConfigError, match=f"--cpu-bind {cpu} "):
+        build_engine(config)
+    left = {thread.name for thread in set(threading.enumerate()) - before}
+    assert "penstock-map" not in left and "penstock-compute" not in left

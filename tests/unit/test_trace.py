@@ -100,6 +100,77 @@ def test_two_processes_share_a_file(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be written"):
         new_file(str(tmp_path / "no such folder" / "trace.json"))
+    with pytest.raises(ConfigError, match="cannot be written"):
+        open_trace(str(tmp_path / "no such folder" / "trace.json"), "engine-0")
+
+
+def test_a_full_disk_at_the_start_is_refused_and_nothing_stays_open() -> None:
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    with pytest.raises(ConfigError, match="No space left"):
+        open_trace("/dev/full", "engine-0")
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_a_full_disk_later_stops_the_trace_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    trace = FileTrace(tmp_path / "trace.json", "engine-0")
+    full = os.open("/dev/full", os.O_WRONLY)
+    os.dup2(full, trace._fd)
+    os.close(full)
+    with trace.span("lost"):
+        pass
+    trace._writer.join(10)
+    assert not trace._writer.is_alive()
+    for _ in range(3):
+        with trace.span("after"):
+            trace.add("later", 0.0, 1.0, lambda: pytest.fail("called"))
+            trace.count("blocks", 1)
+    assert not trace._events
+    trace.close()
+    assert [r.message for r in caplog.records if "No space left" in r.message] == [
+        f"tracing stops: {tmp_path / 'trace.json'} cannot be written: No space left on device"
+    ]
+
+
+def test_what_waits_for_the_writer_holds_on_to_nothing(tmp_path: Path) -> None:
+    trace = FileTrace(tmp_path / "trace.json", "engine-0")
+    trace._closing.set()
+    trace._writer.join()
+    del trace.add  # the writer is gone: what is queued stays
+    asked: list[int] = []
+    trace.add("step", 0.0, 1.0, lambda: {"asked": asked.append(1)})
+    assert asked and not any(callable(part) for part in trace._events[-1])
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+from penstock.trace import FileTrace
+path = Path(sys.argv[1])
+trace = FileTrace(path, "engine-0")
+# Room for some whole lines and a part of one: the kernel writes what fits, and then no more.
+resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 1000, resource.RLIM_INFINITY))
+for number in range(100):
+    trace.add(f"step {number}", number, number + 0.5)
+trace.close()
+"""
+
+
+def test_a_line_of_which_half_fitted_does_not_spoil_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(path)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "File too large" in done.stderr
+    assert "Traceback" not in done.stderr
+    other = open_trace(str(path), "service")
+    other.add("goes on", 0.0, 1.0)
+    other.close()
+    names = [event["name"] for event in spans(path)]
+    assert 3 < len(names) < 20
+    assert names == [f"step {n}" for n in range(len(names) - 1)] + ["goes on"]
 
 
 TRACED = """

@@ -154,18 +154,19 @@ def _assemble(
         premapper: Premapper | NoPremapper = NoPremapper()
         if isinstance(memory, XTensorMemory):
             premapper = Premapper(memory, layout.block_tokens, trace)
-        cpus = threads.cpus if placement.bind_team(kernels.load(), threads.cpus) else ()
+        with _closed_on_failure(premapper):
+            placement.bind_team(kernels.load(), threads.cpus)
         log.info("compute threads: %d (%s)", threads.num_threads, threads.reason)
-        return executor, premapper, InstanceCore(card, scheduler, core_config), cpus
+        return executor, premapper, InstanceCore(card, scheduler, core_config), threads.cpus
 
 
 @contextlib.contextmanager
-def _closed_on_failure(memory: KvMemory) -> Iterator[None]:
-    """A start that fails gives the pool back: the process may try again."""
+def _closed_on_failure(opened: KvMemory | Premapper | NoPremapper) -> Iterator[None]:
+    """A start that fails gives the pool back, and threads: the process may try again."""
     try:
         yield
     except BaseException:
-        memory.close()
+        opened.close()
         raise
 
 

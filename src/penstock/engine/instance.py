@@ -94,10 +94,10 @@ class InstanceDriver:
                 self._turn(poller)
         finally:
             endpoint.close(flush_s=1.0)
-            self._trace.close()
             if self._failure is None:  # else its thread hangs, and so would we
                 self._runner.close()
                 self._close_bell()
+            self._trace.close()  # now it has the last step too
         if self._failure is not None:
             raise EngineFailed(self._failure)
 

@@ -21,6 +21,7 @@ its predecessors have not ended.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from queue import SimpleQueue
@@ -28,6 +29,8 @@ from typing import Protocol
 
 from penstock.engine.scheduler.batch import Batch, BlockMap
 from penstock.trace import NO_TRACE, Trace
+
+log = logging.getLogger(__name__)
 
 
 class MapsAhead(Protocol):
@@ -45,6 +48,8 @@ class Premapper:
         self._block_tokens = block_tokens
         self._trace = trace
         self._in_flight: deque[Batch] = deque()
+        self._flight_changes = threading.Lock()
+        self._gone = False  # the thread, for a reason of its own
         self._waiting: SimpleQueue[tuple[int, list[BlockMap]] | None] = SimpleQueue()
         self._started = -1  # the last step that has
         self._mapping = threading.Lock()
@@ -55,10 +60,12 @@ class Premapper:
         self._thread.start()
 
     def launched(self, batch: Batch) -> None:
-        # A copy in one go: the other thread takes from the left meanwhile.
-        before = tuple(self._in_flight)
-        self._in_flight.append(batch)
-        if before and batch.maps and (early := self.untouched(batch.maps, before)):
+        with self._flight_changes:
+            before = tuple(self._in_flight)
+            self._in_flight.append(batch)
+        if self._gone or not batch.maps:
+            return
+        if before and (early := self.untouched(batch.maps, before)):
             self._waiting.put((batch.step, early))
 
     def starts(self, batch: Batch) -> None:
@@ -68,7 +75,8 @@ class Premapper:
 
     def ended(self) -> None:
         """The oldest batch in flight."""
-        self._in_flight.popleft()
+        with self._flight_changes:
+            self._in_flight.popleft()
 
     def close(self) -> None:
         """Before the memory is closed."""
@@ -87,6 +95,14 @@ class Premapper:
         return [m for m in maps if m.index >= ends.get(m.slot, 0)]
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        except Exception:
+            # No step needs us: each maps what it finds unmapped.
+            self._gone = True
+            log.exception("mapping ahead stops; from now on blocks are mapped as steps start")
+
+    def _serve(self) -> None:
         while (work := self._waiting.get()) is not None:
             step, maps = work
             with self._trace.span(f"map for step {step}"):

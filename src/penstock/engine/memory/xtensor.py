@@ -17,6 +17,7 @@ sequence uses taken down.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import mmap
@@ -147,9 +148,7 @@ class XTensorMemory(ContiguousAccess):
             try:
                 self._lay(slot, index, block)
             except (OSError, EngineFailed):
-                # Whether the old mapping still stands is not known: let `map` lay it anew.
-                self.num_mapped -= int(self._table[slot, index] != _UNMAPPED)
-                self._table[slot, index] = _UNMAPPED
+                self._vacate(slot, index)
                 return
             taken_s = time.perf_counter() - started_s
             n = self.maps
@@ -174,6 +173,27 @@ class XTensorMemory(ContiguousAccess):
         )
         self.num_mapped += int(self._table[slot, index] == _UNMAPPED)
         self._table[slot, index] = block
+
+    def _vacate(self, slot: int, index: int) -> None:
+        """After a refused mapping, when it is not known whether the old one still stands: let `map`
+        lay it anew. Where it does not there may be a hole in the reservation, into which any mmap
+        of this process might fall, so it is closed if the kernel lets us."""
+        self.num_mapped -= int(self._table[slot, index] != _UNMAPPED)
+        self._table[slot, index] = _UNMAPPED
+        with contextlib.suppress(OSError, EngineFailed):
+            self._reserve(slot, index, 1)
+
+    def _reserve(self, slot: int, index: int, count: int) -> None:
+        """Lay the empty reservation over `count` places."""
+        self.num_syscalls += 1
+        _mmap(
+            self.base(slot) + index * self.block_stride_bytes,
+            count * self.block_stride_bytes,
+            _PROT_NONE,
+            _RESERVE | _MAP_FIXED,
+            -1,
+            0,
+        )
 
     def free_slot(self, slot: int) -> None:
         self._live[slot] = 0
@@ -233,15 +253,7 @@ class XTensorMemory(ContiguousAccess):
             if len(mapped) == 0:
                 continue
             end = live + int(mapped[-1]) + 1
-            _mmap(
-                self.base(slot) + live * self.block_stride_bytes,
-                (end - live) * self.block_stride_bytes,
-                _PROT_NONE,
-                _RESERVE | _MAP_FIXED,
-                -1,
-                0,
-            )
-            self.num_syscalls += 1
+            self._reserve(slot, live, end - live)
             self.num_mapped -= len(mapped)
             self._table[slot, live:end] = _UNMAPPED
 

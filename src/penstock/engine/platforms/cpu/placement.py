@@ -158,15 +158,26 @@ def _quota(folder: Path) -> list[float]:
     return [share] if share > 0 else []  # version 1 writes -1 for none
 
 
-def bind_team(library: ctypes.CDLL | None, cpus: Sequence[int]) -> bool:
+def bind_team(library: ctypes.CDLL | None, cpus: Sequence[int]) -> None:
     """Bind the team of the calling thread, itself included: thread i to cpus[i]. Threads that it
-    starts later inherit that, so this comes last. False if it was not done."""
-    if library is None or not cpus:
-        return False
+    starts later inherit that, so this comes last. Raises `ConfigError` where it cannot be done.
+    """
+    if not cpus:
+        return
+    asked = f"--cpu-bind {format_cpus(cpus)}"
+    if library is None:
+        raise ConfigError(
+            f"{asked} needs the native CPU kernels, and there are none: install g++, or unset "
+            "PENSTOCK_NATIVE"
+        )
     wanted = (ctypes.c_int * len(cpus))(*cpus)
     library.penstock_bind.argtypes = [ctypes.c_void_p, ctypes.c_int]
     library.penstock_bind.restype = ctypes.c_int
-    return library.penstock_bind(wanted, len(cpus)) == 0
+    if failed := library.penstock_bind(wanted, len(cpus)):
+        raise ConfigError(
+            f"{asked}: {failed} of {len(cpus)} threads could not be bound. Are OMP_THREAD_LIMIT or "
+            "OMP_DYNAMIC set, or have processors been taken away?"
+        )
 
 
 def leave(cpus: Sequence[int]) -> None:
