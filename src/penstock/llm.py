@@ -20,9 +20,12 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from penstock.checkpoint import resolve
-from penstock.engine.config import EngineConfig, WorkerConfig
+from penstock.cli import vllm_flags
+from penstock.cli.parser import nearest
+from penstock.engine.config import DTYPE_ALIASES, EngineConfig, WorkerConfig
 from penstock.engine.instance import EngineThread
 from penstock.protocol.errors import (
+    ConfigError,
     ContextLengthExceeded,
     EngineUnavailable,
     InvalidRequest,
@@ -79,7 +82,9 @@ class LLM:
     """A model, loaded into this process. `close()` (or `with`) frees it.
 
     Raises `StartupError`s with one-line reasons when the model cannot be loaded. The keyword
-    arguments are those of `EngineConfig`; `kv_cache_memory_bytes` is vLLM's name for one of them.
+    arguments are those of `EngineConfig`, and vLLM's `enforce_eager`, `kv_cache_memory_bytes` and
+    `num_gpu_blocks_override` for `graph_mode`, `kv_cache_bytes` and `num_blocks`. None stands for
+    the default of each.
     """
 
     def __init__(
@@ -87,13 +92,10 @@ class LLM:
         model: str,
         *,
         chat_template: str | None = None,
-        kv_cache_memory_bytes: int | None = None,
         **engine: Any,
     ) -> None:
-        if kv_cache_memory_bytes is not None:
-            engine["kv_cache_bytes"] = kv_cache_memory_bytes
-        config = EngineConfig(model=model, **engine)
-        checkpoint = resolve(model, revision=config.revision)
+        config = engine_config(model, engine)
+        checkpoint = resolve(config.model, revision=config.revision)
         self._texts = Texts.from_checkpoint(checkpoint, chat_template=chat_template)
         number = next(_numbers)
         address = f"memory://llm-{number}"
@@ -283,6 +285,43 @@ class LLM:
             constraint=params.constraint,
         )
         return _Job(text, params, spec)
+
+
+#: vLLM's names of settings that are called otherwise here.
+_VLLM_NAMES = {"kv_cache_memory_bytes": "kv_cache_bytes", "num_gpu_blocks_override": "num_blocks"}
+
+
+def engine_config(model: str, keywords: dict[str, Any]) -> EngineConfig:
+    """What `LLM` was told. Raises `ConfigError` for what is unknown, twice there or no value."""
+    own = [name for name in EngineConfig.__dataclass_fields__ if name != "model"]
+    known = [*own, *_VLLM_NAMES, "enforce_eager", "chat_template"]
+    for name in keywords:
+        if name not in known:
+            raise ConfigError(_unknown(name, known))
+    said = {name: value for name, value in keywords.items() if value is not None}
+    for theirs, ours in _VLLM_NAMES.items():
+        if theirs in said:
+            if ours in said:
+                raise ConfigError(f"LLM: {theirs} and {ours} are the same: give one of them")
+            said[ours] = said.pop(theirs)
+    match said.pop("enforce_eager", False):
+        case True:
+            if said.setdefault("graph_mode", "eager") != "eager":
+                raise ConfigError(f"LLM: enforce_eager does not go with {said['graph_mode']!r}")
+        case value if value is not False:
+            raise ConfigError(f"LLM: enforce_eager must be True or False, not {value!r}")
+    if "dtype" in said:  # torch.bfloat16 is a dtype as well
+        name = str(said["dtype"]).removeprefix("torch.")
+        said["dtype"] = DTYPE_ALIASES.get(name, name)
+    return EngineConfig(model, **said)
+
+
+def _unknown(name: str, known: list[str]) -> str:
+    text = f"LLM has no argument {name!r}"
+    found = vllm_flags.find("--" + name.replace("_", "-"))
+    if found is not None and found.standing != "same":
+        return f"{text}, which vLLM has: {found.explain()}"
+    return text + nearest(name, known)
 
 
 @dataclass(frozen=True, slots=True)

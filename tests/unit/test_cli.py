@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -84,6 +85,10 @@ def test_help_imports_nothing_heavy() -> None:
         (["serve", "toy", "--max-num-seqs", "0"], ["--max-num-seqs", "at least 1"]),
         (["serve", "toy", "--port", "70000"], ["70000", "not a port"]),
         (["serve", "toy", "--gpu-memory-utilization", "1.5"], ["gpu_memory_utilization"]),
+        (["serve", "toy", "--quantization", "int5"], ["quantization 'int5'", "int4"]),
+        (["serve", "toy", "--cpu-bind", "0-"], ["--cpu-bind 0-", "such as 0-3"]),
+        (["chat", "toy", "--cpu-bind", "0-999999999"], ["--cpu-bind 0-999999999"]),
+        (["worker", "toy", "--address=ipc:///x", "--cpu-bind", "no"], ["--cpu-bind no"]),
         (["serve", "toy", "-tp", "2"], ["-tp", "not supported yet"]),
         (["serve", "toy", "--enable_chunked_prefill"], ["no need", "always chunked"]),
         (["serve", "toy", "--shutdown-timeout", "5"], ["--drain-timeout"]),
@@ -159,6 +164,7 @@ _engine_configs = st.builds(
     load_format=st.sampled_from(["auto", "safetensors", "dummy"]),
     seed=st.integers(-(2**62), 2**62),
     attention_backend=_names,
+    graph_mode=st.sampled_from(["auto", "eager", "piecewise"]),
     kv_memory=st.sampled_from(["auto", "plain"]),
     num_threads=_counts,
 )
@@ -168,6 +174,34 @@ _engine_configs = st.builds(
 def test_a_worker_reads_exactly_what_the_service_was_told(config: EngineConfig) -> None:
     words = flags.engine_arguments(config)
     assert worker_config(["--address", "ipc:///x", *words]).engine == config
+
+
+#: A value that is not the default, for every field.
+OTHERWISE: dict[str, Any] = {
+    "revision": "r", "dtype": "float32", "device": "cpu", "max_model_len": 64, "max_num_seqs": 3,
+    "max_num_batched_tokens": 32, "kv_cache_bytes": 1 << 20, "kv_cache_dtype": "int8",
+    "num_blocks": 7, "gpu_memory_utilization": 0.5, "enable_prefix_caching": False,
+    "load_format": "dummy", "quantization": "int4", "seed": -1, "attention_backend": "torch",
+    "graph_mode": "piecewise", "kv_memory": "plain", "num_threads": 2, "cpu_bind": "0-1",
+    "trace": "t.json",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(set(EngineConfig.__dataclass_fields__) - {"model"}))
+def test_each_setting_reaches_the_worker(name: str) -> None:
+    config = EngineConfig("toy", **{name: OTHERWISE[name]})
+    assert config != EngineConfig("toy")
+    words = flags.engine_arguments(config)
+    assert worker_config(["--address", "ipc:///x", *words]).engine == config
+
+
+@pytest.mark.parametrize(
+    "words", [["--enforce-eager"], ["--graph-mode", "eager"], ["--graph-mode=piecewise"]]
+)
+def test_the_graph_mode_of_serve_is_the_workers(words: list[str]) -> None:
+    serve, engine = config_of(make_parser(), ["toy", *words], {})
+    assert engine.graph_mode == words[-1].rpartition("=")[2].removeprefix("--enforce-")
+    assert worker_config(["--address", "ipc:///x", *serve.worker_args]).engine == engine
 
 
 def test_every_engine_setting_has_a_flag() -> None:
@@ -297,7 +331,7 @@ def test_what_the_table_calls_the_same_is_here_and_nothing_else_is() -> None:
 def test_flags_that_answers_refer_to_exist() -> None:
     ours = set(make_parser().flags())
     for flag in _all_vllm_flags():
-        mentioned = {word.strip(";,.`()") for word in flag.answer.split() if word.startswith("--")}
+        mentioned = {word.strip(";:,.`()") for word in flag.answer.split() if word.startswith("--")}
         assert mentioned <= ours, flag
 
 

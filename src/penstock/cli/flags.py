@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import fields
 
 from penstock.cli.parser import Parser, count
 from penstock.engine.config import (
     DEFAULT_MAX_NUM_BATCHED_TOKENS,
     DEFAULT_MAX_NUM_SEQS,
+    DTYPE_ALIASES,
     EngineConfig,
 )
 
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
-_DTYPES = {"half": "float16", "float": "float32"}  # vLLM's short names
 
 
 def _dtype(text: str) -> str:
-    return _DTYPES.get(text, text)
+    return DTYPE_ALIASES.get(text, text)
+
+
+def _load_format(text: str) -> str:
+    if text == "gguf":
+        raise argparse.ArgumentTypeError("name the .gguf file as MODEL")
+    return text
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +32,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "model",
         nargs="?",
         metavar="MODEL",
-        help="a checkpoint folder (Hugging Face layout), a GGUF file, a hub id, or `toy`, the model "
+        help="a folder in Hugging Face layout, a GGUF file, a hub id, or `toy`, the model "
         "that comes along",
     )
     # vLLM takes the model either way.
@@ -76,7 +83,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--kv-cache-dtype",
         choices=("auto", "bfloat16", "int8"),
-        help="auto takes the dtype of the weights; int8 holds twice the tokens of bfloat16",
+        help="auto takes the dtype of the weights; int8 holds nearly twice the tokens of bfloat16",
     )
     add(
         "--num-gpu-blocks-override",
@@ -100,8 +107,8 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--load-format",
+        type=_load_format,
         choices=("auto", "safetensors", "dummy"),
-        type=str,
         help="dummy: random weights, config.json is enough",
     )
     add("--seed", type=int, help="of random weights, and of requests that bring none")
@@ -147,7 +154,9 @@ def engine_arguments(config: EngineConfig) -> tuple[str, ...]:
     words = [config.model]
     parser = Parser("worker", "")
     add_engine_flags(parser)
-    flags = {action.dest: action.option_strings for action in parser._actions}
+    flags: dict[str, Sequence[str]] = {}
+    for action in parser._actions:  # the first of a destination takes all values: --graph-mode
+        flags.setdefault(action.dest, action.option_strings)
     for field in fields(EngineConfig):
         value = getattr(config, field.name)
         if field.name == "model" or value == field.default:

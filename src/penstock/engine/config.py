@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import re
 from dataclasses import dataclass, replace
-from typing import Literal
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from penstock.engine.platforms.cpu.placement import parse_cpus
 from penstock.protocol.errors import ConfigError
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
@@ -12,6 +16,14 @@ KvCacheDtype = Literal["auto", "bfloat16", "int8"]
 Device = Literal["auto", "cpu", "cuda"]
 GraphMode = Literal["auto", "eager", "piecewise"]
 LoadFormat = Literal["auto", "safetensors", "dummy"]
+
+#: vLLM's short names.
+DTYPE_ALIASES = {"half": "float16", "float": "float32"}
+#: What `quantization` may say, in the words of `quantization.select`, whose import brings torch.
+QUANTIZATIONS = (
+    "auto", "none", "int8", "int4", "awq", "gptq", "compressed-tensors", "fp8", "gguf",
+    "awq_marlin", "gptq_marlin", "compressed_tensors", "finegrained_fp8",
+)  # fmt: skip
 
 #: On a CPU decode is bound by memory bandwidth up to a few dozen rows and by arithmetic after that:
 #: more rows would add latency and no throughput. A GPU's ridge lies higher. vLLM has 256 for both.
@@ -61,6 +73,11 @@ class EngineConfig:
     trace: str | None = None
 
     def __post_init__(self) -> None:
+        for name in ("model", "trace"):
+            if isinstance(path := getattr(self, name), os.PathLike):
+                object.__setattr__(self, name, os.fspath(path))
+        for name, hint in _HINTS.items():
+            _check_type(name, getattr(self, name), hint)
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_bytes",
                      "num_blocks", "num_threads"):  # fmt: skip
             value = getattr(self, name)
@@ -70,6 +87,14 @@ class EngineConfig:
             raise ConfigError(
                 f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}"
             )
+        if self.quantization not in QUANTIZATIONS:
+            raise ConfigError(
+                f"quantization {self.quantization!r} is none of {', '.join(QUANTIZATIONS)}"
+            )
+        if self.cpu_bind not in ("auto", "none"):
+            if re.search(r"\d{5}", self.cpu_bind):  # no list of a billion
+                raise ConfigError(f"--cpu-bind {self.cpu_bind}: no processor has that number")
+            parse_cpus(self.cpu_bind)
 
     def for_device(self, device_type: Literal["cpu", "cuda"]) -> EngineConfig:
         """A copy with the limits filled in that depend on the device alone."""
@@ -88,6 +113,24 @@ class EngineConfig:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
         )
+
+
+_HINTS = get_type_hints(EngineConfig)
+_KINDS = {str: "text", int: "a whole number", float: "a number", bool: "True or False"}
+
+
+def _check_type(name: str, value: object, hint: Any) -> None:
+    """Raises `ConfigError`; what the command line says has passed its parser, what Python code says
+    has passed nothing."""
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            raise ConfigError(f"{name} {value!r} is none of {', '.join(get_args(hint))}")
+        return
+    kinds = get_args(hint) or (hint,)
+    taken = (*kinds, int) if float in kinds else kinds
+    if not isinstance(value, taken) or (isinstance(value, bool) and bool not in kinds):
+        words = " or ".join(_KINDS[kind] for kind in kinds if kind is not NoneType)
+        raise ConfigError(f"{name} must be {words}, not {value!r}")
 
 
 @dataclass(frozen=True, slots=True)
