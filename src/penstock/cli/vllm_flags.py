@@ -142,7 +142,7 @@ SECTIONS: dict[str, tuple[VllmFlag, ...]] = {
         --allowed-media-domains      | later | prompts are text
     """),
     "Loading": _rows("""
-        --load-format                | same  | auto, safetensors and dummy
+        --load-format                | same  | auto, safetensors and dummy; for gguf name the .gguf file as MODEL
         --download-dir               | other | the environment's HF_HOME or HF_HUB_CACHE
         --safetensors-load-strategy  | none  | tensors are read straight into place
         --model-loader-extra-config  | none  | tensors are read straight into place
@@ -263,8 +263,8 @@ SECTIONS: dict[str, tuple[VllmFlag, ...]] = {
         --num-speculative-tokens     | later | one token a step and sequence
     """),
     "Compilation": _rows("""
-        --compilation-config -cc -O  | none  | there is no graph mode yet; kernels are chosen per machine
-        --optimization-level         | none  | kernels are chosen per machine
+        --compilation-config -cc     | other | --graph-mode auto, piecewise or eager; kernels are chosen per machine
+        --optimization-level -O -O0 -O1 -O2 -O3 | other | --graph-mode; kernels are compiled for the machine
         --cudagraph-capture-sizes    | later | decoding on CUDA is eager so far
         --cuda-graph-sizes           | later | decoding on CUDA is eager so far
         --max-cudagraph-capture-size | later | decoding on CUDA is eager so far
@@ -275,7 +275,8 @@ SECTIONS: dict[str, tuple[VllmFlag, ...]] = {
         --kv-transfer-config         | later | prefill and decode share an instance so far
         --kv-events-config           | none  | instances always report their KV to the service
         --otlp-traces-endpoint       | later | /metrics has latencies by phase
-        --collect-detailed-traces    | later | /metrics has latencies by phase
+        --collect-detailed-traces    | other | --trace writes a file for ui.perfetto.dev
+        --profiler-config            | other | --trace writes a file for ui.perfetto.dev
         --show-hidden-metrics-for-version | none | no metric is hidden
     """),
 }  # fmt: skip
@@ -291,7 +292,8 @@ _TITLES = {
 
 
 def find(name: str) -> VllmFlag | None:
-    """The flag of that spelling, `--no-...` included."""
+    """The flag of that spelling, `--no-...` and one field of an object (`-cc.mode`) included."""
+    name = name.partition(".")[0]
     return _BY_NAME.get(name) or _BY_NAME.get(name.replace("--no-", "--", 1))
 
 
