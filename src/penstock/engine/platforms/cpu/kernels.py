@@ -128,10 +128,13 @@ def build(march: str | None = None, cache: Path | None = None, part: Part = CORE
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         raise CompileFailed("no C++ compiler (g++) on the PATH")
+    shared = cache is None
     cache = cache or cache_folder()
     library = cache / f"{part.name}-{_key(compiler, march, part)}.so"
     if _intact(library):
         return library
+    if shared:
+        logger.info("compiling kernels for this machine, once: %s", part.name)
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
