@@ -201,10 +201,13 @@ def test_files_beside_the_weights(source: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["fp8-blocks", "gptq-4-asym"])
-def test_from_a_quantized_checkpoint(kind: str, tmp_path: Path) -> None:
+def test_from_a_quantized_checkpoint(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     plain = make_checkpoint(tmp_path / "plain", "llama", num_hidden_layers=1)
     folder = WRITERS[kind].write(plain, tmp_path / "stored")
     quantize_checkpoint(Checkpoint(folder), tmp_path / "out", INT8)
+    assert caplog.text.count("quantized already") == 1
     tensors = safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")
     assert not any(name.endswith(("qweight", "scale_inv", "g_idx")) for name in tensors)
     config = json.loads((tmp_path / "out" / "config.json").read_text())

@@ -319,9 +319,29 @@ class TestWrong:
         config = json.loads((folder / "config.json").read_text())
         del config["quantization_config"]
         (folder / "config.json").write_text(json.dumps(config))
-        refusal(CheckpointError, folder)
+        assert "quantization_config is missing" in refusal(CheckpointError, folder)
         rewrite(folder, lambda tensors: [tensors.pop(n) for n in list(tensors) if "scale" in n])
-        assert "dtype I8" in refusal(UnsupportedModel, folder)
+        assert "quantization_config is missing" in refusal(CheckpointError, folder)
+
+    @pytest.mark.parametrize("kind", ["awq-32", "ct-packed-4-asym", "fp8-blocks"])
+    def test_packed_codes_without_their_settings(
+        self, copied: Callable[[str], Path], kind: str
+    ) -> None:
+        folder = copied(kind)
+        config = json.loads((folder / "config.json").read_text())
+        del config["quantization_config"]
+        (folder / "config.json").write_text(json.dumps(config))
+        assert "quantization_config is missing" in refusal(CheckpointError, folder)
+
+    def test_groups_without_a_format(self, copied: Callable[[str], Path]) -> None:
+        folder = copied("ct-int8-channel")
+        config = json.loads((folder / "config.json").read_text())
+        settings = config["quantization_config"]
+        settings.pop("format", None)
+        for group in settings["config_groups"].values():
+            group.pop("format", None)
+        (folder / "config.json").write_text(json.dumps(config))
+        assert "format is missing" in refusal(CheckpointError, folder)
 
     def test_settings_without_codes(self, source: Path, tmp_path: Path) -> None:
         folder = Path(shutil.copytree(source, tmp_path / "copy"))

@@ -24,7 +24,7 @@ MIB = 1 << 20
 def _parser() -> Parser:
     parser = Parser("quantize", _DESCRIPTION)
     add = parser.add_argument
-    add("model", metavar="MODEL", help="a checkpoint folder, a hub id, or toy")
+    add("model", metavar="MODEL", help="a checkpoint folder, a GGUF file, a hub id, or toy")
     add("out", metavar="OUT", help="a folder that is not there yet")
     add("--scheme", required=True, metavar="SCHEME", help="int8 or int4")
     add("--group-size", type=count, metavar="WEIGHTS", help="of int4: 128, 64 or 32 (128)")

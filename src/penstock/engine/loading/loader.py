@@ -104,6 +104,11 @@ def check_tensors(
             f"{tensors.folder}: config.json says that it is quantized by {stored.method}, but no "
             "tensor is: is this another model's config.json?"
         )
+    if stored is PLAIN and (codes := _codes(tensors)) is not None:
+        raise CheckpointError(
+            f"{tensors.folder}: {codes} is {tensors.info(codes).dtype}, so this model is quantized "
+            "in some way, but config.json does not say how: quantization_config is missing"
+        )
     tensors.check(
         declared.shapes,
         tied=config.tie_word_embeddings,
@@ -117,6 +122,12 @@ def check_tensors(
                 f"{tensors.folder}: {name} is not zero, and config.json knows no such bias: is "
                 "this another model's config.json?"
             )
+
+
+def _codes(tensors: CheckpointTensors) -> str | None:
+    """A weight that is stored as something else than floats, under the names that formats use."""
+    weights = (n for n in tensors.names() if n.endswith((".weight", ".qweight", ".weight_packed")))
+    return next((name for name in weights if tensors.dtype_of(name) is None), None)
 
 
 def weights_bytes(config: ModelConfig, dtype: torch.dtype | str | None = None) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +23,7 @@ from penstock.engine.memory.sizing import torch_dtype
 from penstock.engine.models.registry import model_config
 from penstock.engine.platforms.base import Platform
 from penstock.engine.quantization import export
+from penstock.engine.quantization.formats.base import PLAIN
 from penstock.engine.quantization.schemes import INT8, Scheme
 from penstock.engine.quantization.select import (
     HEAD_FIELD,
@@ -32,6 +34,8 @@ from penstock.engine.quantization.select import (
 )
 from penstock.engine.quantization.weight import QuantizedWeight, row_slices
 from penstock.protocol.errors import CheckpointError, ConfigError
+
+logger = logging.getLogger(__name__)
 
 #: What is not copied: weights in any format, and what is written anew.
 _WEIGHTS = (
@@ -105,6 +109,13 @@ class _Conversion:
         stored = Quantization(stored_format(checkpoint), keep_bits=False)
         as_stored = declare(self._config, None, stored, tensors.find)
         check_tensors(tensors, as_stored, self._config, stored)
+        if stored.format is not PLAIN:
+            logger.warning(
+                "%s is quantized already (%s): the errors of both times add up, and those that are "
+                "reported are of the second; take the original if you can",
+                checkpoint.path,
+                stored.format.describe(),
+            )
         self._num_bytes = sum(tensors.info(name).num_bytes for name in as_stored.shapes)
         self._dtype = torch_dtype(self._config.dtype)
         self._source = FromCheckpoint(

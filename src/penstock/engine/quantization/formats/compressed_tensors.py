@@ -15,6 +15,7 @@ from penstock.engine.models.fields import Fields
 from penstock.engine.quantization.formats import ct_integers, float8
 from penstock.engine.quantization.formats.base import Find, Format, Layout
 from penstock.engine.quantization.formats.targets import Targets
+from penstock.protocol.errors import CheckpointError
 
 _FORMATS = ("int-quantized", "pack-quantized", "naive-quantized", "float-quantized")
 _IGNORED = (
@@ -72,7 +73,7 @@ class CompressedTensors(Format):
 
 def parse(fields: Fields) -> Format:
     _refuse_transformed(fields)
-    default = fields.text("format", "dense")
+    default = fields.get("format")
     found = fields.child("config_groups")
     if found is None or not found.names():
         raise fields.wrong("config_groups", fields.get("config_groups"), "an object of groups")
@@ -87,7 +88,7 @@ def parse(fields: Fields) -> Format:
     return CompressedTensors(groups, ignore, tuple(dict.fromkeys(notes)))
 
 
-def _group(groups: Fields, name: str, default_format: str, notes: list[str]) -> Group:
+def _group(groups: Fields, name: str, default_format: object, notes: list[str]) -> Group:
     if not isinstance(groups.get(name), dict):
         raise groups.unsupported(name, groups.get(name), "groups that are written out")
     group = groups.child(name)
@@ -95,7 +96,12 @@ def _group(groups: Fields, name: str, default_format: str, notes: list[str]) -> 
     weights = group.child("weights")
     if weights is None:
         raise group.unsupported("weights", None, "groups that quantize weights")
-    stored = group.text("format", default_format)
+    stored = group.get("format") or default_format
+    if stored is None:
+        raise CheckpointError(
+            f"{group.where}: format is missing, here and beside config_groups: expected one of "
+            f"{', '.join(_FORMATS)}"
+        )
     if stored not in _FORMATS:
         raise group.unsupported("format", stored, ", ".join(_FORMATS))
     _note_activations(group, notes)
