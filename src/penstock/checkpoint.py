@@ -70,7 +70,11 @@ class Checkpoint:
 def resolve(model: str, *, revision: str | None = None) -> Checkpoint:
     """Folder, GGUF file, hub id or `toy` to a `Checkpoint`. Raises `CheckpointError` with what to
     do."""
-    from penstock.gguf.checkpoint import GgufCheckpoint, only_gguf  # which imports this module
+    from penstock.gguf.checkpoint import (
+        GgufCheckpoint,
+        is_gguf,
+        only_gguf,
+    )  # which imports this module
 
     if model == "toy":
         return Checkpoint(TOY)
@@ -78,12 +82,18 @@ def resolve(model: str, *, revision: str | None = None) -> Checkpoint:
     if path.is_dir():
         file = only_gguf(path.absolute())
         return Checkpoint(path.resolve()) if file is None else GgufCheckpoint(file)
-    if path.suffix.lower() == ".gguf" and path.exists():
+    named_gguf = path.suffix.lower() == ".gguf"
+    if path.exists() and (named_gguf or is_gguf(path)):
         return GgufCheckpoint(path.absolute())  # not resolved: parts are found by their names
     if path.exists():
-        raise CheckpointError(f"{model} is a file: give the folder that holds config.json")
-    if model.startswith(("/", ".", "~")) or model.count("/") > 1:
-        raise CheckpointError(f"{model} does not exist: give a checkpoint folder or a hub id")
+        raise CheckpointError(
+            f"{model} is a file, but no GGUF file: give one, or the folder that holds config.json"
+        )
+    if path.parent.is_file():
+        raise CheckpointError(f"{model} does not exist: {path.parent} is a file")
+    # A hub id is a name, or two with a slash between them.
+    if named_gguf or model.startswith(("/", ".", "~")) or model.count("/") > 1 or model[-1:] == "/":
+        raise CheckpointError(f"{model} does not exist: there is no such file or folder")
     return Checkpoint(_download(model, revision))
 
 
@@ -95,9 +105,11 @@ def _download(model: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
     except HFValidationError as exc:
-        raise CheckpointError(f"{model} is neither a folder nor a hub id: {exc}") from exc
+        raise CheckpointError(
+            f"{model} is neither a file nor a folder nor a hub id: {exc}"
+        ) from exc
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as exc:
         raise CheckpointError(
-            f"{model} is not a folder here, and the hub could not deliver it "
+            f"{model} is no file or folder here, and the hub could not deliver it "
             f"({type(exc).__name__}): check the name and the network, or give a folder"
         ) from exc

@@ -83,11 +83,40 @@ def test_safetensors_win_over_a_gguf_beside_them(hf: Path, whole: Path, tmp_path
 def test_several_files_need_a_choice(whole: Path, tmp_path: Path) -> None:
     for name in ("a.gguf", "b.gguf"):
         shutil.copy(whole, tmp_path / name)
-    with pytest.raises(CheckpointError, match=r"give one of a\.gguf, b\.gguf"):
+    (tmp_path / "a folder.gguf").mkdir()
+    with pytest.raises(CheckpointError, match=r"give one of a\.gguf, b\.gguf$"):
         resolve(str(tmp_path))
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     with pytest.raises(CheckpointError, match="several GGUF files"):
         resolve(str(tmp_path))
+    for name in ("c.gguf", "d.gguf", "e.gguf"):
+        shutil.copy(whole, tmp_path / name)
+    with pytest.raises(CheckpointError, match=r"c\.gguf, d\.gguf, \.\.\.$"):
+        resolve(str(tmp_path))
+
+
+def test_a_gguf_file_under_another_name(whole: Path, tmp_path: Path) -> None:
+    """As in the hub's cache, whose files are called by their digests."""
+    file = Path(shutil.copy(whole, tmp_path / "0a1b2c"))
+    assert resolve(str(file)).config == resolve(str(whole)).config
+
+
+def test_paths_that_lead_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def hub(*_: object, **__: object) -> None:
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", hub)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "afile").write_bytes(b"GGU")
+    for model in ("x.gguf", "models/x.GGUF", "a/b/c", "./a", str(tmp_path / "x"), "models/"):
+        with pytest.raises(CheckpointError, match="does not exist: there is no such file"):
+            resolve(model)
+    with pytest.raises(CheckpointError, match="does not exist: afile is a file"):
+        resolve("afile/x")
+    with pytest.raises(CheckpointError, match="afile is a file, but no GGUF file: give one, or"):
+        resolve("afile")
+    with pytest.raises(AssertionError, match="the hub was asked"):
+        resolve("someone/something")
 
 
 def test_a_split_file_is_one_checkpoint(hf: Path, whole: Path, tmp_path: Path) -> None:
@@ -239,6 +268,15 @@ def test_missing_and_unknown_tensors_are_named(hf: Path, tmp_path: Path) -> None
         load_model(resolve(str(file)), Plain(), "float32")
     file = write_gguf(hf, tmp_path / "w.gguf", metadata={"llama.feed_forward_length": 128})
     with pytest.raises(CheckpointError, match="metadata asks for"):
+        load_model(resolve(str(file)), Plain(), "float32")
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_K", "Q6_K", "MXFP4"])
+def test_a_length_that_no_block_divides_is_an_error(kind: str, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "hf", "llama", **WIDE)
+    wrong = {"llama.feed_forward_length": 504}
+    file = write_gguf(folder, tmp_path / "x.gguf", kind, metadata=wrong)
+    with pytest.raises(CheckpointError, match="504"):
         load_model(resolve(str(file)), Plain(), "float32")
 
 

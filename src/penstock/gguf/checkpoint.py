@@ -12,7 +12,7 @@ from typing import Any
 
 from penstock.checkpoint import Checkpoint
 from penstock.gguf import config
-from penstock.gguf.header import GgufHeader, GgufTensor, read_header
+from penstock.gguf.header import MAGIC, GgufHeader, GgufTensor, read_header
 from penstock.gguf.metadata import Metadata
 from penstock.gguf.tokenizer import GgufTokenizer
 from penstock.protocol.errors import CheckpointError, UnsupportedModel
@@ -131,6 +131,19 @@ def parts_of(path: Path) -> list[Path]:
     return parts
 
 
+def is_gguf(path: Path) -> bool:
+    """By the first bytes: what a cache calls by its digest is a GGUF file too.
+
+    Raises `CheckpointError` for a file that cannot be read."""
+    if not path.is_file():  # a pipe would wait for its writer
+        return False
+    try:
+        with path.open("rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except OSError as exc:
+        raise CheckpointError(f"{path} cannot be read: {exc.strerror}") from exc
+
+
 def only_gguf(folder: Path) -> Path | None:
     """The one model in GGUF files that a folder holds, if it holds no safetensors.
 
@@ -138,11 +151,11 @@ def only_gguf(folder: Path) -> Path | None:
     """
     if any(folder.glob("*.safetensors")):
         return None
-    firsts = sorted({_first_part(path) for path in folder.glob("*.gguf")})
+    firsts = sorted({_first_part(path) for path in folder.glob("*.gguf") if path.is_file()})
     if len(firsts) == 1:
         return firsts[0]
     if firsts:
-        names = ", ".join(path.name for path in firsts[:4])
+        names = ", ".join(path.name for path in firsts[:4]) + ", ..." * (len(firsts) > 4)
         raise CheckpointError(f"{folder} holds several GGUF files: give one of {names}")
     return None
 

@@ -22,6 +22,7 @@ from penstock.engine.quantization.formats.base import (
     Raw,
     Stored,
     require,
+    require_multiple,
 )
 from penstock.engine.quantization.formats.gguf_blocks import AFFINE, Affine
 from penstock.engine.quantization.weight import QuantizedWeight, row_slices
@@ -51,6 +52,7 @@ class GgufFormat(Format):
         tensors = {"weight": Stored((rows, columns), stored.dtypes)}
         if kind in AFFINE:
             affine = AFFINE[kind]
+            require_multiple(module, "inputs", columns, affine.group_size)
             declared = _empty(rows, columns, affine, "meta")
             return FewBits(
                 tensors, declared, lambda raw: _decode(module, raw["weight"], kind, columns)
