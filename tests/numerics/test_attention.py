@@ -399,7 +399,9 @@ def test_a_rows_bits_depend_neither_on_threads_nor_on_other_rows(dtype, kv_dtype
 @needs_compiler
 @pytest.mark.parametrize("window", [None, 70])
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_prefill_in_chunks_gives_the_same_bits(dtype, window, monkeypatch):
+def test_prefill_in_chunks_of_many_queries_gives_the_same_bits(dtype, window, monkeypatch):
+    """Of more than 8 queries for each kv head (`kFewQueries`), that is: a shorter remainder goes
+    through the decode kernel, which rounds differently."""
     case = make_case(8, dtype, heads=(4, 2), head_dim=64, window=window, lengths=[(0, 300)])
     backend = NativeCpuAttention(case.shape, case.memory)
     backend.plan(case.rows)

@@ -2,7 +2,7 @@
 
 oneDNN wants a weight in panels of output features, so that a product walks memory in order. torch's
 `linear` re-orders (or strides) at every call; doing it once is up to twice as fast at decode and
-never slower beyond tiny sizes (figures in docs/design/memory.md). The row-major original is dropped
+never slower beyond tiny sizes (docs/design/kernels.md). The row-major original is dropped
 then; a tied embedding, which must still find its rows, reads them out of the panels.
 """
 
