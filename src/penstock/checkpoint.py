@@ -105,9 +105,7 @@ def _download(model: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
     except HFValidationError as exc:
-        raise CheckpointError(
-            f"{model} is neither a file nor a folder nor a hub id: {exc}"
-        ) from exc
+        raise CheckpointError(f"{model} is neither a path nor a hub id: {exc}") from exc
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as exc:
         raise CheckpointError(
             f"{model} is no file or folder here, and the hub could not deliver it "

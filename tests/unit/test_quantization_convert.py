@@ -6,7 +6,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pty
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -271,6 +273,20 @@ def test_one_linear_in_memory_at_a_time(source: Path, tmp_path: Path) -> None:
     assert size > 40e6 and grown < size / 2, (size, grown)
 
 
+_STUCK = """
+import sys
+from penstock.cli.main import main
+from penstock.engine.loading import safetensors_writer
+
+def stuck(*_):
+    print("stuck", flush=True)
+    sys.stdin.read()
+
+safetensors_writer._write = stuck
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 class TestAllOrNothing:
     def refused(self, kind: type[Exception], source: Path, out: Path) -> str:
         beside = set(out.parent.iterdir())
@@ -352,8 +368,45 @@ class TestAllOrNothing:
 
     def test_a_parent_that_is_no_folder(self, source: Path, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
-        with pytest.raises(CheckpointError, match="cannot be written"):
+        with pytest.raises(CheckpointError, match=r"cannot be written: .*/file is a file"):
             quantize_checkpoint(Checkpoint(source), tmp_path / "file" / "out", INT8)
+
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+    def test_ended_from_outside(
+        self, source: Path, tmp_path: Path, number: signal.Signals, caplog: Any
+    ) -> None:
+        """A run that is killed outright leaves its folder to the next, which spares what is alive
+        and what is somebody else's."""
+        out = tmp_path / "out"
+        words = ["quantize", str(source), str(out), "--scheme=int8"]
+        killed = number == signal.SIGKILL
+        runs = [
+            subprocess.Popen(
+                [sys.executable, "-c", _STUCK, *words],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=os.environ | {"PYTHONPATH": "src", "OMP_NUM_THREADS": "1"},
+            )
+            for _ in range(1 + killed)
+        ]
+        try:
+            for run in runs:
+                assert run.stdout is not None and run.stdout.readline() == b"stuck\n"
+            assert len(list(tmp_path.iterdir())) == len(runs)
+            runs[0].send_signal(number)
+            assert runs[0].wait(60) == (-number if killed else 130)
+            assert len(list(tmp_path.iterdir())) == 2 * killed
+            mine = tmp_path / ".out-backup01"
+            mine.mkdir()
+            (mine / "mine").write_text("mine")
+            quantize_checkpoint(Checkpoint(source), out, INT8)
+            left = set(tmp_path.iterdir()) - {out, mine}
+            assert len(left) == killed and (mine / "mine").read_text() == "mine"
+            assert ("left behind" in caplog.text) == killed
+        finally:
+            for run in runs:
+                run.kill()
+                run.communicate()
 
 
 class TestCommand:
@@ -389,3 +442,29 @@ class TestCommand:
     ) -> None:
         code, _, err = run(source, tmp_path / "out", *words)
         assert code == 2 and message in err and not (tmp_path / "out").exists()
+
+    def test_refusals_are_one_line(self, run: Any, source: Path, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("")
+        code, out, err = run(source, tmp_path / "file", "--scheme=int8")
+        assert code == 2 and out == ""
+        assert err.startswith("penstock: ") and err.count("\n") == 1
+        code, _, err = run(source, tmp_path / "out", "--scheme=int8")
+        assert (code, err) == (0, "")
+
+    @pytest.mark.parametrize("exists", [True, False])
+    def test_a_bar_where_somebody_looks(self, exists: bool, source: Path, tmp_path: Path) -> None:
+        """And none, nor a line for it, before it begins."""
+        if exists:
+            (tmp_path / "out").mkdir()
+        master, slave = pty.openpty()
+        words = ["quantize", str(source), str(tmp_path / "out"), "--scheme=int8"]
+        environment = os.environ | {"PYTHONPATH": "src", "OMP_NUM_THREADS": "1", "TERM": "xterm"}
+        done = subprocess.run(
+            [sys.executable, "-m", "penstock.cli.main", *words],
+            stdout=subprocess.DEVNULL, stderr=slave, env=environment,
+        )  # fmt: skip
+        os.close(slave)
+        shown = os.read(master, 1 << 16)
+        os.close(master)
+        assert done.returncode == (2 if exists else 0)
+        assert shown.startswith(b"penstock: ") if exists else b"quantizing" in shown

@@ -22,6 +22,25 @@ def stop_with_parent() -> None:
 
 
 @contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the block as Ctrl-C does, so that it cleans up; once, so that another
+    does not interrupt the cleaning. In the main thread only."""
+    wanted = [s for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
+
+    def interrupt(*_: object) -> None:
+        for number in wanted:
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in wanted}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
 def child(arguments: list[str], *, stop_s: float = 10.0) -> Iterator[subprocess.Popen[bytes]]:
     """A `penstock` command of our own version; ended with SIGTERM, after `stop_s` with SIGKILL.
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from penstock.checkpoint import Checkpoint, resolve
+from penstock.cli import process
 from penstock.cli.flags import add_log_level
 from penstock.cli.parser import Parser, count
 from penstock.protocol.errors import ConfigError
@@ -45,7 +47,11 @@ def run(arguments: list[str]) -> int:
     out = Path(options["out"]).expanduser()
     if options["scheme"] not in ("int8", "int4"):
         raise ConfigError(f"there is no scheme {options['scheme']!r}: int8 and int4 are there")
+    with process.interruptible():
+        return _quantize(options, out)
 
+
+def _quantize(options: dict[str, Any], out: Path) -> int:
     import torch  # takes a while
 
     from penstock.engine.quantization.convert import quantize_checkpoint
@@ -98,21 +104,24 @@ def _print_perplexity(checkpoint: Checkpoint, out: Path, num_threads: int | None
 
 
 class _Bar:
-    """The fraction that is done, where somebody looks."""
+    """The fraction that is done, where somebody looks. It begins with the first fraction: what is
+    refused before that has an error alone."""
 
     def __init__(self) -> None:
         from rich.console import Console
         from rich.progress import Progress
 
-        self._bar = Progress(console=Console(stderr=True), transient=True)
+        shown = sys.stderr.isatty()
+        self._bar = Progress(console=Console(stderr=True), transient=True, disable=not shown)
         self._task = self._bar.add_task("quantizing", total=1.0)
 
     def __enter__(self) -> _Bar:
-        self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        if self._bar.live.is_started:
+            self._bar.stop()
 
     def show(self, fraction: float) -> None:
+        self._bar.start()  # once; no more than that if it has
         self._bar.update(self._task, completed=fraction)

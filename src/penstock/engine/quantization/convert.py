@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import json
 import logging
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -78,24 +81,60 @@ def quantize_checkpoint(
     if out.exists():
         raise ConfigError(f"{out} exists already: choose another name, or remove it")
     out = out.absolute()
+    if file := next((path for path in out.parents if path.is_file()), None):
+        raise CheckpointError(f"{out} cannot be written: {file} is a file")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    except OSError as exc:
-        raise CheckpointError(f"{out} cannot be written: {exc.strerror}") from exc
-    try:
-        with CheckpointTensors(checkpoint) as tensors:
+        with _becoming(out) as folder, CheckpointTensors(checkpoint) as tensors:
             report = _Conversion(checkpoint, tensors, scheme).write(
                 folder, max_shard_bytes, progress or (lambda _: None)
             )
-        folder.chmod(0o755)
-        folder.rename(out)
+            folder.chmod(0o755)
+            folder.rename(out)
     except OSError as exc:
         full = ": the disk is full" if exc.errno == errno.ENOSPC else f": {exc.strerror}"
         raise CheckpointError(f"{out} cannot be written{full}; nothing is left of it") from exc
+    return report
+
+
+@contextlib.contextmanager
+def _becoming(out: Path) -> Iterator[Path]:
+    """A folder beside `out`, to be renamed; removed if it has not been. The lock on it ends with
+    this process, however that ends, and tells the next run what a dead one has left behind."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{out.name}-unfinished-"
+    for left in sorted(out.parent.iterdir()):
+        if left.name.startswith(prefix) and left.is_dir() and not left.is_symlink():
+            with contextlib.suppress(OSError):  # another user's, or gone meanwhile
+                _remove_if_dead(left)
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
+    try:
+        with _locked(folder):
+            yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    return report
+
+
+def _remove_if_dead(left: Path) -> None:
+    with _locked(left) as mine:
+        # What is empty may be so new that it is not locked yet.
+        if mine and any(left.iterdir()):
+            shutil.rmtree(left)
+            logger.warning("removed %s, which a run that was killed had left behind", left)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Whether it could be locked: another process may hold it, and some file systems cannot."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locked = True
+        except OSError:
+            locked = False
+        yield locked
+    finally:
+        os.close(descriptor)
 
 
 class _Conversion:
