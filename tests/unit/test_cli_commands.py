@@ -279,6 +279,19 @@ def test_doctor_judges_by_the_flags_of_serve(says: Says) -> None:
     assert any("max_model_len" in error for error in errors)
 
 
+def test_doctor_tries_the_trace(says: Says, tmp_path: Path) -> None:
+    code, _, errors = doctor(says, "toy", "--trace", str(tmp_path / "no" / "t.json"))
+    assert code == 1
+    assert errors == [f"--trace {tmp_path}/no/t.json cannot be written: No such file or directory"]
+    _, _, errors = doctor(says, "toy", "--trace", str(tmp_path))
+    assert errors == [f"--trace {tmp_path} cannot be written: Is a directory"]
+    there = tmp_path / "there.json"
+    there.write_text("an older trace")
+    for file in (there, tmp_path / "new.json"):
+        assert doctor(says, "toy", "--trace", str(file))[0] == 0
+    assert there.read_text() == "an older trace" and list(tmp_path.iterdir()) == [there]
+
+
 def _truncate(folder: Path) -> None:
     file = folder / "model.safetensors"
     with file.open("r+b") as opened:

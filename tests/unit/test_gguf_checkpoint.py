@@ -25,7 +25,7 @@ from penstock.engine.models.registry import model_config
 from penstock.engine.platforms.base import Platform
 from penstock.gguf.checkpoint import GgufCheckpoint
 from penstock.llm import LLM
-from penstock.protocol.errors import CheckpointError, PenstockError, UnsupportedModel
+from penstock.protocol.errors import CheckpointError, ConfigError, PenstockError, UnsupportedModel
 from penstock.sampling_params import SamplingParams
 from penstock.service.config import ServeConfig
 from penstock.service.text.texts import Texts
@@ -328,6 +328,29 @@ def test_doctor_says_what_is_in_a_file(whole: Path) -> None:
     assert not [finding for finding in findings if finding.level == "error"], texts
     assert facts["path"] == str(whole)
     assert any("Q8_0" in text for text in texts), texts
+
+
+def test_doctor_names_a_damaged_file_once(whole: Path, tmp_path: Path) -> None:
+    file = tmp_path / "x.gguf"
+    file.write_bytes(whole.read_bytes()[:1000])
+    serve = ServeConfig(model=str(file), served_model_names=("m",), port=0)
+    findings, _ = examine(EngineConfig(model=str(file)), serve)
+    errors = [finding.text for finding in findings if finding.level == "error"]
+    assert len(errors) == 1 and "truncated or damaged" in errors[0]
+
+
+def test_load_formats_of_a_gguf_file(whole: Path) -> None:
+    """Random weights need only what it says of itself; safetensors it has none."""
+    model, _ = load_model(resolve(str(whole)), Plain(), "float32", load_format="dummy")
+    assert model is not None
+    with pytest.raises(ConfigError, match=r"--load-format safetensors does not go with .*model\.g"):
+        load_model(resolve(str(whole)), Plain(), "float32", load_format="safetensors")
+    serve = ServeConfig(model=str(whole), served_model_names=("m",), port=0)
+    findings, _ = examine(EngineConfig(model=str(whole), load_format="safetensors"), serve)
+    errors = [finding.text for finding in findings if finding.level == "error"]
+    assert len(errors) == 1 and "--load-format safetensors" in errors[0]
+    findings, _ = examine(EngineConfig(model=str(whole), load_format="dummy"), serve)
+    assert not [finding for finding in findings if finding.level == "error"]
 
 
 def test_rows_of_llama_are_in_hugging_face_order_again(hf: Path, tmp_path: Path) -> None:

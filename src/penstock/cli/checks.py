@@ -7,15 +7,17 @@ of kernels), so that their verdict is its verdict. Only tensors' headers are rea
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from penstock.checkpoint import Checkpoint, resolve
 from penstock.cli import ports
 from penstock.cli.machine import Machine, read_machine
 from penstock.engine.config import EngineConfig
-from penstock.protocol.errors import PenstockError
+from penstock.protocol.errors import ConfigError, PenstockError
 from penstock.protocol.kv import BLOCK_TOKENS
 from penstock.service.config import ServeConfig
 
@@ -56,7 +58,8 @@ def examine(engine: EngineConfig, serve: ServeConfig) -> tuple[list[Finding], di
         try:
             findings += check(state)
         except PenstockError as exc:
-            findings.append(Finding(area, "error", exc.message))
+            if not any(found.text == exc.message for found in findings):  # a cause has one finding
+                findings.append(Finding(area, "error", exc.message))
     return findings, state.facts
 
 
@@ -147,13 +150,14 @@ def _template(texts: Any) -> Iterator[Finding]:
 
 
 def _tensors(state: Examination) -> Iterator[Finding]:
-    if state.checkpoint is None or state.model is None or state.engine.load_format == "dummy":
+    if state.checkpoint is None or state.model is None or state.quantization is None:
         return
-    if state.quantization is None:
-        return
-    from penstock.engine.loading.loader import check_tensors, declare
+    from penstock.engine.loading.loader import check_load_format, check_tensors, declare
     from penstock.engine.loading.tensors import CheckpointTensors
 
+    check_load_format(state.checkpoint, state.engine.load_format)
+    if state.engine.load_format == "dummy":
+        return
     with CheckpointTensors(state.checkpoint) as tensors:
         declared = declare(state.model, None, state.quantization, tensors.find)
         check_tensors(tensors, declared, state.model, state.quantization)
@@ -237,10 +241,17 @@ def _port(state: Examination) -> Iterator[Finding]:
 
 
 def _trace(state: Examination) -> Iterator[Finding]:
-    if state.engine.trace is not None:
-        yield Finding(
-            "plan", "ok", f"trace: {state.engine.trace}, to be opened at https://ui.perfetto.dev"
-        )
+    if (path := state.engine.trace) is None:
+        return
+    new = not os.path.lexists(path)
+    try:
+        # Appending changes nothing of a file that is there; a pipe without a reader is refused.
+        os.close(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o644))
+        if new:
+            Path(path).unlink()
+    except OSError as exc:
+        raise ConfigError(f"--trace {path} cannot be written: {exc.strerror}") from exc
+    yield Finding("plan", "ok", f"trace: {path}, to be opened at https://ui.perfetto.dev")
 
 
 def _dtype_and_kernels(state: Examination) -> Iterator[Finding]:

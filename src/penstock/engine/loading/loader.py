@@ -17,6 +17,7 @@ from penstock.engine.models.registry import family_named, model_config
 from penstock.engine.platforms.base import Platform
 from penstock.engine.quantization.formats.base import PLAIN, Find
 from penstock.engine.quantization.select import Quantization, log_remarks, quantization_of
+from penstock.gguf.checkpoint import GgufCheckpoint
 from penstock.protocol.errors import CheckpointError, ConfigError, NotEnoughMemory
 
 GIB = 1 << 30
@@ -41,8 +42,7 @@ def load_model(
 
     Raises `CheckpointError`, `UnsupportedModel`, `NotEnoughMemory`, `ConfigError`.
     """
-    if load_format not in ("auto", "safetensors", "dummy"):
-        raise ConfigError(f"load_format {load_format!r} is none of auto, safetensors, dummy")
+    check_load_format(checkpoint, load_format)
     config = model_config(checkpoint, max_model_len=max_model_len)
     config = replace(config, dtype=choose_dtype(config, platform, dtype))
     wanted = quantization_of(checkpoint, quantization)
@@ -63,6 +63,17 @@ def load_model(
             platform, torch_dtype(config.dtype), tensors, total_bytes, progress, wanted
         )
         return build(config, quantized(weights, wanted)), config
+
+
+def check_load_format(checkpoint: Checkpoint, load_format: str) -> None:
+    """Raises `ConfigError`. "dummy" goes with every checkpoint: it asks for no tensor's data."""
+    if load_format not in ("auto", "safetensors", "dummy"):
+        raise ConfigError(f"load_format {load_format!r} is none of auto, safetensors, dummy")
+    if load_format == "safetensors" and isinstance(checkpoint, GgufCheckpoint):
+        raise ConfigError(
+            f"--load-format safetensors does not go with {checkpoint.path}, which is a GGUF file: "
+            "leave the flag out"
+        )
 
 
 def choose_dtype(config: ModelConfig, platform: Platform, dtype: torch.dtype | str) -> str:
