@@ -366,7 +366,7 @@ class TestWrongTensors:
                 {"lm_head.weight": torch.zeros(384, 64, dtype=torch.int8)}
             ),
         )
-        assert "lm_head.weight has dtype I8" in refusal(UnsupportedModel, copy)
+        assert "lm_head.weight is I8, so this model is quantized" in refusal(CheckpointError, copy)
 
 
 class TestBrokenFiles:
