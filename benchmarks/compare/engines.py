@@ -18,6 +18,10 @@ WORKERS = Path(__file__).with_name("workers")
 GIB = 1 << 30
 
 
+#: Behind a scheme of ours: the KV cache in int8 as well (OpenVINO's and llama.cpp's users do that).
+INT8_KV = "+kv8"
+
+
 @dataclass(frozen=True)
 class Variant:
     name: str
@@ -28,7 +32,8 @@ class Variant:
     @property
     def bits(self) -> int:
         """Of a weight: engines are compared with those that read as much."""
-        return {"int8": 8, "q8_0": 8, "int4": 4, "q4_0": 4}.get(self.scheme or "", 16)
+        scheme = (self.scheme or "").removesuffix(INT8_KV)
+        return {"int8": 8, "q8_0": 8, "int4": 4, "q4_0": 4}.get(scheme, 16)
 
 
 VARIANTS = (
@@ -40,6 +45,7 @@ VARIANTS = (
     Variant("penstock-int8", "penstock", "int8"),
     Variant("openvino-int8", "openvino", "int8"),
     Variant("llama-q8_0", "llama", "q8_0"),
+    Variant("penstock-int8-kv8", "penstock", "int8" + INT8_KV),
     Variant("penstock-int4", "penstock", "int4"),
     Variant("llama-q4_0", "llama", "q4_0"),
 )
@@ -88,7 +94,7 @@ class Bench:
             return (self.weights(variant) / "openvino_model.bin").stat().st_size
         if variant.kind == "llama":
             return self.weights(variant).stat().st_size
-        if variant.scheme == "int8":
+        if variant.scheme in ("int8", "int8" + INT8_KV):
             return self.sizes.quantized_bytes(8, None)
         if variant.scheme == "int4":
             return self.sizes.quantized_bytes(4, 128)
@@ -144,7 +150,10 @@ class Bench:
         if variant.kind == "penstock":
             command = [python, "-m", "penstock.cli.main", "serve", str(self.model), *common]
             command += ["--kv-cache-memory-bytes", str(self.kv_bytes), "--no-banner"]
-            return command + (["--quantization", variant.scheme] if variant.scheme else [])
+            if variant.scheme is None:
+                return command
+            command += ["--quantization", variant.scheme.removesuffix(INT8_KV)]
+            return command + (["--kv-cache-dtype", "int8"] if INT8_KV in variant.scheme else [])
         if variant.kind == "vllm":
             command = [python, "-m", "vllm.entrypoints.openai.api_server"]
             command += ["--model", str(self.model), *common, "--disable-uvicorn-access-log"]

@@ -20,6 +20,7 @@ from benchmarks.compare.engines import VARIANTS
 COLOURS = {
     "penstock": "#0b6e8a",
     "penstock-int8": "#3a9cb8",
+    "penstock-int8-kv8": "#5cb1c9",
     "penstock-int4": "#7cc3d6",
     "vllm": "#6b6b6b",
     "openvino": "#9a8c6f",
@@ -32,6 +33,7 @@ COLOURS = {
 LABELS = {
     "penstock": "Penstock bf16",
     "penstock-int8": "Penstock int8",
+    "penstock-int8-kv8": "Penstock int8, KV int8",
     "penstock-int4": "Penstock int4",
     "vllm": "vLLM bf16",
     "openvino": "OpenVINO bf16",

@@ -17,7 +17,9 @@ class PenstockEngine:
     def __init__(self, settings: dict[str, Any]) -> None:
         wanted = {}
         if settings["scheme"] is not None:
-            wanted["quantization"] = settings["scheme"]
+            wanted["quantization"], *int8_kv = settings["scheme"].split("+")
+            if int8_kv:
+                wanted["kv_cache_dtype"] = "int8"
         try:
             self._llm = LLM(
                 settings["model"],

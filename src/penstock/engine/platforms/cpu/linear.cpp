@@ -8,6 +8,7 @@ using penstock::Linear;
 
 PENSTOCK_OPERATION(linear_bf16, Linear, penstock::linear<BFloat16>)
 PENSTOCK_OPERATION(linear_f32, Linear, penstock::linear<float>)
+PENSTOCK_OPERATION(pack, penstock::Pack, penstock::pack)
 PENSTOCK_OPERATION(embed_bf16, Embed, penstock::embed<BFloat16>)
 PENSTOCK_OPERATION(embed_f32, Embed, penstock::embed<float>)
 

@@ -208,6 +208,31 @@ template <typename T> void linear(const Linear& call) {
     }
 }
 
+// A row-major weight into panels; outputs beyond the last are zeros.
+struct Pack {
+    const int64_t* num_panels;  // where other operations count tokens
+    uint32_t* out;
+    const uint32_t* weight;
+    int64_t rows, words;
+};
+
+inline void pack(const Pack& call) {
+    constexpr int64_t kLineWords = 16;  // a cache line of a row at a time
+    const int64_t words = call.words;
+#pragma omp for schedule(static)
+    for (int64_t panel = 0; panel < *call.num_panels; panel++) {
+        const uint32_t* from = call.weight + panel * kPanel * words;
+        uint32_t* to = call.out + panel * kPanel * words;
+        const int64_t rows = std::min<int64_t>(kPanel, call.rows - panel * kPanel);
+        for (int64_t first = 0; first < words; first += kLineWords) {
+            const int64_t end = std::min(first + kLineWords, words);
+            for (int64_t r = 0; r < kPanel; r++)
+                for (int64_t w = first; w < end; w++)
+                    to[w * kPanel + r] = r < rows ? from[r * words + w] : 0;
+        }
+    }
+}
+
 // Rows `ids` of a packed weight, as an embedding wants them.
 struct Embed {
     const int64_t* num_tokens;

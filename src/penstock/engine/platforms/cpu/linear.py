@@ -36,6 +36,15 @@ class _Linear(ctypes.Structure):
     )
 
 
+class _Pack(ctypes.Structure):
+    """Mirrors `Pack` in linear.h; `num_tokens` counts panels."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("num_tokens", "out", "weight")),
+        *((name, ctypes.c_int64) for name in ("rows", "words")),
+    )
+
+
 class _Embed(ctypes.Structure):
     """Mirrors `Embed` in linear.h."""
 
@@ -99,7 +108,7 @@ class NativeLinear:
         self.ops = ops
         self.dtype = weight_NK.dtype
         self.num_outputs, self.num_inputs = weight_NK.shape
-        self.words_PWN = pack(weight_NK)
+        self.words_PWN = pack(ops, weight_NK)
         self._bias_N = bias_N
         is_bf16 = self.dtype == torch.bfloat16
         self._operation = ops.address("linear_bf16" if is_bf16 else "linear_f32")
@@ -155,17 +164,14 @@ class NativeTiedEmbedding(TiedEmbedding):
         return self._linear(x_TE)
 
 
-def pack(weight_NK: torch.Tensor) -> torch.Tensor:
+def pack(ops: Ops, weight_NK: torch.Tensor) -> torch.Tensor:
     """int32 words [panels, K / pair, 64]; outputs beyond the last are zeros."""
     words_NW = weight_NK.detach().contiguous().view(torch.int32)
     rows, words = words_NW.shape
     num_panels = -(-rows // _PANEL)
     out_PWN = empty_huge((num_panels, words, _PANEL), torch.int32)
-    whole = rows // _PANEL
-    out_PWN[:whole].copy_(words_NW[: whole * _PANEL].view(whole, _PANEL, words).transpose(1, 2))
-    if whole < num_panels:
-        out_PWN[whole].zero_()
-        out_PWN[whole, :, : rows - whole * _PANEL] = words_NW[whole * _PANEL :].T
+    args = _Pack(out=out_PWN.data_ptr(), weight=words_NW.data_ptr(), rows=rows, words=words)
+    ops.run(ops.address("pack"), args, num_panels)
     return out_PWN
 
 
