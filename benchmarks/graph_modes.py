@@ -123,7 +123,8 @@ def compiled(dims: Dimensions, weights: Weights) -> Step:
     """One compilation a layer: with `freezing` Inductor re-orders the weights for oneDNN, which it
     does for constants only."""
     torch._inductor.config.freezing = True
-    torch._dynamo.config.recompile_limit = dims.layers + 8
+    torch._dynamo.config.accumulated_recompile_limit = 8 * dims.layers
+    torch._dynamo.config.recompile_limit = 8 * dims.layers
     blocks = [
         torch.compile(Block(layer, weights.norm_E).eval(), dynamic=True) for layer in weights.layers
     ]

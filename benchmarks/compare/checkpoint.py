@@ -28,17 +28,24 @@ class Sizes:
     #: Elements of matrices, of which there are 2 bytes each in bf16, and rows of them.
     matrix_elements: int
     matrix_rows: int
+    head_elements: int  # of them, in the tied embedding
     other_elements: int
 
     @property
     def bf16_bytes(self) -> int:
         return 2 * (self.matrix_elements + self.other_elements)
 
-    def quantized_bytes(self, bits: int, group_size: int | None) -> int:
-        """All matrices in `bits`, with 4 bytes for each group of inputs (None: for each output): a
-        scale and an offset in float16, or a scale in float32."""
-        groups = self.matrix_elements // group_size if group_size else self.matrix_rows
-        return self.matrix_elements * bits // 8 + 4 * groups + 2 * self.other_elements
+    @property
+    def int8_bytes(self) -> int:
+        """All matrices in 8 bits with a float32 scale for each output."""
+        return self.matrix_elements + 4 * self.matrix_rows + 2 * self.other_elements
+
+    def int4_bytes(self, group_size: int) -> int:
+        """Linears in 4 bits with 4 bytes for each group of inputs (a scale and an offset in
+        float16); the tied embedding in 8, as our scheme has it."""
+        linears = self.matrix_elements - self.head_elements
+        head = self.head_elements + 4 * self.vocab_size
+        return linears // 2 + 4 * (linears // group_size) + head + 2 * self.other_elements
 
 
 def make_model(folder: Path, dimensions: dict[str, Any] = QWEN3_0_6B) -> Path:
@@ -80,6 +87,7 @@ def sizes(folder: Path) -> Sizes:
         kv_bytes_per_token=2 * kv_values * config["num_hidden_layers"],
         matrix_elements=sum(rows * columns for rows, columns in matrices),
         matrix_rows=sum(rows for rows, _ in matrices),
+        head_elements=config["vocab_size"] * config["hidden_size"],
         other_elements=sum(shape[0] for shape in shapes if len(shape) == 1),
     )
 

@@ -95,9 +95,9 @@ class Bench:
         if variant.kind == "llama":
             return self.weights(variant).stat().st_size
         if variant.scheme in ("int8", "int8" + INT8_KV):
-            return self.sizes.quantized_bytes(8, None)
+            return self.sizes.int8_bytes
         if variant.scheme == "int4":
-            return self.sizes.quantized_bytes(4, 128)
+            return self.sizes.int4_bytes(128)
         return self.sizes.bf16_bytes
 
     def resident_bytes(self, variant: Variant) -> int:

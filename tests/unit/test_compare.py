@@ -308,7 +308,10 @@ def test_the_reference_is_in_every_wave_and_bits_stay_together() -> None:
     names = [[v.name for v in wave] for wave in waves]
     assert names == [
         ["vllm", "penstock", "openvino", "llama", "transformers"],
-        ["vllm", "penstock-int8", "openvino-int8", "llama-q8_0", "penstock-int4", "llama-q4_0"],
+        [
+            *("vllm", "penstock-int8", "openvino-int8", "llama-q8_0", "penstock-int8-kv8"),
+            *("penstock-int4", "llama-q4_0"),
+        ],
     ]
 
 
@@ -349,6 +352,8 @@ def test_bytes_of_weights(tmp_path: Path) -> None:
     assert bench.sizes.kv_bytes_per_token == 2 * 2 * 4 * 3 * 2
     assert bench.weight_bytes(BY_NAME["vllm"]) == 2 * (100 * 8 + 16 * 8 + 8)
     assert bench.weight_bytes(BY_NAME["penstock-int8"]) == 928 + 4 * 116 + 2 * 8
+    # 100 x 8 of them are the tied embedding, which stays in 8 bits.
+    assert bench.weight_bytes(BY_NAME["penstock-int4"]) == 64 + 4 * 1 + 800 + 4 * 100 + 2 * 8
     (tmp_path / "model-q8_0.gguf").write_bytes(bytes(77))
     assert bench.weight_bytes(BY_NAME["llama-q8_0"]) == 77
 
