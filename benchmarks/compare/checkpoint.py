@@ -87,7 +87,9 @@ def sizes(folder: Path) -> Sizes:
         kv_bytes_per_token=2 * kv_values * config["num_hidden_layers"],
         matrix_elements=sum(rows * columns for rows, columns in matrices),
         matrix_rows=sum(rows for rows, _ in matrices),
-        head_elements=config["vocab_size"] * config["hidden_size"],
+        head_elements=sum(
+            rows * columns for rows, columns in matrices if rows == config["vocab_size"]
+        ),
         other_elements=sum(shape[0] for shape in shapes if len(shape) == 1),
     )
 
