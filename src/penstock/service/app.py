@@ -168,8 +168,10 @@ class _Service:
 
     def _engine_ended(self, name: str, code: int, starts_again: bool) -> None:
         if not self._announced:
-            # It never ran: trying the same again will not help, and it has said why.
-            self._fail(f"the engine did not start (exit code {code}): its reason is above")
+            # It never ran: trying the same again will not help, and it has said why. Where the end
+            # has been asked for already, it is no failure.
+            if not self.driver.closing:
+                self._fail(f"the engine did not start (exit code {code}): its reason is above")
             return
         self.driver.instance_lost(name, starts_again)
         if not starts_again:
