@@ -147,7 +147,8 @@ class _Service:
     def _attached(self, name: str) -> None:
         if name in self._workers:
             self._workers[name].ready()
-        if not self._announced:
+        # Whoever has been told to stop meanwhile listens no more, and is not ready for anything.
+        if not self._announced and not self.driver.closing:
             self._announced = True
             self._on_ready(self._url())
 
