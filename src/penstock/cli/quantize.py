@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from penstock.engine.quantization.convert import Report
 
 _DESCRIPTION = """Write MODEL to the folder OUT with its linears in 8 or 4 bits, in the format of
-compressed-tensors, which vLLM and transformers read too. No data is needed. int8: a scale for each
-output channel, activations quantized as they come. int4: groups of 128 with zero points. The output
-head stays as it is in the file, and is loaded as int8 here."""
+compressed-tensors, which transformers reads too. No data is needed. int8: a scale for each output
+channel, activations quantized as they come. int4: groups of 128 with zero points. The output head
+stays as it is in the file, and is loaded as int8 here."""
 MIB = 1 << 20
 
 

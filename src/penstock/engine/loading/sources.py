@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 
 import torch
@@ -49,14 +50,14 @@ class _Modules(Weights):
                 return
         self._fill_plain(name, out)
 
-    def _few_bits(self, module: str, layout: FewBits) -> QuantizedWeight:
-        raise NotImplementedError
+    @abstractmethod
+    def _few_bits(self, module: str, layout: FewBits) -> QuantizedWeight: ...
 
-    def _fill_module(self, module: str, layout: Layout, out: torch.Tensor) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _fill_module(self, module: str, layout: Layout, out: torch.Tensor) -> None: ...
 
-    def _fill_plain(self, name: str, out: torch.Tensor) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _fill_plain(self, name: str, out: torch.Tensor) -> None: ...
 
 
 class Declared(_Modules):
