@@ -33,7 +33,7 @@ def _message_types() -> list[type]:
 
 def test_every_kind_of_message_is_listed() -> None:
     names = {kind.__name__ for kind in _message_types()}
-    assert {"Submit", "Tokens", "KvEvents", "Load", "Reserve", "Encoded", "Credit"} <= names
+    assert {"Submit", "Tokens", "KvEvents", "Load", "Pull", "Encoded", "Credit"} <= names
     tags = [kind.__struct_config__.tag for kind in _message_types()]  # type: ignore[attr-defined]
     assert len(set(tags)) == len(tags)
 

@@ -13,8 +13,8 @@ def check_supported(submit: Submit) -> None:
     if submit.inputs:
         kinds = ", ".join(sorted({part.kind for part in submit.inputs}))
         raise UnsupportedFeature(f"inputs of kind {kinds} are not supported yet", param="inputs")
-    if any(stage.stage == "encode" or stage.reservation for stage in submit.plan):
-        raise UnsupportedFeature("disaggregated stages are not supported yet", param="plan")
+    if any(stage.stage == "encode" for stage in submit.plan):
+        raise UnsupportedFeature("a stage of encoding is not supported yet", param="plan")
     if submit.ttft_budget_s is not None:
         raise UnsupportedFeature("a bound on TTFT is not supported yet", param="ttft_budget_s")
 

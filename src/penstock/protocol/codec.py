@@ -25,26 +25,27 @@ from penstock.protocol.kv import (
     Ack,
     BlocksReady,
     Encoded,
+    Fetch,
+    Fetched,
     KvEvents,
-    Nack,
+    Pull,
     Refused,
     Release,
-    Reserve,
-    Reserved,
 )
 from penstock.protocol.request import Cancel, Submit
 from penstock.protocol.tokens import Credit, PromptLogprobs, Tokens
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 ToInstance = (
     Submit | Cancel | Attach | Detach | Resync | Assign | Drain | Sleep | Wake | LoadWeights
-    | Probe | Credit
+    | Probe | Credit | Fetch
 )  # fmt: skip
 ToService = (
     Attached | Tokens | PromptLogprobs | KvEvents | Load | Snapshot | Assigned | Probed | Refused
-)
-BetweenInstances = Reserve | Reserved | Refused | BlocksReady | Ack | Nack | Release | Encoded
+    | Fetched
+)  # fmt: skip
+BetweenInstances = Pull | Refused | BlocksReady | Ack | Release | Encoded
 Message = ToInstance | ToService | BetweenInstances
 
 # Tagged unions cannot mix array-like structs with map-like ones, so each kind has a decoder and the
@@ -52,8 +53,8 @@ Message = ToInstance | ToService | BetweenInstances
 _ARRAYS = Tokens | PromptLogprobs | KvEvents
 _MAPS = (
     Submit | Cancel | Attach | Detach | Resync | Assign | Drain | Sleep | Wake | LoadWeights
-    | Probe | Credit | Attached | Load | Snapshot | Assigned | Probed | Reserve | Reserved
-    | Refused | BlocksReady | Ack | Nack | Release | Encoded
+    | Probe | Credit | Attached | Load | Snapshot | Assigned | Probed | Fetch | Fetched
+    | Refused | Pull | BlocksReady | Ack | Release | Encoded
 )  # fmt: skip
 _encoder = msgspec.msgpack.Encoder()
 _array_decoder = msgspec.msgpack.Decoder(_ARRAYS)

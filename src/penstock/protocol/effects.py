@@ -24,6 +24,22 @@ class Launch:
 
 
 @dataclass(frozen=True, slots=True)
+class Connect:
+    """Be able to `Send` to the instance `peer`, which listens at `address`. Told again with another
+    address, the old connection is given up; with the same, nothing happens."""
+
+    peer: str
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """Give a `engine.transfer.jobs.Job` to the data plane; its end comes back as `on_moved`."""
+
+    job: Any
+
+
+@dataclass(frozen=True, slots=True)
 class SetTimer:
     """Call `on_timer` at `at_s` (the core's clock). A later one of the same core replaces it."""
 
@@ -46,4 +62,4 @@ class Stop:
     failure: str | None = None
 
 
-Effect = Send | Launch | SetTimer | Reply | Stop
+Effect = Send | Launch | Connect | Move | SetTimer | Reply | Stop

@@ -59,7 +59,10 @@ class InstanceCard(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     num_blocks: int
     max_num_seqs: int
     max_num_batched_tokens: int
+    #: Where peers reach it: "control" for messages, and one for each means of moving blocks.
     endpoints: dict[str, str] = {}
+    #: The host's boot id: instances that share it can map each other's pages.
+    host: str = ""
     can: tuple[str, ...] = ()
     cost: CostModel = CostModel()
     #: Names of the kernels in use, e.g. {"attention": "cpu-native", "linear": "onednn-packed"}.

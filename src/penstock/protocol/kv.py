@@ -85,8 +85,58 @@ class KvEvents(msgspec.Struct, frozen=True, tag="kv_events", array_like=True):
     changes: list[KvChange]
 
 
+class KvSource(msgspec.Struct, frozen=True, array_like=True):
+    """Where leading blocks of a sequence can be had: an instance that holds them, or is computing
+    them at this moment. A hint: what cannot be had (in time, unspoilt, at all) is computed."""
+
+    instance: str
+    incarnation: int
+    #: Where its peers reach it (`InstanceCard.endpoints["control"]`).
+    address: str
+    #: Leading whole blocks that it has or will have.
+    num_blocks: int
+
+
+class Fetch(msgspec.Struct, frozen=True, kw_only=True, tag="fetch"):
+    """Service to instance: bring these blocks here, for a sequence whose `Submit` will follow, and
+    keep room for `num_tokens` of it. Answered by `Fetched`, or `Refused` where there is no room.
+
+    The blocks stay until the Submit of this request comes, or `lease_s` ends.
+    """
+
+    request_id: str
+    attempt: int
+    #: 16 bytes for each leading whole block, as in `Submit.block_keys`.
+    keys: bytes
+    source: KvSource
+    num_tokens: int
+    lease_s: float
+    epoch: int = 0
+
+
+class Fetched(msgspec.Struct, frozen=True, tag="fetched"):
+    """What became of a `Fetch`, or of the source that a `Submit` named."""
+
+    instance: str
+    incarnation: int
+    request_id: str
+    attempt: int
+    #: Blocks that came, of those that were not here already.
+    num_blocks: int
+    num_wanted: int
+    num_bytes: int
+    seconds: float
+    #: How they came: "map", "mooncake", "tcp", "host", "disk", "store"; "" if none did.
+    means: str
+    #: Why some did not come; empty if all did.
+    reason: str = ""
+
+
 class BlockHandle(msgspec.Struct, frozen=True, array_like=True):
-    """One physical block of one owner; stale once the owner's generation word has moved on."""
+    """One physical block of one owner; stale once the owner's generation word has moved on.
+
+    `checksum` (xxh3-64 of the block's bytes) is there where the means of transport wants it.
+    """
 
     block: int
     generation: int
@@ -94,60 +144,66 @@ class BlockHandle(msgspec.Struct, frozen=True, array_like=True):
     checksum: int | None = None
 
 
-class Reserve(msgspec.Struct, frozen=True, tag="reserve"):
-    """Ask a decode instance for room: tokens of KV for a sequence that is prefilled elsewhere."""
+class Pull(msgspec.Struct, frozen=True, kw_only=True, tag="pull"):
+    """Instance to instance: offer me these blocks. Answered by `BlocksReady`s as they are there
+    (some may still be computed: wait up to `wait_s` for them), or by `Refused`."""
 
-    request_id: str
-    attempt: int
-    num_tokens: int
+    #: The receiver's name for this transfer, unique for its incarnation.
+    transfer: str
+    receiver: str
+    receiver_incarnation: int
+    owner_incarnation: int
+    model_digest: str
     layout_digest: str
-    epoch: int
-
-
-class Reserved(msgspec.Struct, frozen=True, tag="reserved"):
-    request_id: str
-    attempt: int
-    reservation: str
-    blocks: list[BlockHandle]
+    keys: bytes
+    #: What the receiver can do, best first: "map", "mooncake", "tcp"; with what each needs to know
+    #: of it (for "map": the host's boot id).
+    means: dict[str, str]
+    wait_s: float
     lease_s: float
 
 
+class BlocksReady(msgspec.Struct, frozen=True, tag="blocks_ready"):
+    """The owner holds these blocks for the receiver, until a `Release` or the end of the lease."""
+
+    transfer: str
+    owner: str
+    owner_incarnation: int
+    #: Place of blocks[0] among the keys of the `Pull`.
+    first_index: int
+    blocks: list[BlockHandle]
+    #: No more will come; those that are missing cannot be had here.
+    last: bool
+    means: str
+    #: Where and how to get at the bytes, as the means wants it.
+    endpoint: str
+
+
+class Ack(msgspec.Struct, frozen=True, tag="ack"):
+    """The receiver still wants this transfer's blocks, having taken in `num_blocks`: the lease
+    begins anew."""
+
+    transfer: str
+    num_blocks: int
+
+
+class Release(msgspec.Struct, frozen=True, tag="release"):
+    """The receiver has no further use for the first `num_blocks` offered ones (None: for any, and
+    wants no more)."""
+
+    transfer: str
+    num_blocks: int | None = None
+
+
 class Refused(msgspec.Struct, frozen=True, tag="refused"):
-    """A peer will not do what a message asked, and why. `what` is the tag of that message."""
+    """A peer will not do what a message asked, and why. `what` is the tag of that message; of a
+    pull, `request_id` is the transfer's."""
 
     what: str
     reason: str
     request_id: str | None = None
     attempt: int = 0
     code: str = "refused"
-
-
-class BlocksReady(msgspec.Struct, frozen=True, tag="blocks_ready"):
-    request_id: str
-    attempt: int
-    owner: str
-    owner_incarnation: int
-    epoch: int
-    first_index: int
-    blocks: list[BlockHandle]
-    last: bool
-
-
-class Ack(msgspec.Struct, frozen=True, tag="ack"):
-    request_id: str
-    attempt: int
-    num_blocks: int
-
-
-class Nack(msgspec.Struct, frozen=True, tag="nack"):
-    request_id: str
-    attempt: int
-    reason: str
-
-
-class Release(msgspec.Struct, frozen=True, tag="release"):
-    request_id: str
-    attempt: int
 
 
 class Encoded(msgspec.Struct, frozen=True, tag="encoded"):

@@ -11,6 +11,8 @@ from typing import Literal
 
 import msgspec
 
+from penstock.protocol.kv import KvSource
+
 RequestClass = Literal["online", "offline"]
 ConstraintKind = Literal["json_schema", "json_object", "regex", "lark", "choice"]
 StageName = Literal["encode", "prefill", "decode"]
@@ -59,12 +61,15 @@ class Input(msgspec.Struct, frozen=True):
 
 
 class Stage(msgspec.Struct, frozen=True):
-    """One step of the plan for a request: which instance, under which epoch of its role."""
+    """One step of the plan for a request: which instance, under which epoch of its role.
+
+    Where the plan has "decode" on another instance than the one that is told to prefill, that one
+    stops after the prompt and the first token, with `finish == "handover"`.
+    """
 
     stage: StageName
     instance: str
     epoch: int = 0
-    reservation: str | None = None
 
 
 class Submit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="submit"):
@@ -93,6 +98,8 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag=
     adapter: str | None = None
     inputs: list[Input] = []
     plan: list[Stage] = []
+    #: Who else has leading blocks of it; None: what is not here is computed.
+    kv_source: KvSource | None = None
     #: Time left at the moment of sending, by the sender's clock; None: no bound.
     ttft_budget_s: float | None = None
     total_budget_s: float | None = None

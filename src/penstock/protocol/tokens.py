@@ -8,7 +8,8 @@ import msgspec
 
 from penstock.protocol.errors import ErrorInfo
 
-FinishReason = Literal["stop", "length", "cancelled", "error"]
+#: "handover" ends an attempt on an instance that was to prefill only; the sequence itself goes on.
+FinishReason = Literal["stop", "length", "cancelled", "error", "handover"]
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):

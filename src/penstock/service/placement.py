@@ -159,7 +159,7 @@ class Placement:
             self._homeless.append(entry)
             return []
         entry.homeless_since_s = None
-        entry.decision = self._policy(view, RouteRequest(entry.num_tokens))
+        entry.decision = self._policy(view, RouteRequest(num_tokens=entry.num_tokens))
         instance = self.instances[entry.decision.instance]
         instance.place(entry)
         entry.attempt += 1

@@ -8,9 +8,9 @@ from typing import Literal
 
 import numpy as np
 
-from penstock.protocol.instance import InstanceCard, Load
+from penstock.protocol.instance import CostModel, InstanceCard, Load
 from penstock.service.journal import Entry
-from penstock.service.policies.routing import ClusterView
+from penstock.service.policies.routing import ROLES, ClusterView, Floats
 
 #: connecting: known, not attached yet · active: takes work · suspect: silent, takes no new work ·
 #: lost: its sequences have been placed elsewhere or wait for an instance
@@ -83,16 +83,37 @@ class Instance:
 def view_of(instances: Iterable[Instance]) -> ClusterView:
     """The instances that take new work, as arrays for the policies."""
     active = [i for i in instances if i.state == "active" and not i.draining]
-    costs = [i.load.cost if i.load else None for i in active]
+    costs = [i.load.cost if i.load else CostModel() for i in active]
+    cards = [i.card for i in active if i.card is not None]
+    assert len(cards) == len(active), "an active instance has shown its card"
+    hosts: dict[str, int] = {}
 
-    def column(values: list[float]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-        return np.array(values, dtype=np.float64)
+    def column(values: Iterable[float]) -> Floats:
+        return np.array(list(values), dtype=np.float64)
+
+    def free_blocks(instance: Instance) -> float:
+        load = instance.load
+        return float(load.kv_blocks_total - load.kv_blocks_used) if load else np.inf
 
     return ClusterView(
         names=tuple(i.name for i in active),
-        queued_tokens=column([float(i.queued_tokens) for i in active]),
-        running=column([float(i.running) for i in active]),
-        base_s=column([c.base_s if c else 0.0 for c in costs]),
-        per_token_s=column([c.per_token_s if c else 0.0 for c in costs]),
-        per_row_s=column([c.per_row_s if c else 0.0 for c in costs]),
+        roles=np.array([ROLES.index(i.load.role if i.load else "any") for i in active]),
+        queued_tokens=column(i.queued_tokens for i in active),
+        queued=column(len(i.entries) - i.running for i in active),
+        running=column(i.running for i in active),
+        running_tokens=column(i.load.running_tokens if i.load else 0 for i in active),
+        step_left_s=column(i.load.step_end_in_s if i.load else 0.0 for i in active),
+        base_s=column(c.base_s for c in costs),
+        per_token_s=column(c.per_token_s for c in costs),
+        per_row_s=column(c.per_row_s for c in costs),
+        per_context_token_s=column(c.per_context_token_s for c in costs),
+        per_attention_s=column(c.per_attention_s for c in costs),
+        residual_s=column(c.residual_s for c in costs),
+        num_steps=column(c.num_steps for c in costs),
+        ttft_ratio=column(1.0 for _ in active),
+        step_tokens=column(card.max_num_batched_tokens for card in cards),
+        max_running=column(card.max_num_seqs for card in cards),
+        free_blocks=column(free_blocks(i) for i in active),
+        total_blocks=column(card.num_blocks for card in cards),
+        hosts=np.array([hosts.setdefault(card.host, len(hosts)) for card in cards]),
     )
