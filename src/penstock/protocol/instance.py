@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-from penstock.protocol.kv import KvLayout
+from penstock.protocol.kv import KvLayout, Tier
 
 Role = Literal["any", "encode", "prefill", "decode", "prefill_to_decode", "decode_to_prefill"]
 
@@ -107,7 +107,7 @@ class LiveRequest(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Snapshot(msgspec.Struct, frozen=True, tag="snapshot"):
-    """The sequences this service has here, and every key in the cache as of `kv_number`."""
+    """The sequences this service has here, and every key in the device's cache as of `kv_number`."""
 
     instance: str
     incarnation: int
@@ -115,6 +115,8 @@ class Snapshot(msgspec.Struct, frozen=True, tag="snapshot"):
     kv_number: int
     keys: bytes
     nonce: int = 0
+    #: Keys in slower tiers, by tier.
+    tier_keys: dict[Tier, bytes] = {}
 
 
 class Load(msgspec.Struct, frozen=True, tag="load"):

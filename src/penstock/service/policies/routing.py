@@ -140,6 +140,4 @@ def least_load(view: ClusterView, request: RouteRequest) -> Decision:
         f"{int(view.running[best])} sequences running, "
         f"{1e3 * kept[0].predicted_ttft_s:.1f} ms predicted"
     )
-    return Decision(
-        policy="least-load", instance=view.names[best], candidates=kept, reason=reason
-    )
+    return Decision(policy="least-load", instance=view.names[best], candidates=kept, reason=reason)
