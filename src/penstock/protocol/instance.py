@@ -107,7 +107,7 @@ class LiveRequest(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Snapshot(msgspec.Struct, frozen=True, tag="snapshot"):
-    """The sequences this service has here, and every key in the device's cache as of `kv_number`."""
+    """The sequences this service has here, and every key in the cache as of `kv_number`."""
 
     instance: str
     incarnation: int
