@@ -203,3 +203,11 @@ def _keys_in(file: Path) -> list[str]:
     if not keys:
         raise ConfigError(f"--api-key-file {file} holds no key: one a line")
     return keys
+
+
+def run_router(arguments: list[str]) -> int:
+    """`penstock router MODEL`: nothing is started here but the service."""
+    config, _ = config_of(make_parser("router", "Serve MODEL over engines elsewhere."), arguments)
+    if not config.engine_addresses:
+        raise ConfigError("a router needs engines: name them with --engine-address or --engines")
+    return run(arguments)
