@@ -7,6 +7,7 @@ Each slot owns a contiguous virtual range; block `i` of a sequence stands at
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Protocol
 
 import torch
@@ -56,14 +57,14 @@ class KvMemory(Protocol):
     def close(self) -> None: ...
 
 
-class ContiguousAccess:
+class ContiguousAccess(ABC):
     """`write` and `read` for memories whose `slot_blocks` is a view."""
 
     layout: KvLayout
     maps: MapCounts = NO_MAPS
 
-    def slot_blocks(self, slot: int, num_blocks: int) -> torch.Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def slot_blocks(self, slot: int, num_blocks: int) -> torch.Tensor: ...
 
     def write(
         self, slot: int, start: int, layer: int, k_TGD: torch.Tensor, v_TGD: torch.Tensor

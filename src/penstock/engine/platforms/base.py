@@ -14,6 +14,7 @@ from penstock.engine.attention.base import AttentionBackend, AttentionShape
 from penstock.engine.attention.reference import ReferenceAttention
 from penstock.engine.memory.base import KvMemory
 from penstock.engine.memory.paged import PagedMemory
+from penstock.engine.memory.sizing import available_memory_bytes
 from penstock.engine.quantization.weight import QuantizedWeight
 from penstock.protocol.kv import KvLayout
 
@@ -177,7 +178,7 @@ class Platform:
 
     def available_bytes(self) -> int:
         """What the KV pool may be sized against."""
-        raise NotImplementedError
+        return available_memory_bytes()
 
     def kernels(self) -> dict[str, str]:
         """Operation -> what runs it, for `penstock doctor` and `/metrics`."""

@@ -10,7 +10,6 @@ from penstock.engine.attention import select
 from penstock.engine.attention.base import AttentionBackend, AttentionShape
 from penstock.engine.attention.cpu_native import NativeCpuAttention
 from penstock.engine.memory.base import KvMemory
-from penstock.engine.memory.sizing import available_memory_bytes
 from penstock.engine.memory.xtensor import XTensorMemory
 from penstock.engine.platforms.base import (
     CannotCapture,
@@ -147,9 +146,6 @@ class CpuPlatform(Platform):
         recorder = None if self.ops is None else self.ops.recorder
         assert recorder is not None, "nothing is being captured"
         recorder.cut(piece)
-
-    def available_bytes(self) -> int:
-        return available_memory_bytes()
 
     def kernels(self) -> dict[str, str]:
         small = "torch" if self._small_ops is None else "native"
