@@ -17,7 +17,8 @@ import msgspec
 BLOCK_TOKENS = 16
 KEY_BYTES = 16
 
-Tier = Literal["device", "host", "disk"]
+#: "store" is shared with other instances: nobody's `KvChange` speaks of it.
+Tier = Literal["device", "host", "disk", "store"]
 
 
 def root_key(
@@ -69,7 +70,8 @@ class KvLayout(msgspec.Struct, frozen=True):
 
 
 class KvChange(msgspec.Struct, frozen=True, array_like=True):
-    """`keys` (packed) were stored in, removed from, or moved to `tier`."""
+    """`keys` (packed) were stored in, removed from, or moved to `tier`; "moved": from the tier
+    before it ("disk": from the host). A key may be in several tiers."""
 
     op: Literal["stored", "removed", "moved", "cleared"]
     keys: bytes = b""

@@ -56,12 +56,22 @@ class Load:
 
 
 @dataclass(frozen=True, slots=True)
+class Demotion:
+    """`key` leaves `tier`, for the slower tier `to` or for good (None)."""
+
+    key: bytes
+    tier: Tier
+    to: Tier | None
+
+
+@dataclass(frozen=True, slots=True)
 class Store:
-    """Device blocks into a slower tier: (key, block). The core has made room there."""
+    """Device blocks into a slower tier: (key, block). `before` makes the room there, in order."""
 
     number: int
     tier: Tier
     blocks: tuple[tuple[bytes, int], ...]
+    before: tuple[Demotion, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +94,8 @@ class Moved:
     num_bytes: int
     seconds: float
     reason: str = ""
+    #: Of a `Store`: what became of each step of its `before`.
+    demoted: tuple[bool, ...] = ()
 
 
 class Mover(Protocol):
