@@ -369,7 +369,7 @@ def test_addresses_that_are_refused(opener: object, address: str) -> None:
 
 
 def test_the_reason_for_refusing_another_host_is_given() -> None:
-    with pytest.raises(ConfigError, match="not encrypted"):
+    with pytest.raises(ConfigError, match="cluster-secret-file"):
         open_listen("tcp://0.0.0.0:5555", "engine")
 
 

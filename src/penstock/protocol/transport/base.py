@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from itertools import count, takewhile
 from typing import Protocol
 
+from penstock.protocol import secret
 from penstock.protocol.errors import ConfigError, ProtocolError
 
 #: Frames that may wait for one peer, in either direction.
@@ -49,6 +50,9 @@ class Endpoint(Protocol):
 
     def drain(self, limit: int | None = None) -> Iterator[tuple[str, bytes]]:
         """What `receive` returns until it is None, but at most `limit` frames."""
+
+    def trouble(self) -> str:
+        """Why the connection does not stand, as far as its handshake says it; "" if all is well."""
 
     def fileno(self) -> int:
         """Readable when `receive` may return something (sometimes it is None all the same)."""
@@ -83,10 +87,10 @@ def check_name(name: str) -> None:
 
 
 def check_address(address: str) -> None:
-    """Raises `ConfigError` unless the address stays on this host.
+    """Raises `ConfigError` unless the address stays on this host, or a cluster secret guards it.
 
-    Frames are neither encrypted nor authenticated, so a TCP port that others can reach would hand
-    them the engine. It opens up when connections carry ZeroMQ CURVE keys.
+    Without one, frames are neither encrypted nor authenticated: a TCP port that others can reach
+    would hand them the engine.
     """
     scheme, separator, rest = address.partition("://")
     if not separator or not rest:
@@ -97,14 +101,21 @@ def check_address(address: str) -> None:
             raise ConfigError(f"{address} is too long for a Unix socket: 107 bytes at most")
         return
     if scheme == "tcp":
-        host, _, _port = rest.rpartition(":")
-        if _is_loopback(host.strip("[]")):
-            return
-        raise ConfigError(
-            f"{address} can be reached from other hosts, and connections between hosts are not "
-            "encrypted yet: use ipc:///path or tcp://127.0.0.1:port"
-        )
+        if not stays_here(address) and secret.current() is None:
+            raise ConfigError(
+                f"{address} can be reached from other hosts, and without a cluster secret anybody "
+                "there could use the engine: give every worker and router the same "
+                f"--cluster-secret-file (openssl rand -hex 32 > FILE) or ${secret.VARIABLE}, or "
+                "stay here with ipc:///path or tcp://127.0.0.1:port"
+            )
+        return
     raise ConfigError(f"{address}: {scheme!r} is not known, use ipc, tcp or memory")
+
+
+def stays_here(address: str) -> bool:
+    """Whether nobody on another host can reach it."""
+    scheme, _, rest = address.partition("://")
+    return scheme != "tcp" or _is_loopback(rest.rpartition(":")[0].strip("[]"))
 
 
 def _is_loopback(host: str) -> bool:

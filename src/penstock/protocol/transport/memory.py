@@ -63,6 +63,9 @@ class MemoryEndpoint:
     def drain(self, limit: int | None = None) -> Iterator[tuple[str, bytes]]:
         return base.drain(self, limit)
 
+    def trouble(self) -> str:
+        return ""
+
     def fileno(self) -> int:
         return self._event
 

@@ -1,4 +1,5 @@
-"""Frames over ZeroMQ between processes of one host: ROUTER at an instance, DEALER at a service.
+"""Frames over ZeroMQ between processes: ROUTER at an instance, DEALER at a service. Over TCP they
+are encrypted and authenticated wherever the process has a cluster secret (curve.py).
 
 The file descriptor that ZeroMQ offers is edge-triggered, and any call on the socket may swallow the
 edge. An endpoint therefore hands out an epoll descriptor over that one and an eventfd of its own,
@@ -16,8 +17,9 @@ from collections.abc import Iterator
 
 import zmq
 
+from penstock.protocol import secret
 from penstock.protocol.errors import ConfigError
-from penstock.protocol.transport import base
+from penstock.protocol.transport import base, curve
 
 #: After a lost connection, ms until the first try and at most between two tries.
 _RECONNECT_MS = 20
@@ -59,12 +61,18 @@ class ZmqEndpoint:
     """What `listen` and `connect` have in common. `peer` is None at a listener."""
 
     def __init__(
-        self, socket: zmq.Socket[bytes], address: str, name: str, peer: str | None
+        self,
+        socket: zmq.Socket[bytes],
+        address: str,
+        name: str,
+        peer: str | None,
+        watch: curve.Watch | None = None,
     ) -> None:
         self.name = name
         self.address = address
         self._socket = socket
         self._peer = peer
+        self._watch = watch
         self._ready = _Readiness(socket)
         # What came in while the socket was being set up raised an edge that is already gone.
         self._ready.refresh()
@@ -102,6 +110,9 @@ class ZmqEndpoint:
     def drain(self, limit: int | None = None) -> Iterator[tuple[str, bytes]]:
         return base.drain(self, limit)
 
+    def trouble(self) -> str:
+        return "" if self._watch is None or self._closed else self._watch.trouble()
+
     def fileno(self) -> int:
         return self._ready.fileno()
 
@@ -110,6 +121,8 @@ class ZmqEndpoint:
             return
         self._closed = True
         self._ready.close()
+        if self._watch is not None:
+            self._watch.close()
         self._socket.close(linger=int(flush_s * 1000))
 
 
@@ -130,6 +143,9 @@ def listen(
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
     socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
     socket.setsockopt(zmq.BACKLOG, _MAX_QUEUED_CONNECTIONS)
+    guard = _guard(address)
+    if guard is not None:
+        curve.secure_listener(socket, guard)
     try:
         _bind(socket, address)
     except zmq.ZMQError as exc:
@@ -156,12 +172,21 @@ def connect(
     socket.setsockopt(zmq.IMMEDIATE, 1)
     socket.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_MS)
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, _RECONNECT_MAX_MS)
+    guard = _guard(address)
+    if guard is not None:
+        curve.secure_connector(socket, guard)
+    # A connection without a guard is watched too: it may meet a listener that has one.
+    watch = curve.Watch(socket, address) if address.startswith("tcp:") else None
     try:
         socket.connect(address)
     except zmq.ZMQError as exc:
         socket.close(linger=0)
         raise ConfigError(f"cannot connect to {address}: {exc.strerror}") from exc
-    return ZmqEndpoint(socket, address, name, peer)
+    return ZmqEndpoint(socket, address, name, peer, watch)
+
+
+def _guard(address: str) -> secret.ClusterSecret | None:
+    return secret.current() if address.startswith("tcp:") else None
 
 
 def _socket(kind: int, high_water_frames: int) -> zmq.Socket[bytes]:
