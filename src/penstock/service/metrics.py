@@ -11,8 +11,7 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import (
@@ -23,10 +22,10 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from penstock.protocol.instance import InstanceCard, Load
 from penstock.service.generation import ServiceStatus
+from penstock.service.instance_metrics import PREFIX, instance_families
+from penstock.service.recent import Rate, Recent
 
-PREFIX = "penstock:"
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 #: What vLLM calls the ways in which a request ends; a cancel by the client is an abort.
 REASONS = ("stop", "length", "abort", "error")
@@ -98,6 +97,9 @@ class Metrics(Collector):
         self.finished: Counter[str] = Counter()
         self.refused: Counter[str] = Counter()
         self.histograms = {name: Histogram(bounds) for name, (_, bounds) in _HISTOGRAMS.items()}
+        #: The same for eyes: what /admin/cluster and `penstock top` show.
+        self.recent_ttft_s, self.recent_tpot_s = Recent(), Recent()
+        self.request_rate, self.token_rate = Rate(), Rate()
         self._status = status
         self._registry = CollectorRegistry()
         self._registry.register(self)
@@ -135,7 +137,7 @@ class Metrics(Collector):
             )
             resumed.add_metric([self.model_name], status.num_resumed)
             yield resumed
-            yield from _instances(self.model_name, status.instances)
+            yield from instance_families(self.model_name, status.instances)
 
     def describe(self) -> list[Metric]:
         return []  # nothing to check against: the registry is our own
@@ -210,6 +212,7 @@ class RequestMetrics:
         metrics = self._metrics
         now_s = time.perf_counter()
         metrics.generation_tokens += count
+        metrics.token_rate.add(count, now_s)
         if self._num_tokens[choice]:
             gap_s = (now_s - self._last_s[choice]) / count
             metrics.histograms["inter_token_latency_seconds"].observe(gap_s, count)
@@ -235,6 +238,7 @@ class RequestMetrics:
             spent_s = self._last_s[choice] - self._first_s[choice]
             name = "request_time_per_output_token_seconds"
             metrics.histograms[name].observe(spent_s / (count - 1))
+            metrics.recent_tpot_s.add(spent_s / (count - 1), now_s)
 
     def close(self, reason: str, cached_tokens: int = 0) -> None:
         """The request is over; choices that are still open end with `reason`. Idempotent."""
@@ -252,6 +256,7 @@ class RequestMetrics:
         metrics.running += 1
         self._first_s[choice] = now_s
         metrics.histograms["time_to_first_token_seconds"].observe(now_s - self._arrived_s)
+        metrics.recent_ttft_s.add(now_s - self._arrived_s, now_s)
         prompt = choice // self._n
         if not any(self._num_tokens[prompt * self._n : (prompt + 1) * self._n]):
             metrics.prompt_tokens += self._prompt_tokens[prompt]
@@ -265,69 +270,4 @@ class RequestMetrics:
         else:
             metrics.waiting -= 1
         metrics.finished[reason] += 1
-
-
-#: What an instance's `Load` carries: (name, text, how to read it).
-_LOAD_GAUGES: tuple[tuple[str, str, Callable[[Load], float]], ...] = (
-    ("kv_cache_usage_perc", "KV blocks in use; 1 is all of them.",
-     lambda load: load.kv_blocks_used / max(1, load.kv_blocks_total)),
-    ("instance_requests_running", "Sequences that the instance runs.",
-     lambda load: sum(load.running.values())),
-    ("instance_requests_waiting", "Sequences in the instance's queue.",
-     lambda load: sum(load.waiting.values())),
-    ("instance_running_tokens", "Tokens of the sequences that run.",
-     lambda load: load.running_tokens),
-    ("instance_waiting_tokens", "Tokens of the sequences that wait.",
-     lambda load: load.waiting_tokens),
-    ("instance_kv_blocks_cached", "KV blocks kept for reuse.",
-     lambda load: load.kv_blocks_cached),
-)  # fmt: skip
-_LOAD_COUNTERS: tuple[tuple[str, str, Callable[[Load], float]], ...] = (
-    ("num_preemptions", "Sequences that lost their KV to others.",
-     lambda load: load.preemptions),
-    ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.",
-     lambda load: load.prefix_query_tokens),
-    ("prefix_cache_hits", "Prompt tokens found in the prefix cache.",
-     lambda load: load.prefix_hit_tokens),
-    ("engine_steps", "Steps that the instance has computed.", lambda load: load.steps),
-    ("engine_step_seconds", "Time in steps.", lambda load: load.step_s),
-    ("engine_step_gaps", "Pauses between two steps while there was work.",
-     lambda load: load.step_gaps),
-    ("engine_step_gap_seconds", "Time in them: nothing was computed.",
-     lambda load: load.step_gap_s),
-    ("kv_maps_ahead", "KV blocks mapped while another step was computed.",
-     lambda load: load.maps.ahead),
-    ("kv_map_ahead_seconds", "Time that took, off the steps' path.",
-     lambda load: load.maps.ahead_s),
-    ("kv_maps_at_start", "KV blocks mapped while their step waited.",
-     lambda load: load.maps.at_start),
-    ("kv_map_at_start_seconds", "Time that took, at the start of steps.",
-     lambda load: load.maps.at_start_s),
-)  # fmt: skip
-
-
-def _instances(model_name: str, instances: Sequence[Mapping[str, Any]]) -> Iterator[Metric]:
-    """Of each instance in `ServiceStatus.instances`: its name, last `Load`, card and state."""
-    labels = ["model_name", "engine"]
-    loads: list[tuple[str, Load]] = [(i["name"], i["load"]) for i in instances if i.get("load")]
-    for name, text, read in _LOAD_GAUGES:
-        gauge = GaugeMetricFamily(PREFIX + name, text, labels=labels)
-        for engine, load in loads:
-            gauge.add_metric([model_name, engine], read(load))
-        yield gauge
-    for name, text, read in _LOAD_COUNTERS:
-        counter = CounterMetricFamily(PREFIX + name, text, labels=labels)
-        for engine, load in loads:
-            counter.add_metric([model_name, engine], read(load))
-        yield counter
-    yield _infos(model_name, instances)
-
-
-def _infos(model_name: str, instances: Sequence[Mapping[str, Any]]) -> Metric:
-    labels = ["model_name", "engine", "operation", "kernel"]
-    kernels = GaugeMetricFamily(PREFIX + "kernel_info", "The kernels in use.", labels=labels)
-    for instance in instances:
-        card: InstanceCard | None = instance.get("card")
-        for operation, kernel in sorted(card.kernels.items()) if card else ():
-            kernels.add_metric([model_name, instance["name"], operation, kernel], 1)
-    return kernels
+        metrics.request_rate.add(1, time.perf_counter())

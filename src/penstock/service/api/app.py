@@ -13,7 +13,7 @@ from starlette.routing import Route
 
 from penstock import __version__
 from penstock.service.api import openapi
-from penstock.service.api.auth import Keys
+from penstock.service.api.auth import AdminDoor, Keys
 from penstock.service.api.chat import ChatEndpoint
 from penstock.service.api.completions import CompletionEndpoint
 from penstock.service.api.config import ApiConfig
@@ -75,7 +75,12 @@ def create_app(generator: Generator, texts: Texts, config: ApiConfig) -> FastAPI
             Route(api.path, api.handler, methods=[api.method], include_in_schema=False)
         )
     install(app, context.metrics.on_refused)
-    app.add_middleware(Edge, keys=Keys(config.api_keys), log_requests=config.log_requests)
+    app.add_middleware(
+        Edge,
+        keys=Keys(config.api_keys),
+        admin=AdminDoor(config.admin_keys),
+        log_requests=config.log_requests,
+    )
     return app
 
 

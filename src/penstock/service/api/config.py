@@ -17,6 +17,8 @@ class ApiConfig:
     served_model_names: tuple[str, ...]
     #: Empty: no key asked for.
     api_keys: tuple[str, ...] = field(default=(), repr=False)
+    #: For /admin, which the others do not open. Empty: on loopback only, without a key.
+    admin_keys: tuple[str, ...] = field(default=(), repr=False)
     max_body_bytes: int = 32 * MIB
     #: Draws the seeds of requests that bring none; None: from the operating system.
     seed: int | None = None
@@ -32,5 +34,5 @@ class ApiConfig:
             raise ConfigError("the API needs at least one served model name")
         if self.max_body_bytes < 1:
             raise ConfigError(f"max_body_bytes must be at least 1, got {self.max_body_bytes}")
-        if any(not key for key in self.api_keys):
+        if any(not key for key in (*self.api_keys, *self.admin_keys)):
             raise ConfigError("an API key is empty: leave it out, or give it a value")

@@ -9,7 +9,7 @@ import time
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from penstock.protocol.errors import AuthenticationFailed
-from penstock.service.api.auth import Keys
+from penstock.service.api.auth import AdminDoor, Keys, is_admin
 from penstock.service.api.body import header
 from penstock.service.api.errors import error_response
 
@@ -26,9 +26,12 @@ class Edge:
     time, and that id; never a header or a body.
     """
 
-    def __init__(self, app: ASGIApp, keys: Keys, log_requests: bool = False) -> None:
+    def __init__(
+        self, app: ASGIApp, keys: Keys, admin: AdminDoor, log_requests: bool = False
+    ) -> None:
         self._app = app
         self._keys = keys
+        self._admin = admin
         self._log_requests = log_requests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -49,7 +52,10 @@ class Edge:
 
     async def _dispatch(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            self._keys.check(scope["path"], header(scope, b"authorization"))
+            if is_admin(scope["path"]):
+                self._admin.check(scope)
+            else:
+                self._keys.check(scope["path"], header(scope, b"authorization"))
         except AuthenticationFailed as exc:
             await error_response(exc)(scope, receive, send)
             return
