@@ -447,13 +447,16 @@ def test_a_time_budget_ends_in_an_error_and_frees_the_engine() -> None:
 
 def test_work_goes_where_it_will_start_first() -> None:
     bench = Bench("a", "b")
-    fast, slow = CostModel(per_token_s=1e-4), CostModel(per_token_s=1e-3)
+    fast = CostModel(per_token_s=1e-4, num_steps=100)
+    slow = CostModel(per_token_s=1e-3, num_steps=100)
     bench.say("a", load("a", 1, slow))
     bench.say("b", load("b", 1, fast))
     bench.submit("one", prompt_ids=[1] * 100)
     bench.submit("two", prompt_ids=[1] * 100)
     assert [peer for peer, _ in bench.taken(Submit)] == ["b", "b"]
-    (decision,) = bench.core.explain("two")
+    explanation = bench.core.explain("two")
+    assert explanation is not None and explanation.live
+    decision = explanation.choices[0].placements[0].decision
     assert decision is not None
     assert [c.instance for c in decision.candidates] == ["b", "a"]
     assert "100 tokens queued" in decision.reason

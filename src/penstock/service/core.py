@@ -20,6 +20,7 @@ from penstock.protocol.errors import (
     from_info,
 )
 from penstock.protocol.instance import (
+    Assigned,
     Attach,
     Attached,
     Detach,
@@ -28,14 +29,16 @@ from penstock.protocol.instance import (
     Resync,
     Snapshot,
 )
-from penstock.protocol.kv import Refused
+from penstock.protocol.kv import Fetched, Refused
 from penstock.protocol.request import Cancel
 from penstock.protocol.tokens import Credit, PromptLogprobs, TokenRow, Tokens
 from penstock.service.cluster.instances import Instance
+from penstock.service.explain import Explanation
 from penstock.service.generation import GenerationSpec, TokenDelta
 from penstock.service.journal import Entry, Journal
 from penstock.service.placement import Placement, PlacementConfig
-from penstock.service.policies.routing import Decision, Policy, least_load
+from penstock.service.policies.routing import Policy, least_load
+from penstock.service.prospects import NoFinder, Prospects
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +65,10 @@ class ServiceCoreConfig:
 class ServiceCore:
     def __init__(self, config: ServiceCoreConfig, policy: Policy = least_load) -> None:
         self.config = config
-        self.placement = Placement(config.placement, config.name, config.incarnation, policy)
-        self._model_digest: str | None = None
+        self.prospects = Prospects(NoFinder())
+        self.placement = Placement(
+            config.placement, config.name, config.incarnation, policy, self.prospects
+        )
         self._next_tick_s: float | None = None
 
     @property
@@ -79,8 +84,16 @@ class ServiceCore:
         """Instances attach only after they have produced a token, so an active one is ready."""
         return any(i.state == "active" for i in self.instances.values())
 
-    def explain(self, request_id: str) -> list[Decision | None]:
-        return [entry.decision for entry in self.journal.of_request(request_id)]
+    def explain(self, request_id: str) -> Explanation | None:
+        """Of a live request, or one of the last that have ended; None if it is neither."""
+        live = self.journal.of_request(request_id)
+        choices = [e.record.explain(len(e.emitted), e.progress_s) for e in live]
+        for record in self.placement.explainer.of_request(request_id):
+            choices.append(record.explain(record.output_tokens, record.last_token_s))
+        if not choices:
+            return None
+        choices.sort(key=lambda c: c.choice)
+        return Explanation(request_id, bool(live), tuple(choices))
 
     def check(self) -> None:
         self.placement.check()
@@ -124,9 +137,9 @@ class ServiceCore:
 
     def close_all(self, error: PenstockError) -> list[Effect]:
         """The service stops: whatever still lives ends with this error, here and there."""
-        effects: list[Effect] = [
-            self.placement.end(entry, error.info()) for entry in list(self.journal)
-        ]
+        effects: list[Effect] = []
+        for entry in list(self.journal):
+            effects += self.placement.end(entry, error.info())
         detach = Detach(self.config.name, self.config.incarnation)
         return effects + [Send(i.name, detach) for i in self.instances.values() if i.card]
 
@@ -152,6 +165,12 @@ class ServiceCore:
                 return self._reconcile(instance, message, now)
             case PromptLogprobs():
                 return self._prompt_logprobs(instance, message)
+            case Fetched():
+                self.placement.fetched(instance, message, now)
+                return []
+            case Assigned(role=role, epoch=epoch):
+                instance.is_now(role, epoch)
+                return []
             case _:
                 return []  # a Probed has been heard; KvEvents come only where they were asked for
 
@@ -171,11 +190,11 @@ class ServiceCore:
                     effects.append(Send(instance.name, Cancel(row.request_id, row.attempt)))
             elif row.ids and not self._follows(entry, row):
                 if row.start >= len(entry.emitted):
-                    effects += self.placement.move(entry, now)  # what is missing is drawn again
+                    effects += self.placement.move(entry, now, "tokens were lost")
             elif row.error is not None:
                 effects += self._row_failed(entry, row.error, now)
             else:
-                effects.append(self._accept(entry, row, now))
+                effects += self._accept(entry, row, now)
         if instance.tokens_seen - instance.tokens_credited >= self.config.credit_every:
             effects.append(self._credit(instance, now))
         return effects
@@ -187,28 +206,31 @@ class ServiceCore:
             entry.lacks_prompt_logprobs and not entry.emitted
         )
 
-    def _accept(self, entry: Entry, row: TokenRow, now: float) -> Reply:
+    def _accept(self, entry: Entry, row: TokenRow, now: float) -> list[Effect]:
         if row.ids:
-            self.placement.progress(entry, row.ids, now)
+            self.placement.progress(entry, row, now)
         if entry.cached_tokens is None:
             entry.cached_tokens = row.cached_tokens
         delta = TokenDelta(
             entry.choice,
             row.ids,
-            row.finish,
+            None if row.finish == "handover" else row.finish,
             row.stop_token,
             row.logprobs,
             cached_tokens=entry.cached_tokens,
             queued_s=row.queued_s,
         )
-        if row.finish is not None:
-            self.placement.close(entry)
-        return Reply(entry.request_id, delta)
+        effects: list[Effect] = [Reply(entry.request_id, delta)]
+        if row.finish == "handover":
+            effects += self.placement.hand_over(entry, now)
+        elif row.finish is not None:
+            effects += self.placement.close(entry, row.finish)
+        return effects
 
     def _row_failed(self, entry: Entry, error: ErrorInfo, now: float) -> list[Effect]:
         if from_info(error).retryable:
             return self.placement.retry(entry, now)
-        return [self.placement.end(entry, error)]
+        return self.placement.end(entry, error)
 
     def _prompt_logprobs(self, instance: Instance, message: PromptLogprobs) -> list[Effect]:
         entry = instance.entries.get(message.request_id)
@@ -237,18 +259,19 @@ class ServiceCore:
         # now, which a resync mends; what comes twice is known by its start.
         instance.tokens_seen = instance.tokens_credited = 0
         instance.attached(message.card, now)
-        self._model_digest = message.card.model_digest
+        instance.is_now(message.role, message.epoch)
+        self.prospects.model_digest = message.card.model_digest
         self.placement.expect(instance.name, False)
         return effects + self.placement.house(now)
 
     def _other_model(self, instance: Instance, digest: str) -> str:
         """Two models must not share an answer: while one is in use, another is refused."""
         others = [i for i in self.instances.values() if i is not instance and i.state == "active"]
-        if digest == self._model_digest or not (others or len(self.journal)):
+        if digest == self.prospects.model_digest or not (others or len(self.journal)):
             return ""
         return (
             f"{instance.name} serves another model (digest {digest[:12]}, in use is "
-            f"{(self._model_digest or '')[:12]})"
+            f"{self.prospects.model_digest[:12]})"
         )
 
     def _refused(self, instance: Instance, message: Refused, now: float) -> list[Effect]:
@@ -259,14 +282,20 @@ class ServiceCore:
             # It has forgotten us: nothing of ours runs there any more.
             return self._give_up(instance, now)
         instance.draining = instance.draining or message.code == "draining"
+        instance.epoch_in_doubt = instance.epoch_in_doubt or message.code == "stale_epoch"
+        if message.what == "fetch":
+            self.placement.reservation_refused(instance, message.request_id, message.attempt)
+            return []
         entry = instance.entries.get(message.request_id or "")
         if entry is None or entry.attempt != message.attempt:
             return []
-        return self.placement.move(entry, now, avoid=instance.name)
+        why = f"{instance.name} refused it: {message.code}"
+        return self.placement.move(entry, now, why, avoid=instance.name)
 
     def _load(self, instance: Instance, load: Load, now: float) -> list[Effect]:
-        instance.load = load
+        instance.loaded(load)
         instance.draining = load.draining
+        instance.is_now(load.role, load.epoch)
         if instance.state == "lost":
             # It was only stopped. It must attach anew, and be rid of what runs elsewhere by now.
             return self._resync(instance, now)
@@ -288,7 +317,7 @@ class ServiceCore:
             if live.get(entry.key) == entry.attempt:
                 entry.confirmed_s = now
             elif entry.submitted_s <= asked_s:  # asked after it: the snapshot should have had it
-                effects += self.placement.move(entry, now)
+                effects += self.placement.move(entry, now, f"{instance.name} did not know it")
         return effects
 
     # --- time ----------------------------------------------------------------------------------
@@ -304,7 +333,7 @@ class ServiceCore:
             reply = Reply(
                 entry.request_id, TokenDelta(entry.choice, [], "error", error=error.info())
             )
-            effects += [*self.placement.withdraw(entry), reply]
+            effects += [*self.placement.withdraw(entry, "error: out of time"), reply]
         self._next_tick_s = now + self.config.tick_s
         return [*effects, SetTimer(self._next_tick_s)]
 

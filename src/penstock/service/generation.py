@@ -30,6 +30,10 @@ class GenerationSpec:
     priority: int = 0
     cache_salt: str = ""
     total_budget_s: float | None = None
+    #: Wanted times to the first token and between two; what cannot meet the first is refused early.
+    #: None: the service's defaults.
+    ttft_slo_s: float | None = None
+    tpot_slo_s: float | None = None
 
 
 class TokenDelta(msgspec.Struct, frozen=True, gc=False):

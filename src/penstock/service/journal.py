@@ -7,8 +7,19 @@ from dataclasses import dataclass, field
 
 from penstock.protocol.kv import BLOCK_TOKENS, KEY_BYTES, block_keys, next_key, root_key
 from penstock.protocol.request import Constraint, RequestClass, SamplingParams
+from penstock.service.explain import Record
 from penstock.service.generation import GenerationSpec
-from penstock.service.policies.routing import Decision
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """Where a sequence whose prompt is computed elsewhere is to decode: its blocks go there while
+    they are made (`attempt` is that of the prefill)."""
+
+    instance: str
+    incarnation: int
+    epoch: int
+    attempt: int
 
 
 @dataclass(slots=True, eq=False)
@@ -25,6 +36,9 @@ class Entry:
     priority: int
     cache_salt: str
     accepted_s: float
+    record: Record
+    ttft_slo_s: float | None = None
+    tpot_slo_s: float | None = None
     deadline_s: float | None = None
     #: Output tokens so far. Those already handed out never change.
     emitted: list[int] = field(default_factory=list)
@@ -43,7 +57,12 @@ class Entry:
     homeless_since_s: float | None = None
     prompt_logprobs_done: int = 1  # the next prompt position to report; 0 never has one
     cached_tokens: int | None = None
-    decision: Decision | None = None
+    #: Set while the prompt is computed on `instance` for another one to go on with.
+    decode_on: Reservation | None = None
+    #: Whose blocks the present placement began with, until its first token: it should not go yet.
+    pulls_from: str | None = None
+    #: Why it was placed last, or waits to be.
+    because: str = "new"
     _keys: bytearray = field(default_factory=bytearray)
     _keys_digest: str = ""
 
@@ -60,6 +79,16 @@ class Entry:
             priority=spec.priority,
             cache_salt=spec.cache_salt,
             accepted_s=now,
+            record=Record(
+                request_id=spec.request_id,
+                choice=choice,
+                accepted_s=now,
+                prompt_tokens=len(spec.prompt_ids),
+                ttft_slo_s=spec.ttft_slo_s,
+                tpot_slo_s=spec.tpot_slo_s,
+            ),
+            ttft_slo_s=spec.ttft_slo_s,
+            tpot_slo_s=spec.tpot_slo_s,
             deadline_s=None if spec.total_budget_s is None else now + spec.total_budget_s,
             progress_s=now,
         )

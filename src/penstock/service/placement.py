@@ -1,6 +1,8 @@
-"""Which sequence runs where: placing, moving, and ending the entries of the journal.
+"""Which sequence runs where: placing, moving, handing over, and ending the entries of the journal.
 
 All counters about queues and placements are kept here, so that each is taken back in one place.
+However a sequence comes to be placed (new, after a failure, with its prompt computed elsewhere),
+it is one `Submit` of a new attempt, made from the journal.
 """
 
 from __future__ import annotations
@@ -8,15 +10,19 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-import msgspec
-
 from penstock.protocol.effects import Effect, Reply, Send
 from penstock.protocol.errors import EngineFailed, EngineUnavailable, ErrorInfo, PenstockError
-from penstock.protocol.request import Cancel, Submit
-from penstock.service.cluster.instances import Instance, view_of
+from penstock.protocol.kv import BLOCK_TOKENS, Fetched, KvSource
+from penstock.protocol.request import Cancel
+from penstock.protocol.tokens import TokenRow
+from penstock.service import orders
+from penstock.service.cluster.instances import Instance
+from penstock.service.cluster.view import view_of
+from penstock.service.explain import Explainer, PlacementRecord
 from penstock.service.generation import TokenDelta
-from penstock.service.journal import Entry, Journal
-from penstock.service.policies.routing import Policy, RouteRequest
+from penstock.service.journal import Entry, Journal, Reservation
+from penstock.service.policies.routing import Decision, Policy
+from penstock.service.prospects import Prospects
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,18 +38,30 @@ class PlacementConfig:
     max_failed_steps: int = 3
     #: Placements lost for any other reason, without a token in between.
     max_moves: int = 8
+    #: Finished requests that can still be explained.
+    explained_requests: int = 1024
 
 
 class Placement:
     def __init__(
-        self, config: PlacementConfig, service: str, incarnation: int, policy: Policy
+        self,
+        config: PlacementConfig,
+        service: str,
+        incarnation: int,
+        policy: Policy,
+        prospects: Prospects,
     ) -> None:
         self.journal = Journal()
         self.instances: dict[str, Instance] = {}
+        self.explainer = Explainer(config.explained_requests)
+        self.prospects = prospects
         #: Journal entries without any token yet.
         self.num_queued = 0
-        #: Sequences that went on after they had lost an instance.
+        #: Sequences that went on after they had lost an instance; that were prefilled in one place
+        #: and went on in another; and that left an instance which was still well.
         self.num_resumed = 0
+        self.num_handovers = 0
+        self.num_migrated = 0
         self._config = config
         self._service = service
         self._incarnation = incarnation
@@ -62,7 +80,7 @@ class Placement:
 
     # --- moving --------------------------------------------------------------------------------
 
-    def move(self, entry: Entry, now: float, avoid: str | None = None) -> list[Effect]:
+    def move(self, entry: Entry, now: float, because: str, avoid: str = "") -> list[Effect]:
         """Give up the present attempt and go on elsewhere (or here again), from the journal."""
         entry.moves += 1
         if entry.moves > self._config.max_moves:
@@ -70,10 +88,11 @@ class Placement:
                 f"the request lost {entry.moves} placements in a row: see /health",
                 retry_after_s=1.0,
             )
-            return [self.end(entry, error.info())]
-        self._unplace(entry)
+            return self.end(entry, error.info())
+        freed = self._unplace(entry, because, now)
         self.num_resumed += 1
-        return self._place(entry, now, avoid)
+        entry.because = f"moved: {because}"
+        return freed + self._place(entry, now, avoid=avoid)
 
     def retry(self, entry: Entry, now: float) -> list[Effect]:
         """A step with this sequence raised: try again, a bounded number of times."""
@@ -82,15 +101,49 @@ class Placement:
             error = EngineFailed(
                 f"the engine failed {entry.failed_steps} times at this request: see its log"
             )
-            return [self.end(entry, error.info())]
-        return self.move(entry, now)
+            return self.end(entry, error.info())
+        return self.move(entry, now, "its step failed")
 
     def evacuate(self, instance: Instance, now: float) -> list[Effect]:
-        """Whatever runs on `instance` goes on elsewhere."""
+        """`instance` is gone: whatever ran there goes on elsewhere, what was to come stays away."""
         effects: list[Effect] = []
+        for entry in list(instance.coming.values()):
+            self._let_reservation_go(entry)
         for entry in list(instance.entries.values()):
-            effects += self.move(entry, now)
+            effects += self.move(entry, now, f"{instance.name} was lost")
         return effects
+
+    def migrate(self, entry: Entry, now: float, because: str) -> list[Effect]:
+        """Leave an instance that is well, with what it has computed: whoever goes on fetches that
+        from there. Nothing happens where no other instance could go on."""
+        assert entry.instance is not None
+        origin = self.instances[entry.instance]
+        if not any(i.takes_work and i is not origin for i in self.instances.values()):
+            return []
+        cancel = Send(origin.name, Cancel(entry.key, entry.attempt))
+        computed = not entry.queued_tokens
+        freed = self._unplace(entry, because, now)
+        self.num_migrated += 1
+        entry.because = f"migrated: {because}"
+        placed = self._place(
+            entry, now, avoid=origin.name, prefilled_on=origin.name if computed else None
+        )
+        return [*freed, *placed, cancel]
+
+    def hand_over(self, entry: Entry, now: float) -> list[Effect]:
+        """The prompt is computed and the first token is out: the rest is for another instance. It
+        goes where the plan said if that place is still what it was, else the policy is asked."""
+        assert entry.instance is not None
+        origin, reserved = entry.instance, entry.decode_on
+        freed = self._unplace(entry, "handover", now, keep_reserved=True)
+        self.num_handovers += 1
+        entry.because = "handover"
+        target = self.instances.get(reserved.instance) if reserved is not None else None
+        if reserved is None or target is None or not target.keeps(reserved):
+            freed += self._cancel_reservation(entry)
+            return freed + self._place(entry, now, prefilled_on=origin)
+        self._let_reservation_go(entry)
+        return freed + self._send(entry, target, now, source=self._held_by(origin, entry))
 
     def house(self, now: float) -> list[Effect]:
         """Place who has no instance; end who has waited for one too long."""
@@ -109,7 +162,7 @@ class Placement:
                     "check /health and the engine's log, then try again",
                     retry_after_s=1.0,
                 )
-                effects.append(self.end(entry, error.info()))
+                effects += self.end(entry, error.info())
         return effects
 
     def forgive(self, late_s: float) -> None:
@@ -118,80 +171,184 @@ class Placement:
             assert entry.homeless_since_s is not None
             entry.homeless_since_s += late_s
 
-    def progress(self, entry: Entry, ids: list[int], now: float) -> None:
+    def progress(self, entry: Entry, row: TokenRow, now: float) -> None:
         """New tokens of a placed sequence."""
         assert entry.instance is not None
+        instance = self.instances[entry.instance]
         if entry.queued_tokens:
-            self.instances[entry.instance].started(entry)
+            instance.started(entry)
+            entry.pulls_from = None
+            entry.record.started(row.cached_tokens, row.queued_s, now)
+            self.prospects.came_true(entry.record, instance)
         if not entry.emitted:
             self.num_queued -= 1
-        entry.emitted += ids
+        entry.emitted += row.ids
+        instance.running_tokens += len(row.ids)
         entry.progress_s = now
         entry.moves = entry.failed_steps = 0
 
     # --- ends ----------------------------------------------------------------------------------
 
-    def end(self, entry: Entry, error: ErrorInfo) -> Reply:
-        self.close(entry)
-        return Reply(entry.request_id, TokenDelta(entry.choice, [], "error", error=error))
+    def end(self, entry: Entry, error: ErrorInfo) -> list[Effect]:
+        effects = self.close(entry, f"error: {error.code}")
+        delta = TokenDelta(entry.choice, [], "error", error=error)
+        return [*effects, Reply(entry.request_id, delta)]
 
-    def withdraw(self, entry: Entry) -> list[Effect]:
+    def withdraw(self, entry: Entry, finish: str = "cancelled") -> list[Effect]:
         """Close it, and tell its instance."""
         name, attempt = entry.instance, entry.attempt
-        self.close(entry)
-        return [] if name is None else [Send(name, Cancel(entry.key, attempt))]
+        effects = self.close(entry, finish)
+        return effects if name is None else [*effects, Send(name, Cancel(entry.key, attempt))]
 
-    def close(self, entry: Entry) -> None:
+    def close(self, entry: Entry, finish: str) -> list[Effect]:
         if entry.homeless_since_s is not None:
             self._homeless.remove(entry)
-        self._unplace(entry)
+        freed = self._unplace(entry, finish, entry.news_s)
         if not entry.emitted:
             self.num_queued -= 1
         self.journal.remove(entry)
+        self.prospects.ended(len(entry.emitted))
+        entry.record.ended(finish, len(entry.emitted), entry.progress_s)
+        self.explainer.keep(entry.record)
+        return freed
 
     # --- inside --------------------------------------------------------------------------------
 
-    def _place(self, entry: Entry, now: float, avoid: str | None = None) -> list[Effect]:
-        view = view_of(i for i in self.instances.values() if i.name != avoid)
-        if not view.names:
+    def _place(
+        self, entry: Entry, now: float, avoid: str = "", prefilled_on: str | None = None
+    ) -> list[Effect]:
+        able = [i for i in self.instances.values() if i.takes_work and i.name != avoid]
+        if not able:
             if entry.homeless_since_s is None:
                 entry.homeless_since_s = now
             self._homeless.append(entry)
             return []
         entry.homeless_since_s = None
-        entry.decision = self._policy(view, RouteRequest(num_tokens=entry.num_tokens))
-        instance = self.instances[entry.decision.instance]
-        instance.place(entry)
+        view = view_of(able)
+        request = self.prospects.request(entry, view.names, prefilled_on, now)
+        decision = self._policy(view, request)
+        target = self.instances[decision.instance]
+        decode = self.instances[decision.decode] if decision.decode else None
+        hits = request.device_hits
+        cached = None if hits is None else int(hits[view.names.index(target.name)])
+        source = self._source(entry, decision, prefilled_on)
+        return self._send(entry, target, now, decision, decode, source, cached)
+
+    def _send(
+        self,
+        entry: Entry,
+        target: Instance,
+        now: float,
+        decision: Decision | None = None,
+        decode: Instance | None = None,
+        source: KvSource | None = None,
+        cached_tokens: int | None = None,
+    ) -> list[Effect]:
+        """The one place where an attempt begins."""
+        if source is not None:
+            cached_tokens = max(cached_tokens or 0, source.num_blocks * BLOCK_TOKENS)
+        target.place(entry, cached_tokens or 0)
         entry.attempt += 1
         entry.submitted_s = now
-        return [Send(instance.name, self._submit(entry, instance, now))]
-
-    def _unplace(self, entry: Entry) -> None:
-        if entry.instance is not None:
-            self.instances[entry.instance].unplace(entry)
-
-    def _submit(self, entry: Entry, instance: Instance, now: float) -> Submit:
-        assert instance.card is not None
-        sampling = entry.sampling
-        if not entry.lacks_prompt_logprobs:
-            sampling = msgspec.structs.replace(sampling, prompt_logprobs=None)
-        return Submit(
-            request_id=entry.key,
-            attempt=entry.attempt,
+        entry.pulls_from = source.instance if source is not None else None
+        self._record(entry, target, decision, cached_tokens, source, now)
+        submit = orders.submit(
+            entry,
+            target,
             service=self._service,
             service_incarnation=self._incarnation,
-            prompt_ids=entry.prompt_ids,
-            resumed_ids=list(entry.emitted),
-            sampling=sampling,
-            choice=entry.choice,
-            group=entry.request_id,
-            block_keys=entry.block_keys(instance.card.model_digest),
-            cache_salt=entry.cache_salt,
-            constraint=entry.constraint,
-            request_class=entry.request_class,
-            priority=entry.priority,
-            total_budget_s=None if entry.deadline_s is None else entry.deadline_s - now,
+            decode=decode,
+            source=source,
+            now=now,
         )
+        self.prospects.finder.submitted(target.name, submit.block_keys)
+        effects: list[Effect] = [Send(target.name, submit)]
+        return effects if decode is None else effects + self._reserve(entry, target, decode)
+
+    def _record(
+        self,
+        entry: Entry,
+        target: Instance,
+        decision: Decision | None,
+        cached_tokens: int | None,
+        source: KvSource | None,
+        now: float,
+    ) -> None:
+        record = PlacementRecord(
+            attempt=entry.attempt,
+            instance=target.name,
+            at_s=now,
+            because=entry.because,
+            decision=decision,
+            num_tokens=entry.num_tokens,
+            predicted_ttft_s=(decision.predicted_ttft_s or None) if decision else None,
+            predicted_cached_tokens=cached_tokens,
+            source=source.instance if source else None,
+        )
+        entry.record.placed(record, now)
+
+    def _source(
+        self, entry: Entry, decision: Decision, prefilled_on: str | None
+    ) -> KvSource | None:
+        """Whom to fetch leading blocks from: as decided, or where the prompt was computed."""
+        if decision.source is not None and decision.source in self.instances:
+            return orders.kv_source(self.instances[decision.source], decision.source_tokens)
+        if prefilled_on is None or prefilled_on == decision.instance:
+            return None
+        return self._held_by(prefilled_on, entry)
+
+    def _held_by(self, name: str, entry: Entry) -> KvSource | None:
+        """What an instance has that has just let go of the sequence: the KV of the last token was
+        never computed."""
+        return orders.kv_source(self.instances[name], entry.num_tokens - 1)
+
+    def _unplace(
+        self, entry: Entry, end: str, now: float, keep_reserved: bool = False
+    ) -> list[Effect]:
+        if entry.instance is not None:
+            self.instances[entry.instance].unplace(entry)
+            entry.pulls_from = None
+            entry.record.left(end, len(entry.emitted), entry.progress_s, now)
+        return [] if keep_reserved else self._cancel_reservation(entry)
+
+    # --- reservations --------------------------------------------------------------------------
+
+    def _reserve(self, entry: Entry, prefill: Instance, decode: Instance) -> list[Effect]:
+        """`decode` is to have the prompt's blocks as they are made; it may refuse, and be asked
+        all the same when the time has come."""
+        ttft_s = entry.record.placements[-1].predicted_ttft_s or 0.0
+        fetch = orders.fetch(entry, decode, prefill, ttft_s)
+        entry.decode_on = Reservation(decode.name, decode.incarnation, decode.epoch, entry.attempt)
+        decode.coming[entry.key] = entry
+        return [] if fetch is None else [Send(decode.name, fetch)]
+
+    def reservation_refused(self, instance: Instance, key: str | None, attempt: int) -> None:
+        """There was no room. The plan stands on the other side: its row says "handover" when the
+        prompt is done, and the policy is asked then."""
+        entry = instance.coming.get(key or "")
+        if entry is not None and entry.attempt == attempt:
+            self._let_reservation_go(entry)
+
+    def fetched(self, instance: Instance, fetched: Fetched, now: float) -> None:
+        """What became of blocks that were to come to `instance`: for the record."""
+        entry = self.journal.get(fetched.request_id)
+        if entry is not None and instance.name in (
+            entry.instance,
+            entry.decode_on.instance if entry.decode_on else None,
+        ):
+            entry.record.fetched(fetched, now)
+
+    def _cancel_reservation(self, entry: Entry) -> list[Effect]:
+        reserved = entry.decode_on
+        self._let_reservation_go(entry)
+        if reserved is None or reserved.instance not in self.instances:
+            return []
+        return [Send(reserved.instance, Cancel(entry.key, reserved.attempt))]
+
+    def _let_reservation_go(self, entry: Entry) -> None:
+        if entry.decode_on is not None:
+            self.instances[entry.decode_on.instance].coming.pop(entry.key)
+            entry.decode_on = None
 
     def check(self) -> None:
         """Invariants, recounted: counters equal what the journal says."""
@@ -201,9 +358,16 @@ class Placement:
             placed = entry.instance is not None
             assert placed != (entry.homeless_since_s is not None), entry.key
             assert (entry in self._homeless) != placed
+            assert placed or entry.decode_on is None
+            assert placed == (entry.record.present is not None)
         for instance in self.instances.values():
             mine = [e for e in entries if e.instance == instance.name]
             assert len(mine) == len(instance.entries)
             assert not mine or instance.state in ("active", "suspect")
             assert instance.queued_tokens == sum(e.queued_tokens for e in mine)
-            assert instance.running == sum(1 for e in mine if not e.queued_tokens)
+            running = [e for e in mine if not e.queued_tokens]
+            assert instance.running == len(running)
+            assert instance.running_tokens == sum(e.num_tokens for e in running)
+            coming = [e for e in entries if e.decode_on and e.decode_on.instance == instance.name]
+            assert len(coming) == len(instance.coming)
+            assert not coming or instance.state in ("active", "suspect")

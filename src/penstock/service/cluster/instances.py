@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
-import numpy as np
-
-from penstock.protocol.instance import CostModel, InstanceCard, Load
-from penstock.service.journal import Entry
-from penstock.service.policies.routing import ROLES, ClusterView, Floats
+from penstock.protocol.instance import InstanceCard, Load, Role
+from penstock.service.journal import Entry, Reservation
 
 #: connecting: known, not attached yet · active: takes work · suspect: silent, takes no new work ·
 #: lost: its sequences have been placed elsewhere or wait for an instance
 InstanceState = Literal["connecting", "active", "suspect", "lost"]
+
+
+@dataclass(frozen=True, slots=True)
+class Others:
+    """What an instance says it has beyond what this service has placed there."""
+
+    queued: int = 0
+    queued_tokens: int = 0
+    running: int = 0
+    running_tokens: int = 0
+
+
+NO_OTHERS = Others()
 
 
 @dataclass(slots=True)
@@ -30,20 +39,50 @@ class Instance:
     refusal: str = ""
     #: It finishes what it has and takes nothing new.
     draining: bool = False
+    #: This service has been asked to empty it (`ServiceCore.drain_instance`); it will be told to
+    #: drain once nobody needs the blocks it has. When that began.
+    leaving_since_s: float | None = None
+    #: As it says itself. In doubt: it has refused a plan for being older than its role.
+    role: Role = "any"
+    epoch: int = 0
+    epoch_in_doubt: bool = False
     #: Number of the last `Tokens` message taken in, and the last one acknowledged by a Credit.
     tokens_seen: int = 0
     tokens_credited: int = 0
     credit_sent_s: float = 0.0
     resync_sent_s: float | None = None
     resync_nonce: int = 0
-    #: Prompt tokens whose sequences have had no token yet, and sequences that have.
+    #: Tokens to compute (what it has cached left out) of sequences that have had no token yet; and
+    #: sequences that have, with their context.
     queued_tokens: int = 0
     running: int = 0
+    running_tokens: int = 0
     entries: dict[str, Entry] = field(default_factory=dict)
+    #: Sequences that are to decode here when their prompt has been computed elsewhere.
+    coming: dict[str, Entry] = field(default_factory=dict)
+    #: Work of other services, as of the last `Load`.
+    others: Others = field(default_factory=lambda: NO_OTHERS)
 
     @property
     def incarnation(self) -> int:
         return self.card.incarnation if self.card else 0
+
+    @property
+    def takes_work(self) -> bool:
+        return self.state == "active" and not self.draining and self.leaving_since_s is None
+
+    def keeps(self, reserved: Reservation) -> bool:
+        """Whether what was planned for it can still be done here."""
+        assert self.card is not None
+        return (
+            self.takes_work
+            and (self.incarnation, self.epoch) == (reserved.incarnation, reserved.epoch)
+            and len(self.entries) + self.others.running < self.card.max_num_seqs
+        )
+
+    @property
+    def coming_tokens(self) -> int:
+        return sum(entry.num_tokens for entry in self.coming.values())
 
     def heard(self, now: float) -> None:
         self.heard_s = now
@@ -51,6 +90,8 @@ class Instance:
             self.state = "active"
 
     def attached(self, card: InstanceCard, now: float) -> None:
+        if card.incarnation != self.incarnation:
+            self.load, self.others, self.leaving_since_s = None, NO_OTHERS, None
         self.card = card
         self.state = "active"
         self.refusal = ""
@@ -58,9 +99,31 @@ class Instance:
         self.attach_tries = 0
         self.heard(now)
 
-    def place(self, entry: Entry) -> None:
+    def is_now(self, role: Role, epoch: int) -> bool:
+        """It has said what it is. True if that is another role than before."""
+        if epoch < self.epoch:
+            return False  # overtaken on the way
+        changed = role != self.role
+        self.role, self.epoch, self.epoch_in_doubt = role, epoch, False
+        return changed
+
+    def loaded(self, load: Load) -> None:
+        self.load = load
+        waiting, running = sum(load.waiting.values()), sum(load.running.values())
+        beyond = max(0, waiting + running - len(self.entries))
+        queued = min(beyond, max(0, waiting - (len(self.entries) - self.running)))
+        self.others = Others(
+            queued=queued,
+            queued_tokens=max(0, load.waiting_tokens - self.queued_tokens) if queued else 0,
+            running=beyond - queued,
+            running_tokens=max(0, load.running_tokens - self.running_tokens)
+            if beyond > queued
+            else 0,
+        )
+
+    def place(self, entry: Entry, cached_tokens: int) -> None:
         entry.instance = self.name
-        entry.queued_tokens = entry.num_tokens
+        entry.queued_tokens = max(1, entry.num_tokens - cached_tokens)
         self.entries[entry.key] = entry
         self.queued_tokens += entry.queued_tokens
 
@@ -68,6 +131,7 @@ class Instance:
         """The first token of this placement has come."""
         self.queued_tokens -= entry.queued_tokens
         self.running += 1
+        self.running_tokens += entry.num_tokens
         entry.queued_tokens = 0
 
     def unplace(self, entry: Entry) -> None:
@@ -76,44 +140,6 @@ class Instance:
             self.queued_tokens -= entry.queued_tokens
         else:
             self.running -= 1
+            self.running_tokens -= entry.num_tokens
         entry.instance = None
         entry.queued_tokens = 0
-
-
-def view_of(instances: Iterable[Instance]) -> ClusterView:
-    """The instances that take new work, as arrays for the policies."""
-    active = [i for i in instances if i.state == "active" and not i.draining]
-    costs = [i.load.cost if i.load else CostModel() for i in active]
-    cards = [i.card for i in active if i.card is not None]
-    assert len(cards) == len(active), "an active instance has shown its card"
-    hosts: dict[str, int] = {}
-
-    def column(values: Iterable[float]) -> Floats:
-        return np.array(list(values), dtype=np.float64)
-
-    def free_blocks(instance: Instance) -> float:
-        load = instance.load
-        return float(load.kv_blocks_total - load.kv_blocks_used) if load else np.inf
-
-    return ClusterView(
-        names=tuple(i.name for i in active),
-        roles=np.array([ROLES.index(i.load.role if i.load else "any") for i in active]),
-        queued_tokens=column(i.queued_tokens for i in active),
-        queued=column(len(i.entries) - i.running for i in active),
-        running=column(i.running for i in active),
-        running_tokens=column(i.load.running_tokens if i.load else 0 for i in active),
-        step_left_s=column(i.load.step_end_in_s if i.load else 0.0 for i in active),
-        base_s=column(c.base_s for c in costs),
-        per_token_s=column(c.per_token_s for c in costs),
-        per_row_s=column(c.per_row_s for c in costs),
-        per_context_token_s=column(c.per_context_token_s for c in costs),
-        per_attention_s=column(c.per_attention_s for c in costs),
-        residual_s=column(c.residual_s for c in costs),
-        num_steps=column(c.num_steps for c in costs),
-        ttft_ratio=column(1.0 for _ in active),
-        step_tokens=column(card.max_num_batched_tokens for card in cards),
-        max_running=column(card.max_num_seqs for card in cards),
-        free_blocks=column(free_blocks(i) for i in active),
-        total_blocks=column(card.num_blocks for card in cards),
-        hosts=np.array([hosts.setdefault(card.host, len(hosts)) for card in cards]),
-    )
