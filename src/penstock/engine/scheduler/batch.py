@@ -70,13 +70,16 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class RowResult:
-    """`ids` is empty when the row did not sample. An `error` ends that sequence alone."""
+    """`ids` is empty when the row did not sample. An `error` ends that sequence alone. A `stale`
+    row has read (or may have read) a window whose page its owner has taken back: nothing of it
+    counts, and the sequence's KV is computed again."""
 
     slot: int
     ids: list[int]
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
     error: ErrorInfo | None = None
+    stale: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +92,8 @@ class StepResult:
     belong to others by now. A runner that cannot do it is lost as a whole (`fatal`): it runs
     nothing more, and its driver ends the instance.
 
+    `stale_windows` are the windows (block ids from `num_blocks` on) that made rows stale.
+
     `gap_s` is how long nothing was computed before the step; whether there was anything to compute
     the core knows. `maps` counts from the start on.
     """
@@ -100,3 +105,4 @@ class StepResult:
     fatal: bool = False
     gap_s: float = 0.0
     maps: MapCounts = NO_MAPS
+    stale_windows: tuple[int, ...] = ()

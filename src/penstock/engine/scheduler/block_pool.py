@@ -1,12 +1,25 @@
 """Physical KV blocks: who holds them, which can be reused by key, which one goes next.
 
 A block is in exactly one of three places: *free* (no key), *reusable* (a key, nobody holds it; in
-LRU order) or *held* (by one or more sequences, with or without a key).
+LRU order) or *held* (by one or more holders, with or without a key). Holders are sequences, and
+the pins and imports of `imports.py`.
 
 Invariant: if a key is cached, so is the key before it; a chain has no hole before its tail. It
-holds because sequences hold whole prefixes of the blocks that carry the keys, name blocks in
-order and release the last block first, so that in the LRU a block is always older than the one
+holds because everybody holds whole prefixes of the blocks that carry the keys, names blocks in
+order and releases the last block first, so that in the LRU a block is always older than the one
 before it in its chain. Two things follow: a lookup can bisect, and eviction takes leaves.
+
+*Windows* are the ids from `num_blocks` on: each stands for a page of another instance's pool. They
+are held and matched like blocks, but nobody may write to them and nothing keeps them once their
+last holder has let go. What stands behind a window in a chain goes with its last holder too (who
+holds it holds the window), so it is never in the LRU and the chain has no hole.
+
+*Storing*: a block that is being copied to a slower tier keeps its place and its order, but is not
+evicted before the copy has ended. Should memory be so short that what stands before it is evicted
+meanwhile, it loses its key, and is free when the copy has ended.
+
+`generations[block]` moves on before a block's content may change, and `holders[block]` counts its
+holders. Both arrays may be memory that other processes see.
 """
 
 from __future__ import annotations
@@ -14,19 +27,41 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from penstock.protocol.kv import KvChange
 
+Generations = npt.NDArray[np.uint64]
+Holders = npt.NDArray[np.uint32]
+
 
 class BlockPool:
-    """`num_blocks` blocks, named 0 ... num_blocks - 1. Never more."""
+    """`num_blocks` blocks, named 0 ... num_blocks - 1, never more; then `num_windows` windows."""
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        num_windows: int = 0,
+        generations: Generations | None = None,
+        holders: Holders | None = None,
+    ) -> None:
         self.num_blocks = num_blocks
-        self._refs = [0] * num_blocks
-        self._keys: list[bytes | None] = [None] * num_blocks
-        self._parents: list[bytes] = [b""] * num_blocks
-        self._public = [False] * num_blocks
+        self.num_windows = num_windows
+        self.generations = _zeros(num_blocks, np.uint64) if generations is None else generations
+        self._holders = _zeros(num_blocks, np.uint32) if holders is None else holders
+        num_ids = num_blocks + num_windows
+        self._refs = [0] * num_ids
+        self._keys: list[bytes | None] = [None] * num_ids
+        self._parents: list[bytes] = [b""] * num_ids
+        self._public = [False] * num_ids
+        # Windows that carry a key, and what stands behind them.
+        self._fleeting = [False] * num_ids
+        self._free_windows = list(range(num_ids - 1, num_blocks - 1, -1))
+        self._let_go: list[int] = []  # windows without holders, not free before they are taken
+        self._storing: dict[int, None] = {}
         self._block_of: dict[bytes, int] = {}
         # A stack, so that the block that was written last (and is in the CPU's caches) goes first.
         self._free = list(range(num_blocks - 1, -1, -1))
@@ -36,7 +71,18 @@ class BlockPool:
     @property
     def num_available(self) -> int:
         """Blocks that `allocate` can give: free ones and, by eviction, reusable ones."""
-        return len(self._free) + len(self._reusable)
+        available = len(self._free) + len(self._reusable)
+        if self._storing:
+            available -= sum(block in self._reusable for block in self._storing)
+        return available
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    @property
+    def num_free_windows(self) -> int:
+        return len(self._free_windows)
 
     @property
     def num_reusable(self) -> int:
@@ -44,15 +90,32 @@ class BlockPool:
 
     @property
     def num_held(self) -> int:
-        return self.num_blocks - self.num_available
+        return self.num_blocks - len(self._free) - len(self._reusable)
 
     @property
     def num_keys(self) -> int:
         return len(self._block_of)
 
     def keys(self) -> list[bytes]:
-        """Every key that others may match, in the order in which the keys were stored."""
-        return [key for key, block in self._block_of.items() if self._public[block]]
+        """Every key that others may match, in the order in which the keys were stored. Not those
+        of windows and of what stands behind them, which nobody can count on."""
+        return [key for key, block in self._block_of.items() if self._is_told(block)]
+
+    def has(self, key: bytes) -> bool:
+        return key in self._block_of
+
+    def block_of(self, key: bytes) -> int | None:
+        return self._block_of.get(key)
+
+    def key_of(self, block: int) -> bytes | None:
+        return self._keys[block]
+
+    def is_window(self, block: int) -> bool:
+        return block >= self.num_blocks
+
+    def num_held_once(self, blocks: Iterable[int]) -> int:
+        """How many of `blocks` would become available if one holder of them let go."""
+        return sum(block < self.num_blocks and self._refs[block] == 1 for block in blocks)
 
     def match(self, keys: Sequence[bytes]) -> list[int]:
         """The blocks of the longest cached prefix of `keys`. Takes no reference."""
@@ -68,11 +131,27 @@ class BlockPool:
         if self._free:
             block = self._free.pop()
         else:
-            assert self._reusable, "allocate() needs num_available > 0"
-            block, _ = self._reusable.popitem(last=False)
-            self._forget(block)
-        self._refs[block] = 1
+            assert self.num_available, "allocate() needs num_available > 0"
+            block = next(b for b in self._reusable if b not in self._storing)
+            self._evict(block)
+        self.generations[block] += 1
+        self._refs[block] = self._holders[block] = 1
         return block
+
+    def take_window(self) -> int:
+        """A window for one holder, without a key. There must be a free one."""
+        window = self._free_windows.pop()
+        self._refs[window] = 1
+        return window
+
+    def take_released_windows(self) -> list[int]:
+        """Windows that have lost their last holder since the last call. The caller gives them back
+        to who owns the pages, and then here (`free_windows`)."""
+        released, self._let_go = self._let_go, []
+        return released
+
+    def free_windows(self, windows: Iterable[int]) -> None:
+        self._free_windows.extend(windows)
 
     def share(self, block: int) -> None:
         """One more holder for a block that has a key."""
@@ -80,22 +159,28 @@ class BlockPool:
         if not self._refs[block]:
             del self._reusable[block]
         self._refs[block] += 1
+        if block < self.num_blocks:
+            self._holders[block] += 1
 
     def release(self, blocks: Sequence[int], keep: bool = True) -> None:
         """One holder less for each of `blocks` (a sequence's, in order). Without `keep` the
         content is of no further use, even where it has a key (a private one: what others may
         match is always kept)."""
         for block in reversed(blocks):
-            self._refs[block] -= 1
-            assert self._refs[block] >= 0, "a block was released twice"
-            if self._refs[block]:
+            refs = self._refs[block] = self._refs[block] - 1
+            assert refs >= 0, "a block was released twice"
+            if block < self.num_blocks:
+                self._holders[block] = refs
+            if refs:
                 continue
-            if not keep:
+            if not keep or self._fleeting[block]:
                 self._forget(block)
-            if self._keys[block] is None:
-                self._free.append(block)
-            else:
+            if block >= self.num_blocks:
+                self._let_go.append(block)
+            elif self._keys[block] is not None:
                 self._reusable[block] = None
+            elif block not in self._storing:
+                self._free.append(block)
 
     def register(self, block: int, key: bytes, parent: bytes, public: bool) -> int:
         """`block`, held by the caller, now contains what `key` says; `parent` is the key before
@@ -114,9 +199,52 @@ class BlockPool:
         self._keys[block] = key
         self._parents[block] = parent
         self._public[block] = public
-        if public:
+        self._fleeting[block] = block >= self.num_blocks or (
+            parent != b"" and self._fleeting[self._block_of[parent]]
+        )
+        if self._is_told(block):
             self._changes.append(("stored", key))
         return block
+
+    def forget_windows(self, windows: Iterable[int]) -> list[int]:
+        """The pages behind these windows are not theirs any more: they, and what stands behind
+        them, cannot be matched from now on. Returns the blocks that have lost their keys; whoever
+        holds them goes on holding them."""
+        lost = [w for w in windows if self._keys[w] is not None]
+        gone = {self._keys[w] for w in lost}
+        for key, block in list(self._block_of.items()):  # in the order of naming: parents first
+            if key in gone or self._parents[block] in gone:
+                gone.add(key)
+                if block not in lost:
+                    lost.append(block)
+        for block in lost:
+            self._forget(block)
+        return lost
+
+    # ---- copies to slower tiers ---------------------------------------------------------------
+
+    def oldest(self, num_blocks: int) -> list[int]:
+        """The blocks that others may match and that will be evicted next, first ones first; not
+        those that are being stored."""
+        found: list[int] = []
+        for block in self._reusable:
+            if len(found) == num_blocks:
+                break
+            if self._public[block] and block not in self._storing:
+                found.append(block)
+        return found
+
+    def begin_store(self, blocks: Iterable[int]) -> None:
+        """The content of these blocks, which have keys, must stay as it is until `end_store`."""
+        for block in blocks:
+            assert self._keys[block] is not None and block not in self._storing
+            self._storing[block] = None
+
+    def end_store(self, blocks: Iterable[int]) -> None:
+        for block in blocks:
+            del self._storing[block]
+            if not self._refs[block] and self._keys[block] is None:
+                self._free.append(block)
 
     def freed_by(self, holdings: Iterable[Sequence[int]], besides: Sequence[int]) -> Iterator[int]:
         """How many blocks become available, other than `besides`, if the first holder lets go, if
@@ -126,15 +254,19 @@ class BlockPool:
         num_freed = 0
         for blocks in holdings:
             released.update(blocks)
-            num_freed += sum(released[b] == self._refs[b] and b not in kept for b in blocks)
+            num_freed += sum(
+                released[b] == self._refs[b] and b not in kept and b < self.num_blocks
+                for b in blocks
+            )
             yield num_freed
 
     def clear_keys(self) -> None:
         """No block can be matched from now on; held blocks stay held."""
-        self._free.extend(reversed(self._reusable))
+        self._free.extend(b for b in reversed(self._reusable) if b not in self._storing)
         self._reusable.clear()
         self._block_of.clear()
-        self._keys = [None] * self.num_blocks
+        self._keys = [None] * len(self._keys)
+        self._fleeting = [False] * len(self._keys)
         self._changes.append(("cleared", b""))
 
     def take_changes(self) -> list[KvChange]:
@@ -147,19 +279,27 @@ class BlockPool:
         self._changes.clear()
         return [KvChange(op, bytes(keys)) for op, keys in merged]  # type: ignore[arg-type]
 
-    def check(self, holdings: Iterable[Sequence[int]]) -> None:
-        """Assert that every block is accounted for once, given what each sequence holds."""
+    def check(self, holdings: Iterable[Sequence[int]], let_go: Sequence[int] = ()) -> None:
+        """Assert that every block is accounted for once, given what each holder holds, and which
+        windows (`let_go`) have been taken but not freed."""
         held = Counter(block for blocks in holdings for block in blocks)
         assert all(refs == held[b] for b, refs in enumerate(self._refs)), "reference counts"
-        places = Counter([*self._free, *self._reusable, *held])
-        assert places == Counter(range(self.num_blocks)), "a block is lost or in two places"
-        assert all(self._keys[b] is None for b in self._free), "a free block has a key"
+        assert self._holders.tolist() == self._refs[: self.num_blocks], "counts that others see"
+        limbo = [b for b in self._storing if not self._refs[b] and self._keys[b] is None]
+        windows = [*self._free_windows, *self._let_go, *let_go]
+        places = Counter([*self._free, *self._reusable, *limbo, *windows, *held])
+        assert places == Counter(range(len(self._refs))), "a block is lost or in two places"
+        assert all(w >= self.num_blocks for w in windows), "a block among the windows"
+        assert all(self._keys[b] is None for b in [*self._free, *windows]), "a free block has a key"
         keyed = {b: key for b, key in enumerate(self._keys) if key is not None}
         assert {key: b for b, key in keyed.items()} == self._block_of, "keys and blocks disagree"
         assert all(b in keyed for b in self._reusable), "a reusable block has no key"
         age = {b: i for i, b in enumerate(self._reusable)}
         for block in keyed:
             parent = self._block_of.get(self._parents[block])
+            behind = parent is not None and self._fleeting[parent]
+            assert self._fleeting[block] == (behind or block >= self.num_blocks), "fleeting"
+            assert not (self._fleeting[block] and block in age), "kept behind a window"
             if parent is None:
                 assert self._parents[block] == b"", "a chain has a hole"
             elif block in held:
@@ -167,11 +307,38 @@ class BlockPool:
             else:
                 assert parent in held or age[parent] > age[block], "a parent would go first"
 
+    def _is_told(self, block: int) -> bool:
+        """Do others hear of it?"""
+        return self._public[block] and not self._fleeting[block]
+
+    def _evict(self, block: int) -> None:
+        """Forget a reusable block. What is being stored behind it goes with it: everything else
+        behind it was older, and is gone."""
+        del self._reusable[block]
+        self._forget(block)
+        orphans = list(self._storing)
+        while orphans:
+            orphans = [
+                b for b in self._storing
+                if b in self._reusable
+                and self._parents[b] != b""
+                and self._parents[b] not in self._block_of
+            ]  # fmt: skip
+            for orphan in orphans:
+                del self._reusable[orphan]
+                self._forget(orphan)
+
     def _forget(self, block: int) -> None:
         key = self._keys[block]
         if key is None:
             return
         del self._block_of[key]
         self._keys[block] = None
-        if self._public[block]:
+        told = self._is_told(block)
+        self._fleeting[block] = False
+        if told:
             self._changes.append(("removed", key))
+
+
+def _zeros(num_blocks: int, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    return np.zeros(num_blocks, dtype)

@@ -19,6 +19,13 @@ writes below its confirmed positions, so no step in flight writes to a block tha
 A failed step ends every sequence that had a row in it; its KV was never given a key. Its
 bookkeeping (freed slots, admissions, maps) must have been done all the same, since rows of the next
 batch may stand on it already.
+
+Blocks that come from elsewhere are filled by other threads, which know nothing of that order. So
+whoever lets them write to a block that has just been taken (or gives back a window) waits until the
+steps in flight have been answered (`fence`, `passed`).
+
+A *stale* row has read a window that its owner has taken back. Its sequence loses its blocks, and
+whatever else it has in flight counts for nothing; it starts again with the tokens it had.
 """
 
 from __future__ import annotations
@@ -28,8 +35,10 @@ from collections import deque
 from collections.abc import Iterator
 
 from penstock.engine.scheduler.batch import Batch, BatchRow, BlockMap, RowResult, StepResult
-from penstock.engine.scheduler.block_pool import BlockPool
+from penstock.engine.scheduler.block_pool import BlockPool, Generations, Holders
+from penstock.engine.scheduler.books import check_sequences
 from penstock.engine.scheduler.config import SchedulerConfig
+from penstock.engine.scheduler.imports import Holds, Import
 from penstock.engine.scheduler.queue import WaitingQueue
 from penstock.engine.scheduler.sequence import CLASSES, Key, Sequence, SequenceUpdate, State
 from penstock.engine.scheduler.step import Claims, InFlight, Plan, SchedulerStats, Slots
@@ -47,9 +56,18 @@ class DuplicateSubmit(ProtocolError):
 class Scheduler:
     """Decides what each step computes. Deterministic: no clock, no chance, no I/O."""
 
-    def __init__(self, config: SchedulerConfig, num_blocks: int) -> None:
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        num_blocks: int,
+        num_windows: int = 0,
+        generations: Generations | None = None,
+        holders: Holders | None = None,
+    ) -> None:
+        """`num_windows`: ids beyond `num_blocks` that stand for pages of peers. `generations` and
+        `holders` (length `num_blocks`): where others can see them."""
         self._config = config
-        self._pool = BlockPool(num_blocks)
+        self.pool = BlockPool(num_blocks, num_windows, generations, holders)
         #: No sequence may outgrow the pool, so whoever runs alone can always go on.
         self.max_model_len = min(config.max_model_len, num_blocks * config.block_tokens)
         self._eos = frozenset(config.eos_token_ids)
@@ -59,7 +77,10 @@ class Scheduler:
         #: Sequences that the batch made last has let in for the first time.
         self.newcomers: list[Sequence] = []
         self._paused: set[str] = set()  # only asked, never iterated
-        self._claims = Claims()
+        self.claims = Claims()
+        #: Blocks held by no sequence; kept by `transfer/exchange.py`.
+        self.holds = Holds(self.pool, self.claims)
+        self._let_go: deque[tuple[int, int]] = deque()  # (fence, window)
         self._slots = Slots(config.max_num_seqs)
         self._in_flight: deque[InFlight] = deque()
         self._arrivals = 0
@@ -71,8 +92,8 @@ class Scheduler:
 
     # ---- sequences come and go ------------------------------------------------------------
 
-    def add(self, submit: Submit) -> Sequence:
-        """Queue a sequence.
+    def add(self, submit: Submit, hands_over: bool = False) -> Sequence:
+        """Queue a sequence; if it `hands_over`, it ends with its first new token.
 
         A newer attempt replaces an older one, of which nothing more is heard. Raises
         `ContextLengthExceeded` or `InvalidRequest` for what can never run here, `Overloaded` when
@@ -89,7 +110,7 @@ class Scheduler:
         elif sum(map(len, self._queues.values())) >= self._config.max_waiting:
             raise Overloaded(f"{self._config.max_waiting} sequences are waiting already")
         caching = self._config.enable_prefix_caching
-        seq = Sequence.of(submit, self._arrivals, self.max_model_len, caching)
+        seq = Sequence.of(submit, self._arrivals, self.max_model_len, caching, hands_over)
         self._arrivals += 1
         self._live[seq.key] = seq
         self._queues[seq.request_class].enter(seq)
@@ -143,8 +164,8 @@ class Scheduler:
 
     def _leave_slot(self, seq: Sequence, keep: bool) -> None:
         """Give up slot and blocks. `keep`: what has a key may serve later."""
-        self._pool.release(seq.blocks, keep)
-        self._claims.settle(seq, seq.keys[seq.num_keyed_blocks :])
+        self.pool.release(seq.blocks, keep)
+        self.claims.settle(seq, seq.keys[seq.num_keyed_blocks :])
         self._running.remove(seq)
         self._slots.give_back(seq.slot)
         seq.lose_slot()
@@ -159,6 +180,7 @@ class Scheduler:
         blocks go.
         """
         plan = Plan(self._config.max_num_batched_tokens)
+        self.holds.starved = False
         for request_class, queue in self._queues.items():
             decodes: list[Sequence] = []
             prompts: list[Sequence] = []
@@ -171,12 +193,15 @@ class Scheduler:
         return self._emit(plan) if plan.tokens else None
 
     def _continue(self, seq: Sequence, plan: Plan) -> None:
-        """Plan the next tokens of a running sequence, preempting the last in rank for blocks."""
+        """Plan the next tokens of a running sequence. Where blocks are short, held ones are given
+        up first, then the last in rank is preempted."""
         num_tokens = self._chunk(seq.num_to_compute, plan)
         if seq.state is not State.RUNNING or not num_tokens:
             return
         missing = self._num_blocks(seq.num_computed + num_tokens) - len(seq.blocks)
-        while missing > self._pool.num_available:
+        while missing > self.pool.num_available:
+            if self.holds.make_room():
+                continue
             victim = max(self._running, key=self._victim_rank)
             self._preempt(victim, plan)
             if victim is seq:
@@ -196,10 +221,10 @@ class Scheduler:
             # After a preemption the last ids may still be in flight: it returns with them.
             if not plan.budget or seq.num_placeholders:
                 break
-            hits = self._pool.match(seq.keys[: seq.max_reusable_blocks(self._config.block_tokens)])
-            if self._is_computed_elsewhere(seq, len(hits)):
+            if self._comes_from_elsewhere(seq, len(self._match(seq))):
                 continue
-            if not self._make_room(seq, hits, plan):
+            hits = self._find_room(seq, plan)
+            if hits is None:
                 break
             self._admit(seq, hits, queue)
             admitted.append(seq)
@@ -236,21 +261,38 @@ class Scheduler:
 
     # ---- room -----------------------------------------------------------------------------
 
+    def _match(self, seq: Sequence) -> list[int]:
+        return self.pool.match(seq.keys[: seq.max_reusable_blocks(self._config.block_tokens)])
+
+    def _find_room(self, seq: Sequence, plan: Plan) -> list[int] | None:
+        """Room for `seq`, and the cached blocks it begins with; None if it cannot come in. When
+        nothing runs whose end could be waited for, held blocks are given up for it."""
+        while not self._make_room(seq, hits := self._match(seq), plan):
+            if self._running:
+                return None
+            if not self.holds.make_room():
+                self.holds.starved = True
+                return None
+        return hits
+
     def _make_room(self, seq: Sequence, hits: list[int], plan: Plan) -> bool:
         """Find a slot, and blocks for all known tokens of `seq`, given the cached ones in `hits`.
 
-        What running prompts still need is spoken for. Whoever is of a lower class, or paused, may
+        What running prompts still need is spoken for, and what has been promised to others while
+        anything runs. Whoever is of a lower class, or paused, may
         be preempted, but only if that suffices: nobody loses blocks in vain.
         """
-        short = self._num_blocks(seq.num_tokens) - len(hits) + self._pool.num_reusable_in(hits)
-        short += sum(map(self._num_missing, self._running)) - self._pool.num_available
+        short = self._num_blocks(seq.num_tokens) - len(hits) + self.pool.num_reusable_in(hits)
+        short += sum(map(self._num_missing, self._running)) - self.pool.num_available
+        if self._running:
+            short += self.holds.promised(besides=seq.key)
         if short <= 0 and len(self._slots):
             return True
         victims = [s for s in self._running if s.service in self._paused or s.rank[0] > seq.rank[0]]
         if short > sum(len(s.blocks) + self._num_missing(s) for s in victims):
             return False  # an upper bound, and cheap: a blocked head is looked at in every step
         victims.sort(key=self._victim_rank, reverse=True)
-        freed = self._pool.freed_by((s.blocks for s in victims), besides=hits)
+        freed = self.pool.freed_by((s.blocks for s in victims), besides=hits)
         for count, (victim, num_freed) in enumerate(zip(victims, freed), start=1):
             short -= self._num_missing(victim)
             if num_freed >= short:
@@ -263,6 +305,9 @@ class Scheduler:
         """Take slot and blocks away. Confirmed whole blocks stay in the cache, so that the return
         is cheap while memory is not short; ids in flight still count."""
         plan.drop(seq)
+        self._send_back(seq)
+
+    def _send_back(self, seq: Sequence) -> None:
         self._leave_slot(seq, keep=True)
         seq.state = State.WAITING
         seq.num_preemptions += 1
@@ -272,7 +317,7 @@ class Scheduler:
     def _admit(self, seq: Sequence, hits: list[int], queue: WaitingQueue) -> None:
         block_tokens = self._config.block_tokens
         for block in hits:
-            self._pool.share(block)
+            self.pool.share(block)
         seq.state = State.RUNNING
         seq.slot = self._slots.take()
         seq.blocks = list(hits)
@@ -281,7 +326,7 @@ class Scheduler:
         seq.num_computed = seq.num_confirmed = len(hits) * block_tokens
         insort(self._running, seq, key=lambda s: s.rank)
         if seq.public:
-            self._claims.claim(seq, seq.keys[len(hits) :])
+            self.claims.claim(seq, seq.keys[len(hits) :])
         if seq.num_preemptions == 0:
             queue.chosen(seq.flow)
             queue.charge(seq.flow, seq.num_to_compute)
@@ -290,8 +335,9 @@ class Scheduler:
                 self._prefix_hit_tokens += seq.cached_tokens
                 self._prefix_query_tokens += seq.num_prompt_tokens
 
-    def _is_computed_elsewhere(self, seq: Sequence, num_hits: int) -> bool:
-        """Is the next block that `seq` lacks about to be stored by a running sequence?
+    def _comes_from_elsewhere(self, seq: Sequence, num_hits: int) -> bool:
+        """Is the next block that `seq` lacks about to be stored by an import or by a running
+        sequence?
 
         Then waiting is cheaper than computing it twice; this is how the choices of a request come
         to share their prompt. One waits only for a sequence that is served no later than oneself
@@ -299,12 +345,10 @@ class Scheduler:
         """
         if not seq.public or num_hits >= seq.max_reusable_blocks(self._config.block_tokens):
             return False
-        owner = self._claims.owner(seq.keys[num_hits]) if num_hits < len(seq.keys) else None
-        return (
-            owner is not None
-            and owner.rank[:2] <= seq.rank[:2]
-            and owner.service not in self._paused
-        )
+        owner = self.claims.owner(seq.keys[num_hits]) if num_hits < len(seq.keys) else None
+        if isinstance(owner, Sequence):
+            return owner.rank[:2] <= seq.rank[:2] and owner.service not in self._paused
+        return owner is not None
 
     def _victim_rank(self, seq: Sequence) -> tuple[bool, tuple[int, int, int]]:
         return seq.service in self._paused, seq.rank
@@ -322,7 +366,7 @@ class Scheduler:
     def _allocate(self, seq: Sequence, num_blocks: int) -> None:
         for _ in range(num_blocks):
             seq.stale_maps.append(len(seq.blocks))
-            seq.blocks.append(self._pool.allocate())
+            seq.blocks.append(self.pool.allocate())
 
     # ---- results --------------------------------------------------------------------------
 
@@ -338,6 +382,7 @@ class Scheduler:
             info = EngineFailed(f"step {result.step} failed: {result.error.message}").info()
             return [self._end_with_error(seq, info) for seq in ended]
         assert len(result.rows) == len(flight.rows), "one result for each row"
+        self._spoil(flight, result)
         updates = []
         for (seq, row, run), row_result in zip(flight.rows, result.rows):
             assert row_result.slot == row.slot, "row results stand in the order of the rows"
@@ -350,6 +395,9 @@ class Scheduler:
     def _apply_row(
         self, seq: Sequence, row: BatchRow, run: int, result: RowResult
     ) -> SequenceUpdate | None:
+        if run <= seq.spoilt_run:
+            seq.num_placeholders -= row.samples
+            return None
         if result.error is not None:
             return self._end_with_error(seq, result.error)
         if run == seq.run:
@@ -376,6 +424,7 @@ class Scheduler:
             seq.num_output_tokens,
             seq.max_total_tokens - len(seq.token_ids),
             constrained=seq.submit.constraint is not None,
+            hands_over=seq.hands_over,
         )
         if stop is not None:
             self._finish(seq)
@@ -393,6 +442,20 @@ class Scheduler:
             cached_tokens=cached_tokens,
         )
 
+    def _spoil(self, flight: InFlight, result: StepResult) -> None:
+        """Stale rows count for nothing, nor does what has been built on them since; and nobody else
+        is to read those windows."""
+        for (seq, _, run), row_result in zip(flight.rows, result.rows):
+            if row_result.stale and seq.state is not State.FINISHED:
+                seq.spoilt_run = max(seq.spoilt_run, run)
+        gone = frozenset(result.stale_windows)
+        for seq in list(self._running):
+            if seq.spoilt_run == seq.run or not gone.isdisjoint(seq.blocks):
+                seq.spoilt_run = seq.run
+                self._send_back(seq)
+        if gone:
+            self.holds.distrust_holders(self.pool.forget_windows(result.stale_windows))
+
     def _end_with_error(self, seq: Sequence, info: ErrorInfo) -> SequenceUpdate:
         self._finish(seq)
         return SequenceUpdate(seq, seq.num_output_tokens, finish="error", error=info)
@@ -406,12 +469,41 @@ class Scheduler:
         for index in range(seq.num_keyed_blocks, seq.num_confirmed // block_tokens):
             key = seq.block_key(index, block_tokens)
             parent = seq.keys[index - 1] if index else b""
-            block = self._pool.register(seq.blocks[index], key, parent, seq.public)
+            block = self.pool.register(seq.blocks[index], key, parent, seq.public)
             if block != seq.blocks[index]:
                 seq.blocks[index] = block
                 seq.stale_maps.append(index)
-            self._claims.settle(seq, [key])
+            self.claims.settle(seq, [key])
             seq.num_keyed_blocks = index + 1
+
+    # ---- blocks from elsewhere ------------------------------------------------------------
+
+    def fence(self) -> int:
+        """To be asked of `passed` later: have the steps in flight now been answered?"""
+        return self._steps
+
+    def passed(self, fence: int) -> bool:
+        return self._steps - len(self._in_flight) >= fence
+
+    def room_for_imports(self) -> int:
+        """Blocks that running sequences can spare."""
+        return self.pool.num_available - sum(map(self._num_missing, self._running))
+
+    def will_store(self, key: bytes, index: int) -> bool:
+        """Is anybody here about to have `key` as its block `index`, running or waiting?"""
+        return self.claims.owner(key) is not None or any(
+            index < len(seq.keys) and seq.keys[index] == key for seq in self._waiting()
+        )
+
+    def take_released_windows(self) -> list[int]:
+        """Windows that no sequence, hold or step uses any more: back to their owner with them.
+        They may stand for other pages from now on."""
+        self._let_go.extend((self._steps, w) for w in self.pool.take_released_windows())
+        windows = []
+        while self._let_go and self.passed(self._let_go[0][0]):
+            windows.append(self._let_go.popleft()[1])
+        self.pool.free_windows(windows)
+        return windows
 
     # ---- looking in -----------------------------------------------------------------------
 
@@ -426,25 +518,30 @@ class Scheduler:
             return 0
         if len(self._running) > self._config.max_num_batched_tokens:
             return 0
-        limits = min(s.max_total_tokens - s.num_tokens for s in self._running)
-        spare_blocks = self._pool.num_available // len(self._running)
+        limits = min(s.num_tokens_here - s.num_tokens for s in self._running)
+        spare_blocks = self.pool.num_available // len(self._running)
         return min(limits, spare_blocks * self._config.block_tokens)
 
     @property
     def num_blocks_used(self) -> int:
-        return self._pool.num_held
+        return self.pool.num_held
 
     @property
     def stats(self) -> SchedulerStats:
         waiting = [seq for queue in self._queues.values() for seq in queue]
+        prefills = [seq for seq in [*waiting, *self._running] if seq.num_to_compute > 1]
+        decodes = [seq for seq in self._running if seq.num_to_compute <= 1]
         return SchedulerStats(
             waiting={c: len(self._queues[c]) for c in CLASSES},
             running={c: sum(s.request_class == c for s in self._running) for c in CLASSES},
             waiting_tokens=sum(len(s.token_ids) for s in waiting),
             running_tokens=sum(s.num_tokens for s in self._running),
-            kv_blocks_used=self._pool.num_held,
-            kv_blocks_cached=self._pool.num_reusable,
-            kv_blocks_total=self._pool.num_blocks,
+            prefills=len(prefills),
+            prefill_tokens_left=sum(s.num_to_compute for s in prefills),
+            decode_context_tokens=sum(s.num_tokens for s in decodes),
+            kv_blocks_used=self.pool.num_held,
+            kv_blocks_cached=self.pool.num_reusable,
+            kv_blocks_total=self.pool.num_blocks,
             steps=self._steps,
             scheduled_tokens=self._scheduled_tokens,
             preemptions=self._preemptions,
@@ -454,41 +551,36 @@ class Scheduler:
 
     def kv_keys(self) -> list[bytes]:
         """Every key in the cache that others may match (for a `Snapshot`)."""
-        return self._pool.keys()
+        return self.pool.keys()
 
     def take_kv_changes(self) -> list[KvChange]:
         """What was stored and removed since the last call, in order."""
-        return self._pool.take_changes()
+        return self.pool.take_changes()
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached KV (the weights have changed). Sequences that hold KV go on with it,
         but what builds on it is not named."""
-        self._pool.clear_keys()
-        self._claims.clear()
+        self.pool.clear_keys()
+        self.claims.clear()
+        self.holds.distrust()
         for seq in self._running:
             seq.trusted = False
 
     def check(self) -> None:
         """Assert the invariants: every block, slot and sequence is accounted for once."""
-        self._pool.check([seq.blocks for seq in self._running])
+        self.pool.check(
+            [*(seq.blocks for seq in self._running), *self.holds.holdings()],
+            [window for _, window in self._let_go],
+        )
+        self.holds.check()
         slots = sorted([*self._slots.free(), *(s.slot for s in self._running)])
         assert slots == list(range(self._config.max_num_seqs)), "a slot is lost or taken twice"
-        assert self._running == sorted(self._running, key=lambda s: s.rank), "running by rank"
-        places = [*self._running, *self._waiting()]
-        assert sorted(s.arrival for s in places) == sorted(s.arrival for s in self.live()), (
-            "a sequence is lost or in two places"
-        )
+        check_sequences(self._running, list(self._waiting()), self.live(), self._in_flight)
         for seq in self._running:
-            assert seq.state is State.RUNNING
-            assert seq.num_confirmed <= seq.num_computed < seq.num_tokens <= seq.max_total_tokens
             assert len(seq.blocks) == self._num_blocks(seq.num_computed), "blocks held"
-        for seq in self._waiting():
-            assert seq.state is State.WAITING and not seq.blocks
-        flying = [(s, row) for flight in self._in_flight for s, row, _ in flight.rows]
-        in_flight = [s for s, row in flying if row.samples]
-        for seq in self.live():
-            assert in_flight.count(seq) == seq.num_placeholders, "placeholders without a step"
-        assert all(owner.state is State.RUNNING for owner in self._claims.owners())
+        for owner in self.claims.owners():
+            running = isinstance(owner, Sequence) and owner.state is State.RUNNING
+            assert running or (isinstance(owner, Import) and owner.claiming), "a claim for ever"
 
     def _waiting(self) -> Iterator[Sequence]:
         for queue in self._queues.values():

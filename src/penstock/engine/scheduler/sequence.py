@@ -35,7 +35,11 @@ class Sequence:
     - `num_tokens`: known ids and, after them, `num_placeholders` ids that steps in flight sample.
 
     `run` counts residences: it grows when the sequence loses its blocks, so that a late result of
-    an earlier residence is not taken for KV of this one (its sampled ids are still good).
+    an earlier residence is not taken for KV of this one. Its sampled ids are still good, unless
+    that residence was spoilt (`spoilt_run`: up to this one nothing in flight counts).
+
+    Who prefills here and decodes elsewhere has nothing to compute beyond its first new token
+    (`num_tokens_here`).
     """
 
     submit: Submit
@@ -54,11 +58,13 @@ class Sequence:
     stale_maps: list[int] = field(default_factory=list)  # block indices the runner must (re)map
     slot: int = -1
     run: int = 0
+    spoilt_run: int = -1
     is_new: bool = True  # the runner does not know this residence yet
     trusted: bool = True  # its KV may be named (false after a cache reset, until recomputed)
     num_preemptions: int = 0
     cached_tokens: int = 0  # prompt tokens found in the cache at the first admission
     cached_tokens_told: bool = False
+    hands_over: bool = False  # after its first new token it goes on elsewhere
     # Marks of whoever drives the scheduler and has a clock; None until set.
     arrived_s: float | None = None
     started_s: float | None = None
@@ -71,6 +77,7 @@ class Sequence:
     key: Key = field(init=False)
     flow: Flow = field(init=False)
     rank: tuple[int, int, int] = field(init=False)  # lower is served first, preempted last
+    num_tokens_here: int = field(init=False)
 
     def __post_init__(self) -> None:
         submit = self.submit
@@ -81,11 +88,17 @@ class Sequence:
         self.num_prompt_tokens = len(submit.prompt_ids)
         self.key = (submit.service, submit.request_id)
         self.flow = (submit.service, submit.cache_salt)
+        self.num_tokens_here = self.max_total_tokens
+        if self.hands_over:
+            self.num_tokens_here = min(self.max_total_tokens, len(self.token_ids) + 1)
         self.rank = (CLASSES.index(submit.request_class), submit.priority, self.arrival)
 
     @classmethod
-    def of(cls, submit: Submit, arrival: int, max_len: int, caching: bool) -> Sequence:
-        """`max_len`: total tokens one sequence may reach here; `caching`: may KV be shared."""
+    def of(
+        cls, submit: Submit, arrival: int, max_len: int, caching: bool, hands_over: bool = False
+    ) -> Sequence:
+        """`max_len`: total tokens one sequence may reach here; `caching`: may KV be shared;
+        `hands_over`: prefill only."""
         num_prompt = len(submit.prompt_ids)
         wants_prompt_logprobs = submit.sampling.prompt_logprobs is not None
         public = caching and bool(submit.block_keys)
@@ -100,6 +113,7 @@ class Sequence:
             num_prompt_logprobs_sent=(
                 0 if wants_prompt_logprobs and not submit.resumed_ids else None
             ),
+            hands_over=hands_over,
         )
 
     @property
@@ -114,7 +128,7 @@ class Sequence:
     def num_to_compute(self) -> int:
         """Zero when the ids in flight are certainly its last ones."""
         num_tokens = len(self.token_ids) + self.num_placeholders
-        return num_tokens - self.num_computed if num_tokens < self.max_total_tokens else 0
+        return num_tokens - self.num_computed if num_tokens < self.num_tokens_here else 0
 
     def block_key(self, index: int, block_tokens: int) -> bytes:
         """The key of whole block `index`; its ids, and those before it, are known.

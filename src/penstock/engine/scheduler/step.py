@@ -61,29 +61,30 @@ class Slots:
 
 
 class Claims:
-    """Which running sequence is about to store which key, so that nobody computes it again."""
+    """Who is about to store which key, so that nobody computes (or fetches) it again: running
+    sequences and imports."""
 
     def __init__(self) -> None:
-        self._owner: dict[bytes, Sequence] = {}
+        self._owner: dict[bytes, object] = {}
 
-    def claim(self, seq: Sequence, keys: list[bytes]) -> None:
+    def claim(self, claimant: object, keys: list[bytes]) -> None:
         """A later claim on a key wins: it is made only by who would not wait for the earlier."""
         for key in keys:
-            self._owner[key] = seq
+            self._owner[key] = claimant
 
-    def settle(self, seq: Sequence, keys: list[bytes]) -> None:
-        """`seq` has stored these keys, or will not."""
+    def settle(self, claimant: object, keys: list[bytes]) -> None:
+        """`claimant` has stored these keys, or will not."""
         for key in keys:
-            if self._owner.get(key) is seq:
+            if self._owner.get(key) is claimant:
                 del self._owner[key]
 
-    def owner(self, key: bytes) -> Sequence | None:
+    def owner(self, key: bytes) -> object | None:
         return self._owner.get(key)
 
     def clear(self) -> None:
         self._owner.clear()
 
-    def owners(self) -> list[Sequence]:
+    def owners(self) -> list[object]:
         return list(self._owner.values())
 
 
@@ -95,6 +96,9 @@ class SchedulerStats:
     running: dict[str, int]
     waiting_tokens: int  # known tokens of waiting sequences (the cache may have some of them)
     running_tokens: int  # context of running sequences
+    prefills: int  # sequences that have no new token yet, waiting or running
+    prefill_tokens_left: int  # what they have to compute (the cache may have some of it)
+    decode_context_tokens: int  # context of the others that run
     kv_blocks_used: int
     kv_blocks_cached: int  # reusable: they have a key and nobody holds them
     kv_blocks_total: int

@@ -9,7 +9,7 @@ from penstock.protocol.request import SamplingParams
 
 
 class Stop(NamedTuple):
-    reason: Literal["stop", "length"]
+    reason: Literal["stop", "length", "handover"]
     token: int | None = None  # the id that ended it, if one did
 
 
@@ -20,6 +20,7 @@ def check_stop(
     num_output_tokens: int,
     num_tokens_left: int,
     constrained: bool = False,
+    hands_over: bool = False,
 ) -> Stop | None:
     """Does the sequence end with `last_id`, the `num_output_tokens`-th token of its output?
 
@@ -29,7 +30,7 @@ def check_stop(
     `ignore_eos` concerns end-of-sequence ids alone: ids the caller asked for in `stop_token_ids`
     still stop, even when one of them is the eos id (as in vLLM). A `constrained` output that has
     reached eos is complete: its grammar allows nothing else, so neither ignore_eos nor min_tokens
-    can make it go on.
+    can make it go on. Who `hands_over` goes on elsewhere, unless this was the end.
     """
     if constrained and last_id in eos_token_ids:
         return Stop("stop", last_id)
@@ -37,4 +38,6 @@ def check_stop(
         is_eos = not sampling.ignore_eos and last_id in eos_token_ids
         if is_eos or last_id in sampling.stop_token_ids:
             return Stop("stop", last_id)
-    return Stop("length") if num_tokens_left <= 0 else None
+    if num_tokens_left <= 0:
+        return Stop("length")
+    return Stop("handover") if hands_over else None

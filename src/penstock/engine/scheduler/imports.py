@@ -1,0 +1,232 @@
+"""Blocks that are held by no sequence: pinned for a peer, or on their way here.
+
+A `Hold` is a holder like a sequence: of leading blocks of a chain, so that a chain never gets a
+hole. An `Import` is a hold that grows at its end. It begins with the blocks that are here already,
+and *claims* the keys it is to bring, as a running sequence claims what it will store; whoever needs
+one of them waits for it (`Claims`). Room is taken when a peer (or a tier) has the blocks ready and
+a job is about to fill them, not before: nothing is held that nobody fills. What has come whole is
+named, in order, up to the first that has not; then it is in the prefix cache.
+
+Nobody waits for ever:
+
+* Whoever waits for a claim waits for an import, and an import ends: `exchange.py` gives it up when
+  it makes no progress, which settles its claims at once, even while a job still runs.
+* A job's blocks cannot be taken away while it runs, but jobs end by themselves.
+* What an import takes must fit beside what running sequences still need (`room`), and holds never
+  exceed `max_share` of the pool. Holds that may be given up (`soft`) are, youngest first, as soon
+  as a running sequence is short, and when nothing runs and the first in the queue does not fit.
+* Pins for peers cannot be given up; they end with their lease. While somebody is `starved` because
+  of them no new ones are made and leases are not renewed.
+
+`promise` sets room aside for a sequence that is announced but not here yet: newcomers leave it
+alone while anything runs. It holds nothing, so it stands in nobody's way either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from penstock.engine.scheduler.block_pool import BlockPool
+from penstock.engine.scheduler.sequence import Key
+from penstock.engine.scheduler.step import Claims
+
+
+@dataclass(slots=True, eq=False)
+class Hold:
+    """Leading blocks of the chain `keys`, one more holder each. `soft`: given up if need be."""
+
+    number: int
+    keys: list[bytes]
+    blocks: list[int]
+    soft: bool = False
+    released: bool = False
+    trusted: bool = True  # false after a cache reset, or when a part of the chain has gone
+
+
+@dataclass(slots=True, eq=False)
+class Import(Hold):
+    """keys[:first] were here when it began. blocks[:num_named] carry their keys; the rest are
+    being filled, or have been filled behind one that has failed."""
+
+    first: int = 0
+    num_named: int = 0
+    #: What has become of blocks that are not named yet, by index.
+    came: dict[int, bool] = field(default_factory=dict)
+    claiming: bool = True
+    num_running: int = 0  # blocks that jobs are filling
+
+
+_H = TypeVar("_H", bound=Hold)
+
+
+class Holds:
+    """All holds of one pool."""
+
+    def __init__(self, pool: BlockPool, claims: Claims, max_share: float = 0.5) -> None:
+        self._pool = pool
+        self._claims = claims
+        self._max_blocks = int(max_share * pool.num_blocks)
+        self._holds: dict[int, Hold] = {}
+        self._promises: dict[Key, int] = {}
+        self._number = 0
+        #: Somebody cannot be let in although nothing runs: holds of peers are in the way.
+        self.starved = False
+
+    # ---- pins -----------------------------------------------------------------------------
+
+    def hold(self, keys: Sequence[bytes], soft: bool) -> Hold:
+        """One more holder for the cached leading blocks of `keys`, windows included."""
+        hold = self._new(Hold, list(keys), soft)
+        for block in self._pool.match(hold.keys):
+            self._pool.share(block)
+            hold.blocks.append(block)
+        return hold
+
+    def pin(self, keys: Sequence[bytes]) -> Hold:
+        """The same for blocks of our own alone, to be offered to a peer (`pin_more`)."""
+        hold = self._new(Hold, list(keys), soft=False)
+        self.pin_more(hold)
+        return hold
+
+    def pin_more(self, hold: Hold) -> int:
+        """Hold what has been cached of its chain since; returns how many blocks."""
+        before = len(hold.blocks)
+        if not hold.trusted or before == len(hold.keys) or not self._pool.has(hold.keys[before]):
+            return 0
+        budget = self._max_blocks - self.num_held
+        for block in self._pool.match(hold.keys)[before : before + max(0, budget)]:
+            if self._pool.is_window(block):
+                break
+            self._pool.share(block)
+            hold.blocks.append(block)
+        return len(hold.blocks) - before
+
+    def release(self, hold: Hold) -> None:
+        """One holder less for each; what has a key stays in the cache. Once is enough."""
+        if hold.released:
+            return
+        hold.released = True
+        del self._holds[hold.number]
+        self._pool.release(hold.blocks)
+        hold.blocks = []
+
+    # ---- imports --------------------------------------------------------------------------
+
+    def begin_import(self, keys: Sequence[bytes]) -> Import | None:
+        """Hold what is here of `keys` and claim the rest, up to the first that somebody else has
+        claimed. None if that leaves nothing."""
+        hits = self._pool.match(keys)
+        end = len(hits)
+        while end < len(keys) and self._claims.owner(keys[end]) is None:
+            end += 1
+        if end == len(hits):
+            return None
+        imp = self._new(Import, list(keys[:end]), soft=False)
+        for block in hits:
+            self._pool.share(block)
+        imp.blocks = hits
+        imp.first = imp.num_named = len(hits)
+        self._claims.claim(imp, imp.keys[imp.first :])
+        return imp
+
+    def take_room(self, imp: Import, num_blocks: int, windows: bool, room: int) -> list[int]:
+        """Blocks (or windows) for the next keys of the import, to be filled by a job: as many as
+        there are. `room`: how many blocks running sequences can spare."""
+        assert not imp.released
+        if windows:
+            num_blocks = min(num_blocks, self._pool.num_free_windows)
+            taken = [self._pool.take_window() for _ in range(num_blocks)]
+        else:
+            num_blocks = min(num_blocks, room, self._max_blocks - self.num_held)
+            taken = [self._pool.allocate() for _ in range(num_blocks)]
+        imp.blocks += taken
+        imp.num_running += len(taken)
+        return taken
+
+    def filled(self, imp: Import, start: int, ok: Sequence[bool]) -> int:
+        """A job on blocks [start, start + len(ok)) has ended. Names what stands whole behind what
+        has been named; returns how many blocks."""
+        imp.num_running -= len(ok)
+        imp.came.update(enumerate(ok, start))
+        before = imp.num_named
+        while imp.claiming and imp.came.get(imp.num_named):
+            index = imp.num_named
+            key, parent = imp.keys[index], imp.keys[index - 1] if index else b""
+            if not imp.trusted:
+                break
+            block = self._pool.register(imp.blocks[index], key, parent, public=True)
+            imp.blocks[index] = block
+            imp.num_named += 1
+            self._claims.settle(imp, [key])
+        return imp.num_named - before
+
+    def give_up(self, imp: Import) -> None:
+        """Nothing more is named, and nobody waits for it any longer. Its blocks stay held until
+        its jobs have ended and `release` is called."""
+        if imp.claiming:
+            imp.claiming = False
+            self._claims.settle(imp, imp.keys[imp.first :])
+
+    # ---- room -----------------------------------------------------------------------------
+
+    @property
+    def num_held(self) -> int:
+        """Blocks in holds; one that is in several counts for each."""
+        return sum(
+            not self._pool.is_window(block) for h in self._holds.values() for block in h.blocks
+        )
+
+    def make_room(self) -> bool:
+        """Give up the youngest soft hold that frees a block. False if there is none."""
+        for hold in reversed(list(self._holds.values())):
+            if hold.soft and self._pool.num_held_once(hold.blocks):
+                self.release(hold)
+                return True
+        return False
+
+    def promise(self, key: Key, num_blocks: int) -> bool:
+        """Set room aside for the sequence `key`, unless too much is set aside already."""
+        if num_blocks + self.promised(key) > self._max_blocks:
+            return False
+        self._promises[key] = num_blocks
+        return True
+
+    def withdraw(self, key: Key) -> None:
+        self._promises.pop(key, None)
+
+    def promised(self, besides: Key) -> int:
+        return sum(n for key, n in self._promises.items() if key != besides)
+
+    # ---- the whole cache ------------------------------------------------------------------
+
+    def distrust(self) -> None:
+        """The cache is reset: what is on its way belongs to the past."""
+        for hold in self._holds.values():
+            hold.trusted = False
+
+    def distrust_holders(self, blocks: Sequence[int]) -> None:
+        """These blocks have lost their keys: who holds one names nothing behind it."""
+        lost = frozenset(blocks)
+        for hold in self._holds.values():
+            hold.trusted = hold.trusted and lost.isdisjoint(hold.blocks)
+
+    def holdings(self) -> list[list[int]]:
+        return [hold.blocks for hold in self._holds.values()]
+
+    def __len__(self) -> int:
+        return len(self._holds)
+
+    def check(self) -> None:
+        for hold in self._holds.values():
+            assert not hold.released and len(hold.blocks) <= len(hold.keys)
+            if isinstance(hold, Import):
+                assert hold.first <= hold.num_named <= len(hold.blocks)
+                assert hold.num_running + len(hold.came) == len(hold.blocks) - hold.first
+
+    def _new(self, kind: type[_H], keys: list[bytes], soft: bool) -> _H:
+        self._number += 1
+        hold = kind(self._number, keys, [], soft)
+        self._holds[hold.number] = hold
+        return hold
