@@ -1,0 +1,46 @@
+"""Routing by where the KV is, in one number: the predicted time to first token.
+
+Hit tokens, their tier, the cost of fetching what another instance holds, and the queue are all
+seconds of the same sum, so a popular prefix draws requests only while its owner's queue is worth
+the computation it saves. Dynamo's KV router and Mooncake's Conductor weigh the same things; there
+they are block counts under tuned weights and a TTFT estimate (docs/design/policies.md).
+"""
+
+from __future__ import annotations
+
+from penstock.service.policies.outlook import Outlook, look
+from penstock.service.policies.simple import by_time
+from penstock.service.policies.view import ClusterView, Decision, RouteRequest, best_few
+
+
+def kv_aware(view: ClusterView, request: RouteRequest) -> Decision:
+    assert view.names, "a decision needs at least one candidate"
+    o = look(view, request)
+    best = best_few(by_time(o))
+    source, source_tokens = o.source_of(best[0])
+    return Decision(
+        policy="kv-aware",
+        instance=view.names[best[0]],
+        candidates=tuple(o.candidate(j, request.num_tokens) for j in best),
+        reason=f"{explain(o, best[0], request)}{o.doubt(best[0])}",
+        source=source,
+        source_tokens=source_tokens,
+    )
+
+
+def explain(o: Outlook, i: int, request: RouteRequest) -> str:
+    """One sentence about instance `i`, with the numbers that decided."""
+    c = o.candidate(i, request.num_tokens)
+    source, _ = o.source_of(i)
+    if source is not None:
+        cached = f"fetches {c.hit_tokens} of {request.num_tokens} tokens from {source} in "
+        cached += f"{1e3 * c.fetch_s:.1f} ms"
+    elif c.fetch_s:
+        cached = f"loads {c.hit_tokens} of {request.num_tokens} tokens from its slower tiers in "
+        cached += f"{1e3 * c.fetch_s:.1f} ms"
+    else:
+        cached = f"holds {c.hit_tokens} of {request.num_tokens} tokens"
+    return (
+        f"{c.instance} answers first: it {cached}, queue {1e3 * c.queue_s:.1f} ms, "
+        f"prefill {1e3 * c.prefill_s:.1f} ms, {1e3 * c.predicted_ttft_s:.1f} ms predicted"
+    )

@@ -1,0 +1,166 @@
+"""What a policy sees and what it answers: the cluster as arrays, a request, an explained decision.
+
+A policy is a pure function `(ClusterView, RouteRequest) -> Decision`. It holds no clock, no socket
+and no memory of its own, so the same function runs in production, in tests and in the simulator,
+and what it decided can be explained afterwards from what it saw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from penstock.protocol.instance import Role
+from penstock.protocol.request import RequestClass
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+
+#: The order of role codes in a view.
+ROLES: tuple[Role, ...] = get_args(Role)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransferCosts:
+    """What it takes to bring blocks to each instance: seconds once, and for each token.
+
+    From a peer's pages on the same host (`map`), from a peer over a network (`copy`), and from the
+    instance's own slower tiers (`tier`). Arrays of length I, or one number for all. The defaults
+    are guesses, and cautious ones, that stand until an instance has brought something
+    (`predict.TransferFitter`): without a guess nobody would ever try.
+    """
+
+    map_s: Floats | float = 2e-3
+    map_token_s: Floats | float = 1e-6
+    copy_s: Floats | float = 5e-3
+    copy_token_s: Floats | float = 1e-4
+    tier_s: Floats | float = 2e-3
+    tier_token_s: Floats | float = 5e-5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterView:
+    """The instances that may take work now, as parallel arrays of length I.
+
+    Loads are what this service has placed there plus what the instance's last `Load` says of other
+    services. Cost coefficients are those of `protocol.CostModel`.
+    """
+
+    names: tuple[str, ...]
+    #: Codes of `protocol.instance.Role`, in the order of `ROLES`.
+    roles: Ints
+    #: Tokens still to be computed (hits taken off) of sequences that have had no token yet, and how
+    #: many such sequences.
+    queued_tokens: Floats
+    queued: Floats
+    #: Sequences past their first token, and their context in tokens.
+    running: Floats
+    running_tokens: Floats
+    #: Of the step under way, from now on.
+    step_left_s: Floats
+    base_s: Floats
+    per_token_s: Floats
+    per_row_s: Floats
+    per_context_token_s: Floats
+    per_attention_s: Floats
+    residual_s: Floats
+    num_steps: Floats
+    #: Actual over predicted TTFT of late, 1 until known (see `predict.py`).
+    ttft_ratio: Floats
+    #: Tokens that fit one step, and sequences that may run at once.
+    step_tokens: Floats
+    max_running: Floats
+    #: Blocks that a new sequence could get (free ones and reusable ones), and the pool's size.
+    free_blocks: Floats
+    total_blocks: Floats
+    #: Which instances share a host (equal numbers): there blocks are mapped instead of copied.
+    hosts: Ints
+    #: Mean relative error of corrected TTFT predictions of late; None: not known.
+    ttft_error: Floats | None = None
+    #: The share of late of each instance's time that went to prompts (`predict.PrefillShare`):
+    #: what a sequence that decodes there has to expect. None: not known, taken for 0.
+    prefill_share: Floats | None = None
+    transfer: TransferCosts = field(default_factory=TransferCosts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouteRequest:
+    """One sequence. Hits are leading tokens of it that each instance of the view already has, by
+    tier; all None where no index is kept."""
+
+    #: Prompt and what was emitted before a move.
+    num_tokens: int
+    #: Output tokens still expected (its max_tokens, or what such requests have needed of late).
+    expected_output_tokens: int = 0
+    request_class: RequestClass = "online"
+    #: Time left to the first token, and wanted between two; None: no SLO.
+    ttft_slo_s: float | None = None
+    tpot_slo_s: float | None = None
+    device_hits: Floats | None = None
+    #: Those, and what lies behind them in host or disk (or store) tiers.
+    tier_hits: Floats | None = None
+    #: Not to be split between two instances (prompt logprobs, a single instance, ...): why; "".
+    aggregated_because: str = ""
+    #: Decode goes on: its prefill was there (so its KV is).
+    prefilled_on: str | None = None
+    #: How many decisions this service has made before this one; round-robin goes by it.
+    number: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """Why an instance was chosen, or not: predicted time to first token and what it is made of.
+
+    `predicted_ttft_s` is 0 where nothing is known to predict from.
+    """
+
+    instance: str
+    predicted_ttft_s: float
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
+    #: Getting blocks from a peer or a slower tier; it goes on while the request queues.
+    fetch_s: float = 0.0
+    hit_tokens: int = 0
+    predicted_tpot_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """`candidates` are the best few, best first; the first is the choice, unless the reason says
+    otherwise (`instance` is what counts)."""
+
+    policy: str
+    instance: str
+    candidates: tuple[Candidate, ...]
+    reason: str
+    #: Where to decode, if not there.
+    decode: str | None = None
+    #: From whom leading blocks should be fetched, and how many tokens of them.
+    source: str | None = None
+    source_tokens: int = 0
+    #: An instance whose role should change for this request's like (the leader may follow).
+    wants_switch: str | None = None
+
+    @property
+    def predicted_ttft_s(self) -> float:
+        return next(
+            (c.predicted_ttft_s for c in self.candidates if c.instance == self.instance), 0.0
+        )
+
+
+Policy = Callable[[ClusterView, RouteRequest], Decision]
+
+_KEPT = 4
+
+
+def best_few(score: Floats, keep: int = _KEPT) -> list[int]:
+    """Places of the smallest scores, best first. A tie for the best goes to the first place."""
+    first = int(score.argmin())
+    few = score.argpartition(keep)[:keep] if len(score) > keep else np.arange(len(score))
+    rest = sorted((int(i) for i in few if i != first), key=lambda i: (float(score[i]), i))
+    return [first, *rest][:keep]
