@@ -43,7 +43,7 @@ class Model:
             held[tier] |= set(keys)
         if op == "moved":
             for other in TIERS:
-                if other != tier:
+                if other not in (tier, "device"):
                     held[other] -= set(keys)
         if op == "removed":
             held[tier] -= set(keys)

@@ -40,12 +40,13 @@ def next_key(parent: bytes, block_ids: Sequence[int]) -> bytes:
 
 def block_keys(root: bytes, ids: Sequence[int], block_tokens: int = BLOCK_TOKENS) -> bytes:
     """Keys of all whole blocks of `ids`, 16 bytes each, one after the other."""
-    keys = bytearray()
-    parent = root
-    for start in range(0, len(ids) - block_tokens + 1, block_tokens):
-        parent = next_key(parent, ids[start : start + block_tokens])
-        keys += parent
-    return bytes(keys)
+    words = array("I", ids).tobytes()
+    keys: list[bytes] = []
+    parent, step = root, 4 * block_tokens
+    for start in range(0, len(words) - step + 1, step):
+        parent = hashlib.sha256(parent + words[start : start + step]).digest()[:KEY_BYTES]
+        keys.append(parent)
+    return b"".join(keys)
 
 
 def split_keys(packed: bytes) -> list[bytes]:

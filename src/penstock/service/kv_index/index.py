@@ -206,7 +206,8 @@ class KvIndex:
                 self._remove(source, change.keys, (change.tier,))
             case "moved":
                 self._store(source, change.keys, change.tier)
-                self._remove(source, change.keys, [t for t in TIERS if t != change.tier])
+                # Between slower tiers; what leaves the device says so by itself.
+                self._remove(source, change.keys, [t for t in TIERS[1:] if t != change.tier])
             case "cleared":
                 self._clear(source, (change.tier,))
 
