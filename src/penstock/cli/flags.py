@@ -21,6 +21,13 @@ def _dtype(text: str) -> str:
     return DTYPE_ALIASES.get(text, text)
 
 
+def _gib(text: str) -> int:
+    size_bytes = float(text) * (1 << 30)
+    if not 1 <= size_bytes < 1 << 62:
+        raise argparse.ArgumentTypeError(f"{text} GiB is no size")
+    return int(size_bytes)
+
+
 def _load_format(text: str) -> str:
     if text == "gguf":
         raise argparse.ArgumentTypeError("name the .gguf file as MODEL")
@@ -97,6 +104,31 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="SHARE",
         help="of a GPU's memory for weights and KV (0.9)",
+    )
+    add(
+        "--kv-host-cache-bytes",
+        type=count,
+        metavar="BYTES",
+        help="keep KV that the cache has no room for in host memory, up to this much",
+    )
+    add(
+        "--kv-offloading-size",
+        dest="kv_host_cache_bytes",
+        type=_gib,
+        metavar="GIB",
+        help="the same in GiB",
+    )
+    add(
+        "--kv-disk-cache-bytes",
+        type=count,
+        metavar="BYTES",
+        help="and on a disk, up to this much",
+    )
+    add("--kv-disk-path", metavar="FOLDER", help="where; it is found again after a restart")
+    add(
+        "--kv-store",
+        metavar="URL",
+        help="share KV with other instances in a Mooncake Store, mooncake://master:50051",
     )
     add("--enable-prefix-caching", action=boolean, help="share the KV of common prefixes (on)")
     add(

@@ -159,11 +159,11 @@ SECTIONS: dict[str, tuple[VllmFlag, ...]] = {
         --kv-cache-dtype             | same  | auto, bfloat16 and int8
         --calculate-kv-scales        | none  | int8 has a scale for each token and kv head
         --prefix-caching-hash-algo   | none  | it is sha256
-        --swap-space                 | none  | a preempted request is recomputed, mostly from the cache
+        --swap-space                 | other | --kv-host-cache-bytes keeps what the cache has no room for; preempted requests find it there
         --cpu-offload-gb             | later | the weights must fit the device
         --kv-sharing-fast-prefill    | later | no supported family shares KV between layers
-        --kv-offloading-size         | later | KV lives on the device
-        --kv-offloading-backend      | later | KV lives on the device
+        --kv-offloading-size         | same  | GiB of host memory; also --kv-host-cache-bytes, --kv-disk-cache-bytes and --kv-store
+        --kv-offloading-backend      | none  | host, disk and Mooncake Store are tiers of one cache, with a flag each
         --mamba-cache-dtype          | later | there are no state-space models
         --mamba-ssm-cache-dtype      | later | there are no state-space models
         --mamba-block-size           | later | there are no state-space models

@@ -52,6 +52,12 @@ class EngineConfig:
     #: "auto": the dtype of the weights; "int8": half of bfloat16, one scale a token and kv head.
     kv_cache_dtype: KvCacheDtype = "auto"
     num_blocks: int | None = None
+    #: Slower tiers of the KV cache, in bytes; None: there is none. The disk tier is one file in the
+    #: folder `kv_disk_path`; `kv_store` is a store shared with other instances, mooncake://host:port.
+    kv_host_cache_bytes: int | None = None
+    kv_disk_cache_bytes: int | None = None
+    kv_disk_path: str | None = None
+    kv_store: str | None = None
     #: Share for KV of what the weights leave of a GPU's memory.
     gpu_memory_utilization: float = 0.9
     enable_prefix_caching: bool = True
@@ -73,13 +79,15 @@ class EngineConfig:
     trace: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("model", "trace"):
+        for name in ("model", "trace", "kv_disk_path"):
             if isinstance(path := getattr(self, name), os.PathLike):
                 object.__setattr__(self, name, os.fspath(path))
         for name, hint in _HINTS.items():
             _check_type(name, getattr(self, name), hint)
-        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_bytes",
-                     "num_blocks", "num_threads"):  # fmt: skip
+        for name in (
+            "max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_bytes",
+            "num_blocks", "num_threads", "kv_host_cache_bytes", "kv_disk_cache_bytes",
+        ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
@@ -87,6 +95,13 @@ class EngineConfig:
             raise ConfigError(
                 f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}"
             )
+        if (self.kv_disk_cache_bytes is None) != (self.kv_disk_path is None):
+            raise ConfigError(
+                "kv_disk_cache_bytes and kv_disk_path go together: how much, and where"
+            )
+        tiers = (self.kv_host_cache_bytes, self.kv_disk_cache_bytes, self.kv_store)
+        if not self.enable_prefix_caching and any(tier is not None for tier in tiers):
+            raise ConfigError("host, disk and store keep the prefix cache, which is switched off")
         if self.quantization not in QUANTIZATIONS:
             raise ConfigError(
                 f"quantization {self.quantization!r} is none of {', '.join(QUANTIZATIONS)}"

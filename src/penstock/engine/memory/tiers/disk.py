@@ -18,48 +18,20 @@ import logging
 import os
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-
-import xxhash
 
 from penstock.engine.memory.sizing import GIB, PAGE_BYTES
 from penstock.engine.memory.tiers.data import Block, Health
+from penstock.engine.memory.tiers.header import HEADER_BYTES, Header, why_not
 from penstock.engine.memory.tiers.slots import Slots
 from penstock.protocol.errors import ConfigError
-from penstock.protocol.kv import KEY_BYTES
 
 log = logging.getLogger(__name__)
 
 _MAGIC = b"penstkv1"
 #: magic, digest of what the blocks are of, block bytes, slots
-_HEAD = struct.Struct(f"<8s{32}sQQ")
-#: key, checksum and length of the block, its number in the order of storing, checksum of the header
-_SLOT = struct.Struct(f"<{KEY_BYTES}sQQQQ")
+_HEAD = struct.Struct("<8s32sQQ")
 _NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-
-
-@dataclass(frozen=True, slots=True)
-class _Header:
-    key: bytes
-    checksum: int
-    length: int
-    number: int
-
-    def pack(self) -> bytes:
-        body = _SLOT.pack(self.key, self.checksum, self.length, self.number, 0)
-        return _SLOT.pack(
-            self.key, self.checksum, self.length, self.number, xxhash.xxh3_64_intdigest(body)
-        )
-
-    @staticmethod
-    def unpack(data: bytes) -> _Header | None:
-        """None: it is not a whole header."""
-        if len(data) < _SLOT.size:
-            return None
-        key, checksum, length, number, _ = _SLOT.unpack(data[: _SLOT.size])
-        found = _Header(key, checksum, length, number)
-        return found if found.pack() == data[: _SLOT.size] else None
 
 
 class DiskTier:
@@ -73,7 +45,7 @@ class DiskTier:
         is no error: then `num_blocks` is 0."""
         assert len(digest) == 32
         self._block_bytes = block_bytes
-        self._stride = -(-(_SLOT.size + block_bytes) // PAGE_BYTES) * PAGE_BYTES
+        self._stride = -(-(HEADER_BYTES + block_bytes) // PAGE_BYTES) * PAGE_BYTES
         self._head = _HEAD.pack(_MAGIC, digest, block_bytes, num_blocks)
         self._health = Health(f"disk KV cache in {folder}")
         self._fd = _open(folder, f"penstock-kv-{name}")
@@ -102,12 +74,12 @@ class DiskTier:
             return 0
         return num_blocks
 
-    def _recover(self) -> dict[int, _Header]:
+    def _recover(self) -> dict[int, Header]:
         """Slots with whole headers, oldest first; of two with the same key the younger."""
-        found: dict[bytes, tuple[int, _Header]] = {}
+        found: dict[bytes, tuple[int, Header]] = {}
         for slot in range(self.num_blocks):
-            header = _Header.unpack(os.pread(self._fd, _SLOT.size, self._offset(slot)))
-            if header is None or header.length != self._block_bytes:
+            header = Header.unpack(os.pread(self._fd, HEADER_BYTES, self._offset(slot)))
+            if header is None or header.length_bytes != self._block_bytes:
                 continue
             older = found.get(header.key)
             if older is None or older[1].number < header.number:
@@ -132,17 +104,14 @@ class DiskTier:
 
     def _read(self, slot: int, key: bytes, destination: Block) -> str:
         """Why the slot does not hold the block of `key`; empty if it does."""
-        head = bytearray(_SLOT.size)
+        head = bytearray(HEADER_BYTES)
         try:
             num_read = os.preadv(self._fd, [head, destination.data], self._offset(slot))
         except OSError as exc:
             return f"reading: {exc.strerror}"
-        header = _Header.unpack(bytes(head))
-        if num_read != _SLOT.size + self._block_bytes or header is None or header.key != key:
-            return "a block is not where it was stored"
-        if header.checksum != xxhash.xxh3_64_intdigest(destination.data):
-            return "the checksum of a block does not hold"
-        return ""
+        if num_read != HEADER_BYTES + self._block_bytes:
+            return "the file has been cut short"
+        return why_not(bytes(head), key, destination)
 
     def store(self, blocks: Sequence[tuple[bytes, Block]]) -> list[bool]:
         return [self._store(key, source) for key, source in blocks]
@@ -163,8 +132,7 @@ class DiskTier:
         return not why
 
     def _write(self, slot: int, key: bytes, source: Block) -> str:
-        checksum = xxhash.xxh3_64_intdigest(source.data)
-        header = _Header(key, checksum, self._block_bytes, next(self._numbers)).pack()
+        header = Header.of(key, source, next(self._numbers)).pack()
         try:
             num_written = os.pwritev(self._fd, [header, source.data], self._offset(slot))
         except OSError as exc:
