@@ -8,7 +8,7 @@ whoever made the request.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from penstock.protocol.codec import PROTOCOL_VERSION, Message
 from penstock.protocol.effects import Effect, Reply, Send, SetTimer
@@ -24,12 +24,13 @@ from penstock.protocol.instance import (
     Attach,
     Attached,
     Detach,
+    Drain,
     Load,
     Probe,
     Resync,
     Snapshot,
 )
-from penstock.protocol.kv import Fetched, Refused
+from penstock.protocol.kv import Fetched, KvEvents, Refused
 from penstock.protocol.request import Cancel
 from penstock.protocol.tokens import Credit, PromptLogprobs, TokenRow, Tokens
 from penstock.service.cluster.instances import Instance
@@ -38,7 +39,7 @@ from penstock.service.generation import GenerationSpec, TokenDelta
 from penstock.service.journal import Entry, Journal
 from penstock.service.placement import Placement, PlacementConfig
 from penstock.service.policies.routing import Policy, least_load
-from penstock.service.prospects import NoFinder, Prospects
+from penstock.service.prospects import Finder, NoFinder, Prospects
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +60,24 @@ class ServiceCoreConfig:
     #: A word at least this often, so that instances know that we live.
     speak_every_s: float = 1.0
     credit_every: int = 32
+    #: Times to the first token and between two that are wanted of online requests that do not say;
+    #: None: none. A request that cannot be answered in time is refused with 429.
+    ttft_slo_s: float | None = None
+    tpot_slo_s: float | None = None
+    #: An instance that is being emptied is told to drain after this long, whoever still needs it.
+    drain_within_s: float = 5.0
     placement: PlacementConfig = field(default_factory=PlacementConfig)
 
 
 class ServiceCore:
-    def __init__(self, config: ServiceCoreConfig, policy: Policy = least_load) -> None:
+    def __init__(
+        self,
+        config: ServiceCoreConfig,
+        policy: Policy = least_load,
+        finder: Finder | None = None,
+    ) -> None:
         self.config = config
-        self.prospects = Prospects(NoFinder())
+        self.prospects = Prospects(finder or NoFinder())
         self.placement = Placement(
             config.placement, config.name, config.incarnation, policy, self.prospects
         )
@@ -101,7 +113,8 @@ class ServiceCore:
     # --- the driver's side: requests and the life of instances ----------------------------------
 
     def submit(self, spec: GenerationSpec, now: float) -> list[Effect]:
-        """Accept a request. Raises `Overloaded`; after this each choice gets one terminal delta."""
+        """Accept a request. Raises `Overloaded` (the queue is full, or the request's SLO cannot be
+        met); after this each choice gets one terminal delta."""
         waiting = self.placement.num_queued
         if waiting + spec.n > self.config.max_queue:
             raise Overloaded(
@@ -109,10 +122,19 @@ class ServiceCore:
                 "try again later",
                 retry_after_s=1.0,
             )
+        entries = [Entry.of(self._with_slo(spec), choice, now) for choice in range(spec.n)]
+        self.placement.admit(entries[0], now)
         effects: list[Effect] = []
-        for choice in range(spec.n):
-            effects += self.placement.accept(Entry.of(spec, choice, now), now)
+        for entry in entries:
+            effects += self.placement.accept(entry, now)
         return effects
+
+    def _with_slo(self, spec: GenerationSpec) -> GenerationSpec:
+        if spec.request_class != "online":
+            return spec
+        ttft_slo_s = self.config.ttft_slo_s if spec.ttft_slo_s is None else spec.ttft_slo_s
+        tpot_slo_s = self.config.tpot_slo_s if spec.tpot_slo_s is None else spec.tpot_slo_s
+        return replace(spec, ttft_slo_s=ttft_slo_s, tpot_slo_s=tpot_slo_s)
 
     def cancel(self, request_id: str, choice: int | None, now: float) -> list[Effect]:
         """The caller wants no more of it; no further delta follows. Unknown requests are fine."""
@@ -134,6 +156,25 @@ class ServiceCore:
     def on_instance_lost(self, name: str, now: float) -> list[Effect]:
         """`name` has died or fallen silent: its sequences go on elsewhere, from the journal."""
         return self._give_up(self.instances[name], now)
+
+    def drain_instance(self, name: str, now: float) -> list[Effect]:
+        """Empty `name`: nothing new goes there, what runs goes on elsewhere with what has been
+        computed, and once nobody needs it any more it is told to drain, which ends its process.
+        Where no other instance takes work it finishes what it has."""
+        instance = self.instances[name]
+        if instance.leaving_since_s is None:
+            instance.leaving_since_s = now
+        return self._empty(instance, now)
+
+    def remove_instance(self, name: str, now: float) -> list[Effect]:
+        """`name` is not a part of this cluster any more."""
+        instance = self.instances[name]
+        effects = self._give_up(instance, now)
+        del self.instances[name]
+        self.placement.expect(name, False)
+        if instance.card is not None:
+            effects.append(Send(name, Detach(self.config.name, self.config.incarnation)))
+        return effects
 
     def close_all(self, error: PenstockError) -> list[Effect]:
         """The service stops: whatever still lives ends with this error, here and there."""
@@ -165,6 +206,8 @@ class ServiceCore:
                 return self._reconcile(instance, message, now)
             case PromptLogprobs():
                 return self._prompt_logprobs(instance, message)
+            case KvEvents():
+                return self._kv_events(instance, message, now)
             case Fetched():
                 self.placement.fetched(instance, message, now)
                 return []
@@ -172,7 +215,7 @@ class ServiceCore:
                 instance.is_now(role, epoch)
                 return []
             case _:
-                return []  # a Probed has been heard; KvEvents come only where they were asked for
+                return []  # a Probed has been heard
 
     def _tokens(self, instance: Instance, message: Tokens, now: float) -> list[Effect]:
         """The hot path: every new token of every stream on this instance comes through here."""
@@ -262,6 +305,9 @@ class ServiceCore:
         instance.is_now(message.role, message.epoch)
         self.prospects.model_digest = message.card.model_digest
         self.placement.expect(instance.name, False)
+        if self.prospects.finder.attached(instance.name):
+            instance.snapshot_wanted = True
+            effects += self._resync(instance, now)
         return effects + self.placement.house(now)
 
     def _other_model(self, instance: Instance, digest: str) -> str:
@@ -301,12 +347,20 @@ class ServiceCore:
             return self._resync(instance, now)
         return self.placement.house(now)
 
+    def _kv_events(self, instance: Instance, events: KvEvents, now: float) -> list[Effect]:
+        if self.prospects.finder.events(instance.name, events):
+            return []
+        instance.snapshot_wanted = True
+        return self._resync(instance, now)
+
     def _reconcile(self, instance: Instance, snapshot: Snapshot, now: float) -> list[Effect]:
         """Both sides agree again: what only it has is cancelled, what only we have is moved."""
         asked_s = instance.resync_sent_s
         if asked_s is None or snapshot.nonce != instance.resync_nonce:
             return []  # the answer to an older question
         instance.resync_sent_s = None
+        instance.snapshot_wanted = False
+        self.prospects.finder.snapshot(instance.name, snapshot)
         effects: list[Effect] = []
         live = {r.request_id: r.attempt for r in snapshot.requests}
         for request_id, attempt in live.items():
@@ -327,6 +381,7 @@ class ServiceCore:
         self._forgive_own_pause(now)
         for instance in self.instances.values():
             effects += self._look_after(instance, now)
+            effects += self._empty(instance, now)
         effects += self.placement.house(now)
         for entry in [e for e in self.journal if e.deadline_s is not None and now > e.deadline_s]:
             error = EngineUnavailable("the request's time budget ran out before it finished")
@@ -360,8 +415,21 @@ class ServiceCore:
         behind = instance.tokens_seen > instance.tokens_credited
         if behind or now - instance.credit_sent_s >= config.speak_every_s:
             effects.append(self._credit(instance, now))
-        if any(now - e.news_s > config.resync_after_s for e in instance.entries.values()):
+        unsure = any(now - e.news_s > config.resync_after_s for e in instance.entries.values())
+        if unsure or instance.snapshot_wanted:
             effects += self._resync(instance, now)
+        return effects
+
+    def _empty(self, instance: Instance, now: float) -> list[Effect]:
+        """What should run elsewhere moves; an instance that has been emptied may go."""
+        if instance.state != "active":
+            return []
+        effects = self.placement.relieve(instance, now)
+        since_s = instance.leaving_since_s
+        if since_s is None or (instance.load is not None and instance.load.draining):
+            return effects
+        if now - since_s >= self.config.drain_within_s or not self.placement.needs(instance):
+            effects.append(Send(instance.name, Drain()))
         return effects
 
     def _attach(self, instance: Instance, now: float) -> list[Effect]:
@@ -371,11 +439,13 @@ class ServiceCore:
         instance.next_attach_s = now + min(pause_s, self.config.attach_at_most_s)
         # A refusal stands until somebody changes something; until then there is no hurry.
         instance.attach_tries = min(instance.attach_tries + 1, 8) if instance.refusal else 0
-        attach = Attach(self.config.name, self.config.incarnation, PROTOCOL_VERSION)
+        listens = self.prospects.finder.listens
+        attach = Attach(self.config.name, self.config.incarnation, PROTOCOL_VERSION, listens)
         return [Send(instance.name, attach)]
 
     def _give_up(self, instance: Instance, now: float) -> list[Effect]:
         instance.state = "lost"
+        self.prospects.finder.gone(instance.name)
         return self.placement.evacuate(instance, now)
 
     def _resync(self, instance: Instance, now: float) -> list[Effect]:

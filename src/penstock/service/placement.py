@@ -11,7 +11,13 @@ from collections import deque
 from dataclasses import dataclass
 
 from penstock.protocol.effects import Effect, Reply, Send
-from penstock.protocol.errors import EngineFailed, EngineUnavailable, ErrorInfo, PenstockError
+from penstock.protocol.errors import (
+    EngineFailed,
+    EngineUnavailable,
+    ErrorInfo,
+    Overloaded,
+    PenstockError,
+)
 from penstock.protocol.kv import BLOCK_TOKENS, Fetched, KvSource
 from penstock.protocol.request import Cancel
 from penstock.protocol.tokens import TokenRow
@@ -38,6 +44,10 @@ class PlacementConfig:
     max_failed_steps: int = 3
     #: Placements lost for any other reason, without a token in between.
     max_moves: int = 8
+    #: Sequences that an instance hands over at once, each quarter of a second.
+    migrated_at_once: int = 8
+    #: A sequence with no more tokens to come than this finishes where it is.
+    not_worth_migrating_tokens: int = 16
     #: Finished requests that can still be explained.
     explained_requests: int = 1024
 
@@ -68,6 +78,21 @@ class Placement:
         self._policy = policy
         self._homeless: deque[Entry] = deque()
         self._expected: set[str] = set()  # membership only, never iterated
+
+    def admit(self, entry: Entry, now: float) -> None:
+        """Raises `Overloaded` where the time to the first token that is asked for cannot be kept
+        anywhere: better a word now than a late answer."""
+        able = self._able()
+        if entry.ttft_slo_s is None or not able:
+            return
+        _, decision = self._decide(entry, able, None, now)
+        predicted_s = min(c.predicted_ttft_s for c in decision.candidates)
+        if predicted_s > entry.ttft_slo_s:
+            raise Overloaded(
+                f"the first token is predicted in {predicted_s:.2f} s, and "
+                f"{entry.ttft_slo_s:.2f} s is required: try again later, or with a longer limit",
+                retry_after_s=max(1.0, predicted_s - entry.ttft_slo_s),
+            )
 
     def accept(self, entry: Entry, now: float) -> list[Effect]:
         self.journal.add(entry)
@@ -113,12 +138,35 @@ class Placement:
             effects += self.move(entry, now, f"{instance.name} was lost")
         return effects
 
+    def relieve(self, instance: Instance, now: float) -> list[Effect]:
+        """An instance that drains hands over what it has, and one that turns from decode to prefill
+        what it decodes; a few at a time, so that those who take it in keep their pace."""
+        if instance.leaving_since_s is not None or instance.draining:
+            because, leaving = f"{instance.name} drains", list(instance.entries.values())
+        elif instance.role == "decode_to_prefill":
+            because = f"{instance.name} is to prefill"
+            leaving = [e for e in instance.entries.values() if not e.queued_tokens]
+        else:
+            return []
+        effects: list[Effect] = []
+        worth = self._config.not_worth_migrating_tokens
+        leaving = [e for e in leaving if e.sampling.max_tokens - len(e.emitted) > worth]
+        for entry in leaving[: self._config.migrated_at_once]:
+            effects += self.migrate(entry, now, because)
+        return effects
+
+    def needs(self, instance: Instance) -> bool:
+        """Whether somebody runs there who could go on elsewhere, or is to fetch from there."""
+        if instance.entries and self._able(avoid=instance.name):
+            return True
+        return any(e.pulls_from == instance.name for e in self.journal)
+
     def migrate(self, entry: Entry, now: float, because: str) -> list[Effect]:
         """Leave an instance that is well, with what it has computed: whoever goes on fetches that
         from there. Nothing happens where no other instance could go on."""
         assert entry.instance is not None
         origin = self.instances[entry.instance]
-        if not any(i.takes_work and i is not origin for i in self.instances.values()):
+        if not self._able(avoid=origin.name):
             return []
         cancel = Send(origin.name, Cancel(entry.key, entry.attempt))
         computed = not entry.queued_tokens
@@ -217,22 +265,32 @@ class Placement:
     def _place(
         self, entry: Entry, now: float, avoid: str = "", prefilled_on: str | None = None
     ) -> list[Effect]:
-        able = [i for i in self.instances.values() if i.takes_work and i.name != avoid]
+        able = self._able(avoid)
         if not able:
             if entry.homeless_since_s is None:
                 entry.homeless_since_s = now
             self._homeless.append(entry)
             return []
         entry.homeless_since_s = None
+        cached_tokens, decision = self._decide(entry, able, prefilled_on, now)
+        target = self.instances[decision.instance]
+        decode = self.instances[decision.decode] if decision.decode else None
+        source = self._source(entry, decision, prefilled_on)
+        return self._send(entry, target, now, decision, decode, source, cached_tokens)
+
+    def _able(self, avoid: str = "") -> list[Instance]:
+        return [i for i in self.instances.values() if i.takes_work and i.name != avoid]
+
+    def _decide(
+        self, entry: Entry, able: list[Instance], prefilled_on: str | None, now: float
+    ) -> tuple[int | None, Decision]:
+        """Where to; and how many tokens of it are thought to be there already, if that is known."""
         view = view_of(able)
         request = self.prospects.request(entry, view.names, prefilled_on, now)
         decision = self._policy(view, request)
-        target = self.instances[decision.instance]
-        decode = self.instances[decision.decode] if decision.decode else None
-        hits = request.device_hits
-        cached = None if hits is None else int(hits[view.names.index(target.name)])
-        source = self._source(entry, decision, prefilled_on)
-        return self._send(entry, target, now, decision, decode, source, cached)
+        if request.device_hits is None:
+            return None, decision
+        return int(request.device_hits[view.names.index(decision.instance)]), decision
 
     def _send(
         self,

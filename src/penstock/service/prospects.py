@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from penstock.protocol.instance import Snapshot
+from penstock.protocol.kv import KvEvents
 from penstock.service.cluster.instances import Instance
 from penstock.service.explain import Record
 from penstock.service.journal import Entry
@@ -22,6 +24,21 @@ _OUTPUT_WEIGHT = 0.05
 
 class Finder(Protocol):
     """Who holds which leading tokens: an index fed by events, one that guesses, or none."""
+
+    #: Whether instances are asked for `KvEvents`.
+    listens: bool
+
+    def attached(self, instance: str) -> bool:
+        """Its events begin anew. True: they mean something only after a snapshot."""
+
+    def events(self, instance: str, events: KvEvents) -> bool:
+        """Take in what changed. False: something is missing, a snapshot is needed."""
+
+    def snapshot(self, instance: str, snapshot: Snapshot) -> None:
+        """What it holds is exactly this."""
+
+    def gone(self, instance: str) -> None:
+        """And what it held with it."""
 
     def hits(self, keys: bytes, names: Sequence[str]) -> tuple[Floats, Floats] | None:
         """Leading tokens with these block keys on the device of each of `names`, and in any of its
@@ -36,6 +53,20 @@ class Finder(Protocol):
 
 class NoFinder:
     """Nothing is known of caches."""
+
+    listens = False
+
+    def attached(self, instance: str) -> bool:
+        return False
+
+    def events(self, instance: str, events: KvEvents) -> bool:
+        return True
+
+    def snapshot(self, instance: str, snapshot: Snapshot) -> None:
+        pass
+
+    def gone(self, instance: str) -> None:
+        pass
 
     def hits(self, keys: bytes, names: Sequence[str]) -> tuple[Floats, Floats] | None:
         return None
@@ -61,6 +92,7 @@ class Prospects:
         self, entry: Entry, names: Sequence[str], prefilled_on: str | None, now: float
     ) -> RouteRequest:
         """`entry` as the policies see it, with hits in the order of `names`."""
+        self.num_decisions += 1
         found = None
         if self.model_digest:
             found = self.finder.hits(entry.block_keys(self.model_digest), names)
@@ -78,6 +110,7 @@ class Prospects:
             tier_hits=tier_hits,
             aggregated_because=_why_whole(entry),
             prefilled_on=prefilled_on,
+            number=self.num_decisions,
         )
 
     def came_true(self, record: Record, instance: Instance) -> None:

@@ -52,6 +52,8 @@ class Instance:
     credit_sent_s: float = 0.0
     resync_sent_s: float | None = None
     resync_nonce: int = 0
+    #: What it says of its cache makes no sense before a snapshot has come.
+    snapshot_wanted: bool = False
     #: Tokens to compute (what it has cached left out) of sequences that have had no token yet; and
     #: sequences that have, with their context.
     queued_tokens: int = 0
