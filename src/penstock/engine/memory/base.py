@@ -8,6 +8,7 @@ Each slot owns a contiguous virtual range; block `i` of a sequence stands at
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -51,6 +52,11 @@ class KvMemory(Protocol):
     def read(self, slot: int, num_tokens: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of positions [0, num_tokens) as k_GSD, v_GSD."""
 
+    def moved_on(self, rows: Sequence[tuple[int, int]]) -> dict[int, list[int]]:
+        """Given (slot, leading blocks read) of each row of a step that has just ended: which rows
+        have read windows whose pages are not theirs any more, and those windows. Nothing where
+        there are no windows."""
+
     def check(self) -> None:
         """Assert that what is mapped is what was asked for."""
 
@@ -65,6 +71,9 @@ class ContiguousAccess(ABC):
 
     @abstractmethod
     def slot_blocks(self, slot: int, num_blocks: int) -> torch.Tensor: ...
+
+    def moved_on(self, rows: Sequence[tuple[int, int]]) -> dict[int, list[int]]:
+        return {}
 
     def write(
         self, slot: int, start: int, layer: int, k_TGD: torch.Tensor, v_TGD: torch.Tensor

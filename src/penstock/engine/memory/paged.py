@@ -6,6 +6,8 @@ there is no base address: attention on it reads and writes through `pool_blocks`
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from penstock.engine.memory.base import tokens_in_order
@@ -81,6 +83,9 @@ class PagedMemory:
         num_blocks = -(-num_tokens // self.layout.block_tokens)
         blocks = self.block_ids(slot, num_blocks).to(self.device)
         return tokens_in_order(self.layout, self._pool[:, layer][blocks], num_tokens)
+
+    def moved_on(self, rows: Sequence[tuple[int, int]]) -> dict[int, list[int]]:
+        return {}
 
     def check(self) -> None:
         for slot, live in enumerate(self._live):

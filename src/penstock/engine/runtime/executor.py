@@ -67,6 +67,7 @@ class StepExecutor:
         with self._trace.span("apply"):
             self._apply(batch)
         rows, error = self._attempt(batch)
+        rows, stale_windows = self._verified(batch, rows)
         self._ended_s = ended_s = time.perf_counter()
         self._trace.add("idle", idle_since_s, started_s)
         self._trace.add(f"step {batch.step}", started_s, ended_s, partial(_about, batch))
@@ -77,7 +78,24 @@ class StepExecutor:
             error,
             gap_s=started_s - idle_since_s,
             maps=self._memory.maps,
+            stale_windows=stale_windows,
         )
+
+    def _verified(
+        self, batch: Batch, results: list[RowResult]
+    ) -> tuple[list[RowResult], tuple[int, ...]]:
+        """Rows that have read a peer's page which is not what was offered any more count for
+        nothing. This is after the last read of the step, as it must be."""
+        block_tokens = self._memory.layout.block_tokens
+        read = [(r.slot, -(-(r.start + r.num_tokens) // block_tokens)) for r in batch.rows]
+        stale = self._memory.moved_on(read)
+        if not stale:
+            return results, ()
+        results = [
+            RowResult(result.slot, [], stale=True) if i in stale else result
+            for i, result in enumerate(results)
+        ]
+        return results, tuple(dict.fromkeys(window for found in stale.values() for window in found))
 
     def _attempt(self, batch: Batch) -> tuple[list[RowResult], ErrorInfo | None]:
         try:
