@@ -21,6 +21,7 @@ class AsgiCall:
         *,
         chunks: list[bytes] | None = None,
         headers: dict[str, str] | None = None,
+        client: str = "127.0.0.1",
     ) -> None:
         if chunks is None:
             chunks = [body if isinstance(body, bytes) else json.dumps(body).encode()]
@@ -36,7 +37,7 @@ class AsgiCall:
         scope = {
             "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method,
             "path": path, "raw_path": path.encode(), "root_path": "", "query_string": b"",
-            "scheme": "http", "server": ("test", 80), "client": ("test", 1), "state": {},
+            "scheme": "http", "server": ("test", 80), "client": (client, 1), "state": {},
             "headers": [(k.lower().encode(), v.encode()) for k, v in (headers or {}).items()],
         }  # fmt: skip
         self.task = asyncio.ensure_future(app(scope, self._receive, self._send))

@@ -11,6 +11,7 @@ from penstock.protocol.instance import InstanceCard, Load
 from penstock.protocol.kv import KvLayout
 from penstock.protocol.tokens import FinishReason, TokenLogprobs
 from penstock.service.generation import GenerationSpec, ServiceStatus, TokenDelta
+from penstock.service.operations import NO_OPERATIONS, Operations
 from penstock.service.text.tokenizer import Tokenizer
 
 #: What choice k of a request answers.
@@ -41,6 +42,7 @@ class Behaviour:
 class FakeGenerator:
     def __init__(self, tokenizer: Tokenizer, *, max_model_len: int = 512) -> None:
         self.tokenizer = tokenizer
+        self.operations: Operations = NO_OPERATIONS
         self.behaviour = Behaviour()
         self.specs: list[GenerationSpec] = []
         self.streams: list[FakeStream] = []

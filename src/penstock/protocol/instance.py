@@ -119,6 +119,25 @@ class Snapshot(msgspec.Struct, frozen=True, tag="snapshot"):
     tier_keys: dict[Tier, bytes] = {}
 
 
+class TierLoad(msgspec.Struct, frozen=True, array_like=True):
+    """Blocks in a slower tier. `total` is 0 where the tier has no bound of its own."""
+
+    tier: str
+    used: int
+    total: int
+
+
+class MoveCounts(msgspec.Struct, frozen=True, array_like=True):
+    """Since the instance's start, blocks that came by one means: "map", "mooncake" or "tcp" from
+    peers, "host", "disk" or "store" from tiers. `failed` were wanted and did not come whole."""
+
+    means: str
+    blocks: int
+    failed: int
+    num_bytes: int
+    seconds: float
+
+
 class Load(msgspec.Struct, frozen=True, tag="load"):
     """Heartbeat: sent from a thread that compute cannot starve, at every interval.
 
@@ -152,6 +171,13 @@ class Load(msgspec.Struct, frozen=True, tag="load"):
     role: Role = "any"
     epoch: int = 0
     draining: bool = False
+    tiers: list[TierLoad] = []
+    moves: list[MoveCounts] = []
+    #: Sequences of all services that have had no token here yet, waiting or running; what they have
+    #: to compute (the cache may have some of it); and the context of all others that run.
+    prefills: int = 0
+    prefill_tokens_left: int = 0
+    decode_context_tokens: int = 0
 
 
 class Assign(msgspec.Struct, frozen=True, tag="assign"):

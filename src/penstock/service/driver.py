@@ -15,6 +15,7 @@ from penstock.protocol.transport.base import Endpoint
 from penstock.protocol.transport.open import connect
 from penstock.service.core import ServiceCore
 from penstock.service.generation import GenerationSpec, ServiceStatus, TokenDelta
+from penstock.service.operations import CoreOperations
 from penstock.trace import NO_TRACE, Trace
 
 log = logging.getLogger(__name__)
@@ -101,6 +102,7 @@ class ServiceDriver:
         self._timer: asyncio.TimerHandle | None = None
         self._active: set[str] = set()
         self._closing = False
+        self.operations = CoreOperations(core, self._carry_out, self._loop.time)
 
     # --- instances -----------------------------------------------------------------------------
 
@@ -214,14 +216,23 @@ class ServiceDriver:
             del self._streams[request_id]
 
     def status(self) -> ServiceStatus:
+        now = self._loop.time()
         instances: list[dict[str, object]] = [
             {
                 "name": i.name,
                 "state": i.state,
                 "pid": i.card.pid if i.card else None,
                 "incarnation": i.incarnation,
+                "role": i.role,
+                "epoch": i.epoch,
+                "draining": not i.takes_work and i.state == "active",
+                "refusal": i.refusal,
+                "address": self._endpoints[i.name].address if i.name in self._endpoints else None,
+                "silent_s": now - i.heard_s,
+                "queue": len(i.entries) - i.running,
                 "queued_tokens": i.queued_tokens,
                 "running": i.running,
+                "running_tokens": i.running_tokens,
                 "card": i.card,
                 "load": i.load,
             }
@@ -243,6 +254,11 @@ class ServiceDriver:
             queue_depth=placement.num_queued,
             instances=instances,
             num_resumed=placement.num_resumed,
+            facts={
+                "service": self.core.config.name,
+                "handovers": placement.num_handovers,
+                "migrated": placement.num_migrated,
+            },
         )
 
     # --- the end -------------------------------------------------------------------------------

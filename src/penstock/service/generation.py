@@ -7,7 +7,7 @@ The API turns an HTTP request into a `GenerationSpec`, submits it to a `Generato
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
@@ -15,6 +15,9 @@ from penstock.protocol.errors import ErrorInfo
 from penstock.protocol.instance import InstanceCard
 from penstock.protocol.request import Constraint, RequestClass, SamplingParams
 from penstock.protocol.tokens import FinishReason, TokenLogprobs
+
+if TYPE_CHECKING:
+    from penstock.service.operations import Operations
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +78,9 @@ class ServiceStatus:
     instances: list[dict[str, object]] = field(default_factory=list)
     #: Sequences that went on elsewhere after they had lost an instance, since the start.
     num_resumed: int = 0
+    #: What a service knows of itself and its cluster, under the names that `service/report.py`
+    #: reads: service, policy, routers, leader, ttft_slo_s, tpot_slo_s, handovers, migrated, ...
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 class Generator(Protocol):
@@ -88,3 +94,7 @@ class Generator(Protocol):
         """Raises `Overloaded` when the queue is full, `EngineUnavailable` when nothing can run."""
 
     def status(self) -> ServiceStatus: ...
+
+    @property
+    def operations(self) -> Operations:
+        """What /admin asks and orders."""

@@ -89,6 +89,8 @@ class Metrics(Collector):
 
     def __init__(self, model_name: str, status: Callable[[], ServiceStatus] | None = None) -> None:
         self.model_name = model_name
+        self.clock = time.perf_counter
+        self.started_s = self.clock()
         self.waiting = 0
         self.running = 0
         self.prompt_tokens = 0

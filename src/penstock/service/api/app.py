@@ -13,6 +13,13 @@ from starlette.routing import Route
 
 from penstock import __version__
 from penstock.service.api import openapi
+from penstock.service.api.admin import (
+    AdminEndpoints,
+    Done,
+    ExplainResponse,
+    LiveResponse,
+    RoleRequest,
+)
 from penstock.service.api.auth import AdminDoor, Keys
 from penstock.service.api.chat import ChatEndpoint
 from penstock.service.api.completions import CompletionEndpoint
@@ -40,6 +47,7 @@ from penstock.service.api.responses import (
 )
 from penstock.service.api.tokenize import DetokenizeEndpoint, TokenizeEndpoint
 from penstock.service.generation import Generator
+from penstock.service.report import ClusterReport
 from penstock.service.text.texts import Texts
 
 Handler = Callable[[Request], Awaitable[Response]]
@@ -112,4 +120,25 @@ def _table(context: Context) -> list[Api]:
         Api("GET", "/health/live", operator.live, "The process works", HealthResponse),
         Api("GET", "/metrics", operator.metrics, "Prometheus metrics", str),
         Api("GET", "/version", operator.version, "The server's version", VersionResponse),
+        *_admin_table(context),
+    ]  # fmt: skip
+
+
+def _admin_table(context: Context) -> list[Api]:
+    admin = AdminEndpoints(context)
+    return [
+        Api("GET", "/admin/cluster", admin.cluster, "Instances, loads, latencies", ClusterReport),
+        Api("GET", "/admin/requests", admin.requests, "Requests that live", LiveResponse),
+        Api(
+            "GET", "/admin/requests/{request_id}/explain", admin.explain,
+            "Why a request went where it went, and where its time was spent", ExplainResponse,
+        ),
+        Api(
+            "POST", "/admin/instances/{name}/drain", admin.drain,
+            "No new work for an instance; what it has goes on elsewhere", Done,
+        ),
+        Api(
+            "POST", "/admin/instances/{name}/role", admin.role,
+            "Give an instance a role", Done, RoleRequest,
+        ),
     ]  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from typing import Any
 
 import msgspec
@@ -13,7 +12,7 @@ from penstock.protocol.errors import InvalidRequest, UnsupportedFeature
 from penstock.protocol.request import Constraint
 from penstock.service.api.body import decode, read_body
 from penstock.service.api.chat_render import ChatRenderer
-from penstock.service.api.context import Context
+from penstock.service.api.context import Context, sequence_id
 from penstock.service.api.requests_chat import (
     AssistantMessage,
     ChatRequest,
@@ -49,16 +48,19 @@ class ChatEndpoint:
             request.parallel_tool_calls is not False,
         )
         prompt_ids = await render_prompt(context, request)
-        job = self._job(request, prompt_ids, constraint)
-        renderer = ChatRenderer(
-            context.envelope("chatcmpl", model, card), request, context.texts.tokenizer
-        )
+        envelope = context.envelope("chatcmpl", model, card)
+        job = self._job(request, prompt_ids, constraint, sequence_id(envelope))
+        renderer = ChatRenderer(envelope, request, context.texts.tokenizer)
         run = Run([job], context.generator, context.metrics)
         renderer.attach(run)
         return await respond(http, run, renderer, bool(request.stream))
 
     def _job(
-        self, request: ChatRequest, prompt_ids: list[int], constraint: Constraint | None
+        self,
+        request: ChatRequest,
+        prompt_ids: list[int],
+        constraint: Constraint | None,
+        request_id: str,
     ) -> Job:
         context, texts = self._context, self._context.texts
         tools = offered_tools(request)
@@ -81,7 +83,7 @@ class ChatEndpoint:
             seed=context.seeds.next(),
         )
         spec = GenerationSpec(
-            request_id=uuid.uuid4().hex,
+            request_id=request_id,
             prompt_ids=prompt_ids,
             sampling=sampling,
             n=request.n or 1,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from typing import NamedTuple
 
 import msgspec
@@ -13,7 +12,7 @@ from penstock.protocol.errors import InvalidRequest, UnsupportedFeature
 from penstock.protocol.request import Constraint
 from penstock.service.api.body import decode, read_body
 from penstock.service.api.completion_render import CompletionRenderer
-from penstock.service.api.context import Context
+from penstock.service.api.context import Context, sequence_id
 from penstock.service.api.requests_completion import MAX_SEQUENCES, CompletionRequest
 from penstock.service.api.run import Job, Run
 from penstock.service.api.sampling import check_common, check_ids, make_sampling, text_options
@@ -45,9 +44,13 @@ class CompletionEndpoint:
         check(request)
         constraint = await context.constraints.of(request)
         prompts = await self._prompts(request, card.vocab_size)
-        jobs = [self._job(request, prompt, constraint) for prompt in prompts]
+        envelope = context.envelope("cmpl", model, card)
+        jobs = [
+            self._job(request, prompt, constraint, sequence_id(envelope, number))
+            for number, prompt in enumerate(prompts)
+        ]
         renderer = CompletionRenderer(
-            context.envelope("cmpl", model, card),
+            envelope,
             request,
             context.texts.tokenizer,
             [prompt.text for prompt in prompts],
@@ -81,7 +84,11 @@ class CompletionEndpoint:
         return out
 
     def _job(
-        self, request: CompletionRequest, prompt: Prompt, constraint: Constraint | None
+        self,
+        request: CompletionRequest,
+        prompt: Prompt,
+        constraint: Constraint | None,
+        request_id: str,
     ) -> Job:
         context = self._context
         prompt_only = request.max_tokens == 0
@@ -101,7 +108,7 @@ class CompletionEndpoint:
             seed=context.seeds.next(),
         )
         spec = GenerationSpec(
-            request_id=uuid.uuid4().hex,
+            request_id=request_id,
             prompt_ids=prompt.ids,
             sampling=sampling,
             n=request.n or 1,

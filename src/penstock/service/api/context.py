@@ -21,6 +21,7 @@ from penstock.service.text.texts import Texts
 class Context:
     def __init__(self, generator: Generator, texts: Texts, config: ApiConfig) -> None:
         self.generator = generator
+        self.operations = generator.operations
         self.texts = texts
         self.config = config
         self.metrics = Metrics(config.served_model_names[0], generator.status)
@@ -78,3 +79,14 @@ class Envelope(TypedDict):
     created: int
     model: str
     system_fingerprint: str
+
+
+def sequence_id(envelope: Envelope, prompt: int = 0) -> str:
+    """What the service's core calls prompt number `prompt` of that answer: what the client sees,
+    without the endpoint's prefix, so that either finds the other."""
+    bare = bare_id(envelope["id"])
+    return f"{bare}.{prompt}" if prompt else bare
+
+
+def bare_id(client_id: str) -> str:
+    return client_id.removeprefix("chatcmpl-").removeprefix("cmpl-")

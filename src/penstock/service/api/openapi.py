@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import msgspec
 
 from penstock import __version__
-from penstock.service.api.auth import is_open
+from penstock.service.api.auth import is_admin, is_open
 from penstock.service.api.errors import ErrorResponse
 
 _GENERATION_ERRORS = ("400", "404", "413", "429", "499", "500", "503")
 _REASONS = {
     "400": "The request cannot be served as it is; `param` names the field",
     "401": "No API key, or a wrong one",
-    "404": "No such model",
+    "404": "No such model, request or instance",
     "413": "The body is over the limit",
     "429": "Too many requests wait already; see Retry-After",
     "499": "The client, or the server's drain, cancelled it",
@@ -70,12 +71,16 @@ def _operation(
     api: Described, path: str, schemas: dict[Any, dict[str, Any]], keys: bool
 ) -> dict[str, Any]:
     errors: tuple[str, ...] = _GENERATION_ERRORS if api.takes is not None else ()
-    if "{model_id}" in path:
+    parameters = re.findall(r"{(\w+)}", path)
+    if parameters:
         errors = ("404",)
-    guarded = keys and not is_open(path)
+    if is_admin(path):
+        errors = (*errors, "401") if api.method == "GET" else ("400", "401", "404", "413")
+    guarded = keys and not is_open(path) and not is_admin(path)
     if guarded:
         errors = (*errors, "401")
-    responses: dict[str, Any] = {"200": _answer(api, schemas)}
+    accepted = "202" if is_admin(path) and api.method == "POST" else "200"
+    responses: dict[str, Any] = {accepted: _answer(api, schemas)}
     for status in sorted(errors):
         content = {"application/json": {"schema": schemas[ErrorResponse]}}
         responses[status] = {"description": _REASONS[status], "content": content}
@@ -88,9 +93,10 @@ def _operation(
     }
     if guarded:
         operation["security"] = [{"key": []}]
-    if "{model_id}" in path:
+    if parameters:
         operation["parameters"] = [
-            {"name": "model_id", "in": "path", "required": True, "schema": {"type": "string"}}
+            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+            for name in parameters
         ]
     if api.takes is not None:
         body = {"application/json": {"schema": schemas[api.takes]}}

@@ -1,0 +1,132 @@
+"""What operators may ask of a service and tell it: the service's side of /admin."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import islice
+from typing import Protocol
+
+import msgspec
+
+from penstock.protocol.effects import Effect, Send
+from penstock.protocol.errors import PenstockError, UnsupportedFeature
+from penstock.protocol.instance import Assign, Role
+from penstock.service.core import ServiceCore
+from penstock.service.explain import Explanation
+from penstock.service.journal import Entry
+
+
+class NotHere(PenstockError):
+    """An instance or a request that this service does not know."""
+
+    code = "not_found"
+    type = "not_found_error"
+    http_status = 404
+
+
+class LiveSequence(msgspec.Struct, frozen=True, kw_only=True):
+    """One choice of a request that has not ended."""
+
+    id: str
+    choice: int
+    #: Where it is; None while it waits for an instance.
+    instance: str | None
+    #: "queued" until its first token, then "decoding".
+    phase: str
+    age_s: float
+    prompt_tokens: int
+    output_tokens: int
+    attempt: int
+    request_class: str
+
+
+class Operations(Protocol):
+    def explain(self, request_id: str) -> Explanation | None:
+        """Of a live request, or of one that ended not long ago."""
+
+    @property
+    def records_kept(self) -> int:
+        """How many requests that have ended can be explained."""
+
+    def live(self, limit: int) -> tuple[list[LiveSequence], int]:
+        """The oldest `limit` sequences, and how many there are."""
+
+    def drain(self, name: str) -> None:
+        """No new work for the instance; what it has goes on elsewhere or is finished. Raises
+        `NotHere`."""
+
+    def assign(self, name: str, role: Role) -> None:
+        """Give the instance a role by hand. Raises `NotHere`, or says why it cannot be done."""
+
+
+class NoOperations:
+    """Of a service that keeps no records and whose instances take no orders."""
+
+    records_kept = 0
+
+    def explain(self, request_id: str) -> Explanation | None:
+        return None
+
+    def live(self, limit: int) -> tuple[list[LiveSequence], int]:
+        return [], 0
+
+    def drain(self, name: str) -> None:
+        raise UnsupportedFeature("this service cannot drain its instances")
+
+    def assign(self, name: str, role: Role) -> None:
+        raise UnsupportedFeature("this service cannot give its instances roles")
+
+
+NO_OPERATIONS = NoOperations()
+
+
+class CoreOperations:
+    def __init__(
+        self,
+        core: ServiceCore,
+        carry_out: Callable[[list[Effect]], None],
+        clock: Callable[[], float],
+    ) -> None:
+        self._core = core
+        self._carry_out = carry_out
+        self._clock = clock
+
+    @property
+    def records_kept(self) -> int:
+        return self._core.config.placement.explained_requests
+
+    def explain(self, request_id: str) -> Explanation | None:
+        return self._core.explain(request_id)
+
+    def live(self, limit: int) -> tuple[list[LiveSequence], int]:
+        journal, now = self._core.journal, self._clock()
+        return [_live(entry, now) for entry in islice(journal, limit)], len(journal)
+
+    def drain(self, name: str) -> None:
+        self._require(name)
+        self._carry_out(self._core.drain_instance(name, self._clock()))
+
+    def assign(self, name: str, role: Role) -> None:
+        self._require(name)
+        # One more than what it has been told last; who leads goes on from there.
+        epoch = self._core.instances[name].epoch + 1
+        self._carry_out([Send(name, Assign(role, epoch))])
+
+    def _require(self, name: str) -> None:
+        if name not in self._core.instances:
+            known = ", ".join(self._core.instances) or "none"
+            raise NotHere(f"there is no instance {name[:200]!r}: there is {known}")
+
+
+def _live(entry: Entry, now: float) -> LiveSequence:
+    return LiveSequence(
+        id=entry.request_id,
+        choice=entry.choice,
+        instance=entry.instance,
+        phase="decoding" if entry.emitted else "queued",
+        age_s=now - entry.accepted_s,
+        prompt_tokens=len(entry.prompt_ids),
+        output_tokens=len(entry.emitted),
+        attempt=entry.attempt,
+        request_class=entry.request_class,
+    )
