@@ -186,13 +186,17 @@ OTHERWISE: dict[str, Any] = {
     "num_blocks": 7, "gpu_memory_utilization": 0.5, "enable_prefix_caching": False,
     "load_format": "dummy", "quantization": "int4", "seed": -1, "attention_backend": "torch",
     "graph_mode": "piecewise", "kv_memory": "plain", "num_threads": 2, "cpu_bind": "0-1",
-    "trace": "t.json",
+    "trace": "t.json", "kv_host_cache_bytes": 1 << 20, "kv_disk_cache_bytes": 1 << 20,
+    "kv_disk_path": "d", "kv_store": "mooncake://m:1",
 }  # fmt: skip
+#: Settings that make sense together alone.
+PAIRS = {"kv_disk_path": "kv_disk_cache_bytes", "kv_disk_cache_bytes": "kv_disk_path"}
 
 
 @pytest.mark.parametrize("name", sorted(set(EngineConfig.__dataclass_fields__) - {"model"}))
 def test_each_setting_reaches_the_worker(name: str) -> None:
-    config = EngineConfig("toy", **{name: OTHERWISE[name]})
+    names = [name, PAIRS[name]] if name in PAIRS else [name]
+    config = EngineConfig("toy", **{name: OTHERWISE[name] for name in names})
     assert config != EngineConfig("toy")
     words = flags.engine_arguments(config)
     assert worker_config(["--address", "ipc:///x", *words]).engine == config

@@ -225,19 +225,23 @@ class TierIndex:
                 continue
             if key in shelf.arriving:
                 continue
+            shelf.arriving[key] = None
+            self._settle(key)  # a copy below is spare from now on, and its room may be had
             room = self._make_room(shelf)
             if room is None:
+                del shelf.arriving[key]
+                self._settle(key)
                 break
             before += room
-            shelf.arriving[key] = None
             chosen.append(key)
         if chosen:
             self._pending_drops.clear()
         return StorePlan(shelf.tier, tuple(chosen), tuple(before), self._generation)
 
     def _make_room(self, shelf: _Shelf) -> list[Demotion] | None:
-        """What to carry out so that one more block fits; None if that cannot be had."""
-        if shelf.num_used < shelf.stats.capacity:
+        """What to carry out so that the block that has just been promised room fits; None if that
+        cannot be had."""
+        if shelf.num_used <= shelf.stats.capacity:
             return []
         victim = shelf.first_unpinned(shelf.spare)
         if victim is not None:
@@ -255,10 +259,11 @@ class TierIndex:
         usable = self._usable()
         below = next(iter(usable[usable.index(shelf) + 1 :]), None)
         if below is not None and victim not in below and victim not in below.arriving:
+            below.arriving[victim] = None
             room = self._make_room(below)
             if room is not None:
-                below.arriving[victim] = None
                 return [*room, Demotion(victim, shelf.tier, below.tier)]
+            del below.arriving[victim]
         self._changed("removed", victim, shelf.tier)
         self._settle(victim)
         if below is None or victim not in below:
@@ -284,6 +289,7 @@ class TierIndex:
                 self._put(shelf, key, plan, "stored")
                 self._succeeded(shelf)
             else:
+                self._settle(key)
                 self._failed(shelf)
 
     def _arrived(self, step: Demotion, went_well: bool, plan: StorePlan) -> None:
@@ -355,19 +361,19 @@ class TierIndex:
                     shelf.own.move_to_end(key)
 
     def _settle(self, key: bytes) -> None:
-        """Own in the fastest place that has it, spare in every slower one."""
+        """Own in the fastest place that has it or is about to, spare in every slower one."""
         has_faster = key in self._device
         for shelf in self._shelves:
-            if key not in shelf:
-                continue
-            if has_faster:
-                if key in shelf.own:
+            if key in shelf:
+                if has_faster and key in shelf.own:
                     del shelf.own[key]
                     shelf.spare[key] = None
-            elif key not in shelf.own:
-                shelf.remove(key)
-                shelf.own[key] = None
-            has_faster = True
+                elif not has_faster and key not in shelf.own:
+                    shelf.remove(key)
+                    shelf.own[key] = None
+                has_faster = True
+            elif key in shelf.arriving:
+                has_faster = True
 
     # ---- the end of a tier ----------------------------------------------------------------
 
@@ -444,7 +450,7 @@ class TierIndex:
             assert not shelf.arriving.keys() & held.keys(), "a key arrives where it is"
             assert not shelf.own.keys() & faster, "own, though a faster place has it"
             assert not (shelf.spare.keys() | shelf.ahead.keys()) - faster, "spare, and the only one"
-            faster |= held.keys()
+            faster |= held.keys() | shelf.arriving.keys()
 
     def _changed(self, op: str, key: bytes, tier: Tier) -> None:
         self._changes.append((op, key, tier))
