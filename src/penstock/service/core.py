@@ -33,13 +33,14 @@ from penstock.protocol.instance import (
 from penstock.protocol.kv import Fetched, KvEvents, Refused
 from penstock.protocol.request import Cancel
 from penstock.protocol.tokens import Credit, PromptLogprobs, TokenRow, Tokens
+from penstock.service.cluster.finder import Finder, NoFinder
 from penstock.service.cluster.instances import Instance
 from penstock.service.explain import Explanation
 from penstock.service.generation import GenerationSpec, TokenDelta
 from penstock.service.journal import Entry, Journal
 from penstock.service.placement import Placement, PlacementConfig
 from penstock.service.policies.routing import Policy, least_load
-from penstock.service.prospects import Finder, NoFinder, Prospects
+from penstock.service.prospects import Prospects
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +172,7 @@ class ServiceCore:
         instance = self.instances[name]
         effects = self._give_up(instance, now)
         del self.instances[name]
+        self.placement.view.forget(name)
         self.placement.expect(name, False)
         if instance.card is not None:
             effects.append(Send(name, Detach(self.config.name, self.config.incarnation)))
@@ -305,7 +307,7 @@ class ServiceCore:
         instance.is_now(message.role, message.epoch)
         self.prospects.model_digest = message.card.model_digest
         self.placement.expect(instance.name, False)
-        if self.prospects.finder.attached(instance.name):
+        if self.prospects.finder.attached(message.card):
             instance.snapshot_wanted = True
             effects += self._resync(instance, now)
         return effects + self.placement.house(now)
@@ -339,7 +341,7 @@ class ServiceCore:
         return self.placement.move(entry, now, why, avoid=instance.name)
 
     def _load(self, instance: Instance, load: Load, now: float) -> list[Effect]:
-        instance.loaded(load)
+        instance.loaded(load, now)
         instance.draining = load.draining
         instance.is_now(load.role, load.epoch)
         if instance.state == "lost":

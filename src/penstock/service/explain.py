@@ -67,6 +67,11 @@ class PlacementRecord:
     #: "stop", "length", "handover", ..., or why it was left; "" while it runs.
     end: str = ""
 
+    @property
+    def is_prefill(self) -> bool:
+        """It began from a decision about a prompt, not about a sequence that was under way."""
+        return self.decision is not None and not self.because.startswith(("hand", "migr"))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceExplanation:
@@ -149,9 +154,9 @@ class Record:
         else:
             self._ahead, self._ahead_at_s = fetched, now
 
-    def started(self, cached_tokens: int, queued_s: float | None, now: float) -> float | None:
-        """The present placement's first token has come. Returns the time from the placement to it,
-        to be compared with what was predicted."""
+    def started(self, cached_tokens: int, queued_s: float | None, now: float) -> PlacementRecord:
+        """The present placement's first token has come. Returns that placement, in which what was
+        predicted and what happened now stand side by side."""
         present = self.present
         assert present is not None
         begun_s, left_s = self._settled_s, now - self._settled_s
@@ -169,7 +174,7 @@ class Record:
         self._settled_s = now
         if self.first_token_s is None:
             self.first_token_s = now
-        return left_s
+        return present
 
     def left(self, end: str, output_tokens: int, last_token_s: float, now: float) -> None:
         """The present placement is over. What has passed since its last token counts as lost,

@@ -23,7 +23,7 @@ from penstock.protocol.request import Cancel
 from penstock.protocol.tokens import TokenRow
 from penstock.service import orders
 from penstock.service.cluster.instances import Instance
-from penstock.service.cluster.view import view_of
+from penstock.service.cluster.view import LiveView
 from penstock.service.explain import Explainer, PlacementRecord
 from penstock.service.generation import TokenDelta
 from penstock.service.journal import Entry, Journal, Reservation
@@ -63,6 +63,7 @@ class Placement:
     ) -> None:
         self.journal = Journal()
         self.instances: dict[str, Instance] = {}
+        self.view = LiveView()
         self.explainer = Explainer(config.explained_requests)
         self.prospects = prospects
         #: Journal entries without any token yet.
@@ -226,12 +227,12 @@ class Placement:
         if entry.queued_tokens:
             instance.started(entry)
             entry.pulls_from = None
-            entry.record.started(row.cached_tokens, row.queued_s, now)
-            self.prospects.came_true(entry.record, instance)
+            placement = entry.record.started(row.cached_tokens, row.queued_s, now)
+            self.prospects.came_true(instance, placement)
         if not entry.emitted:
             self.num_queued -= 1
         entry.emitted += row.ids
-        instance.running_tokens += len(row.ids)
+        instance.grew(len(row.ids))
         entry.progress_s = now
         entry.moves = entry.failed_steps = 0
 
@@ -285,12 +286,14 @@ class Placement:
         self, entry: Entry, able: list[Instance], prefilled_on: str | None, now: float
     ) -> tuple[int | None, Decision]:
         """Where to; and how many tokens of it are thought to be there already, if that is known."""
-        view = view_of(able)
-        request = self.prospects.request(entry, view.names, prefilled_on, now)
+        view = self.view.of(able, now)
+        request = self.prospects.request(entry, able, prefilled_on, now)
         decision = self._policy(view, request)
-        if request.device_hits is None:
+        if request.tier_hits is None:
             return None, decision
-        return int(request.device_hits[view.names.index(decision.instance)]), decision
+        hits = int(request.tier_hits[view.names.index(decision.instance)])
+        # The last token is always computed, and with it its block.
+        return min(hits, (entry.num_tokens - 1) // BLOCK_TOKENS * BLOCK_TOKENS), decision
 
     def _send(
         self,
@@ -344,6 +347,7 @@ class Placement:
             source=source.instance if source else None,
         )
         entry.record.placed(record, now)
+        self.prospects.placed(target, record, now)
 
     def _source(
         self, entry: Entry, decision: Decision, prefilled_on: str | None
@@ -377,7 +381,7 @@ class Placement:
         ttft_s = entry.record.placements[-1].predicted_ttft_s or 0.0
         fetch = orders.fetch(entry, decode, prefill, ttft_s)
         entry.decode_on = Reservation(decode.name, decode.incarnation, decode.epoch, entry.attempt)
-        decode.coming[entry.key] = entry
+        decode.expects(entry)
         return [] if fetch is None else [Send(decode.name, fetch)]
 
     def reservation_refused(self, instance: Instance, key: str | None, attempt: int) -> None:
@@ -389,6 +393,8 @@ class Placement:
 
     def fetched(self, instance: Instance, fetched: Fetched, now: float) -> None:
         """What became of blocks that were to come to `instance`: for the record."""
+        instance.experience.transfer.observe(fetched)
+        instance.touched = True
         entry = self.journal.get(fetched.request_id)
         if entry is not None and instance.name in (
             entry.instance,
@@ -405,7 +411,7 @@ class Placement:
 
     def _let_reservation_go(self, entry: Entry) -> None:
         if entry.decode_on is not None:
-            self.instances[entry.decode_on.instance].coming.pop(entry.key)
+            self.instances[entry.decode_on.instance].expects_no_more(entry)
             entry.decode_on = None
 
     def check(self) -> None:
@@ -422,6 +428,9 @@ class Placement:
             mine = [e for e in entries if e.instance == instance.name]
             assert len(mine) == len(instance.entries)
             assert not mine or instance.state in ("active", "suspect")
+            assert list(instance.waiting.values()) == [
+                e for e in instance.entries.values() if e.queued_tokens
+            ]
             assert instance.queued_tokens == sum(e.queued_tokens for e in mine)
             running = [e for e in mine if not e.queued_tokens]
             assert instance.running == len(running)

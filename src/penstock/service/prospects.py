@@ -9,73 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
-from penstock.protocol.instance import Snapshot
-from penstock.protocol.kv import KvEvents
+import numpy as np
+
+from penstock.protocol.kv import BLOCK_TOKENS, KEY_BYTES
+from penstock.service.cluster.finder import Finder
 from penstock.service.cluster.instances import Instance
-from penstock.service.explain import Record
+from penstock.service.explain import PlacementRecord
 from penstock.service.journal import Entry
-from penstock.service.policies.routing import Floats, RouteRequest
+from penstock.service.policies.view import Floats, RouteRequest
 
 #: Weight of the newest answer in the mean length of answers.
 _OUTPUT_WEIGHT = 0.05
-
-
-class Finder(Protocol):
-    """Who holds which leading tokens: an index fed by events, one that guesses, or none."""
-
-    #: Whether instances are asked for `KvEvents`.
-    listens: bool
-
-    def attached(self, instance: str) -> bool:
-        """Its events begin anew. True: they mean something only after a snapshot."""
-
-    def events(self, instance: str, events: KvEvents) -> bool:
-        """Take in what changed. False: something is missing, a snapshot is needed."""
-
-    def snapshot(self, instance: str, snapshot: Snapshot) -> None:
-        """What it holds is exactly this."""
-
-    def gone(self, instance: str) -> None:
-        """And what it held with it."""
-
-    def hits(self, keys: bytes, names: Sequence[str]) -> tuple[Floats, Floats] | None:
-        """Leading tokens with these block keys on the device of each of `names`, and in any of its
-        tiers; None where nothing is known."""
-
-    def submitted(self, instance: str, keys: bytes) -> None:
-        """A sequence with these keys was sent there."""
-
-    def came_true(self, instance: str, predicted_tokens: int, actual_tokens: int) -> None:
-        """What was predicted of a placement, and what the instance found in its cache."""
-
-
-class NoFinder:
-    """Nothing is known of caches."""
-
-    listens = False
-
-    def attached(self, instance: str) -> bool:
-        return False
-
-    def events(self, instance: str, events: KvEvents) -> bool:
-        return True
-
-    def snapshot(self, instance: str, snapshot: Snapshot) -> None:
-        pass
-
-    def gone(self, instance: str) -> None:
-        pass
-
-    def hits(self, keys: bytes, names: Sequence[str]) -> tuple[Floats, Floats] | None:
-        return None
-
-    def submitted(self, instance: str, keys: bytes) -> None:
-        pass
-
-    def came_true(self, instance: str, predicted_tokens: int, actual_tokens: int) -> None:
-        pass
+#: Waiting sequences of an instance, the newest, whose prompts are compared with a new one's.
+_LOOKED_AT = 8
 
 
 @dataclass(slots=True)
@@ -89,14 +36,11 @@ class Prospects:
     num_decisions: int = 0
 
     def request(
-        self, entry: Entry, names: Sequence[str], prefilled_on: str | None, now: float
+        self, entry: Entry, able: Sequence[Instance], prefilled_on: str | None, now: float
     ) -> RouteRequest:
-        """`entry` as the policies see it, with hits in the order of `names`."""
+        """`entry` as the policies see it, with hits in the order of `able`."""
         self.num_decisions += 1
-        found = None
-        if self.model_digest:
-            found = self.finder.hits(entry.block_keys(self.model_digest), names)
-        device_hits, tier_hits = found or (None, None)
+        device_hits, tier_hits = self._hits(entry, able)
         left_s = None
         if entry.ttft_slo_s is not None and not entry.emitted:
             left_s = entry.accepted_s + entry.ttft_slo_s - now
@@ -113,14 +57,35 @@ class Prospects:
             number=self.num_decisions,
         )
 
-    def came_true(self, record: Record, instance: Instance) -> None:
-        """The first token of the present placement is here."""
-        placement = record.present
-        assert placement is not None
-        if placement.predicted_cached_tokens is not None and placement.cached_tokens is not None:
-            self.finder.came_true(
-                instance.name, placement.predicted_cached_tokens, placement.cached_tokens
-            )
+    def _hits(
+        self, entry: Entry, able: Sequence[Instance]
+    ) -> tuple[Floats, Floats] | tuple[None, None]:
+        keys = entry.block_keys(self.model_digest)
+        found = self.finder.hits(keys, [i.name for i in able])
+        if found is None or not keys:
+            return found or (None, None)
+        device, tiers = found
+        for place, instance in enumerate(able):
+            soon = _soon_there(keys, instance, self.model_digest)
+            if soon > device[place]:
+                device[place] = soon
+        return device, np.maximum(tiers, device)
+
+    def placed(self, instance: Instance, placement: PlacementRecord, now: float) -> None:
+        decision = placement.decision
+        if decision is not None:
+            chosen = [c for c in decision.candidates if c.instance == instance.name]
+            instance.experience.prefill.observe(now, sum(c.prefill_s for c in chosen))
+
+    def came_true(self, instance: Instance, placement: PlacementRecord) -> None:
+        """The first token of a placement is here."""
+        seen, predicted_s = instance.experience, placement.predicted_ttft_s
+        if predicted_s and placement.actual_ttft_s and placement.is_prefill:
+            seen.ttft.observe(predicted_s, placement.actual_ttft_s)
+        predicted, actual = placement.predicted_cached_tokens, placement.cached_tokens
+        # What a peer did not give in time is no fault of the index.
+        if predicted is not None and actual is not None and placement.source is None:
+            self.finder.came_true(instance.name, predicted, actual, placement.num_tokens)
 
     def ended(self, output_tokens: int) -> None:
         if not self.mean_output_tokens:
@@ -132,6 +97,23 @@ class Prospects:
         most = entry.sampling.max_tokens - len(entry.emitted)
         usual = round(self.mean_output_tokens) - len(entry.emitted)
         return most if self.mean_output_tokens == 0.0 else max(1, min(most, usual))
+
+
+def _soon_there(keys: bytes, instance: Instance, digest: str) -> int:
+    """Leading tokens that `instance` is about to compute for others. Keys are chained: where two
+    agree, so does everything before them."""
+    most = 0
+    for waiting, _ in zip(reversed(instance.waiting.values()), range(_LOOKED_AT)):
+        theirs = waiting.block_keys(digest)
+        if theirs[:KEY_BYTES] != keys[:KEY_BYTES]:
+            continue
+        low, high = 1, min(len(keys), len(theirs)) // KEY_BYTES
+        while low < high:
+            middle = (low + high + 1) // 2
+            at = slice((middle - 1) * KEY_BYTES, middle * KEY_BYTES)
+            low, high = (middle, high) if theirs[at] == keys[at] else (low, middle - 1)
+        most = max(most, low)
+    return most * BLOCK_TOKENS
 
 
 def _why_whole(entry: Entry) -> str:

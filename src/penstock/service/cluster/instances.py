@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from penstock.protocol.instance import InstanceCard, Load, Role
+from penstock.service.cluster.outcomes import Outcomes
 from penstock.service.journal import Entry, Reservation
+from penstock.service.policies.correction import PrefillShare, TransferFitter, TtftCorrection
 
 #: connecting: known, not attached yet · active: takes work · suspect: silent, takes no new work ·
 #: lost: its sequences have been placed elsewhere or wait for an instance
@@ -24,6 +26,15 @@ class Others:
 
 
 NO_OTHERS = Others()
+
+
+@dataclass(slots=True)
+class Experience:
+    """What has been seen of an instance, as far as predictions go by it."""
+
+    ttft: TtftCorrection = field(default_factory=TtftCorrection)
+    prefill: PrefillShare = field(default_factory=PrefillShare)
+    transfer: TransferFitter = field(default_factory=TransferFitter)
 
 
 @dataclass(slots=True)
@@ -60,10 +71,20 @@ class Instance:
     running: int = 0
     running_tokens: int = 0
     entries: dict[str, Entry] = field(default_factory=dict)
+    #: Those of the entries that have had no token here yet.
+    waiting: dict[str, Entry] = field(default_factory=dict)
     #: Sequences that are to decode here when their prompt has been computed elsewhere.
     coming: dict[str, Entry] = field(default_factory=dict)
     #: Work of other services, as of the last `Load`.
-    others: Others = field(default_factory=lambda: NO_OTHERS)
+    others: Others = NO_OTHERS
+    experience: Experience = field(default_factory=Experience)
+    #: Predicted end of the step under way, by our clock.
+    step_ends_s: float = 0.0
+    #: Something has changed that policies see (`LiveView`).
+    touched: bool = True
+    #: What became of the work placed here, and how often the role has changed.
+    outcomes: Outcomes = field(default_factory=Outcomes)
+    role_changes: int = 0
 
     @property
     def incarnation(self) -> int:
@@ -99,6 +120,7 @@ class Instance:
         self.refusal = ""
         self.draining = False
         self.attach_tries = 0
+        self.touched = True
         self.heard(now)
 
     def is_now(self, role: Role, epoch: int) -> bool:
@@ -106,14 +128,18 @@ class Instance:
         if epoch < self.epoch:
             return False  # overtaken on the way
         changed = role != self.role
+        self.touched = True
+        self.role_changes += changed
         self.role, self.epoch, self.epoch_in_doubt = role, epoch, False
         return changed
 
-    def loaded(self, load: Load) -> None:
+    def loaded(self, load: Load, now: float) -> None:
         self.load = load
+        self.step_ends_s = now + load.step_end_in_s
+        self.touched = True
         waiting, running = sum(load.waiting.values()), sum(load.running.values())
         beyond = max(0, waiting + running - len(self.entries))
-        queued = min(beyond, max(0, waiting - (len(self.entries) - self.running)))
+        queued = min(beyond, max(0, waiting - len(self.waiting)))
         self.others = Others(
             queued=queued,
             queued_tokens=max(0, load.waiting_tokens - self.queued_tokens) if queued else 0,
@@ -126,19 +152,36 @@ class Instance:
     def place(self, entry: Entry, cached_tokens: int) -> None:
         entry.instance = self.name
         entry.queued_tokens = max(1, entry.num_tokens - cached_tokens)
-        self.entries[entry.key] = entry
+        self.entries[entry.key] = self.waiting[entry.key] = entry
+        self.touched = True
         self.queued_tokens += entry.queued_tokens
 
     def started(self, entry: Entry) -> None:
         """The first token of this placement has come."""
+        del self.waiting[entry.key]
         self.queued_tokens -= entry.queued_tokens
         self.running += 1
         self.running_tokens += entry.num_tokens
         entry.queued_tokens = 0
 
+    def grew(self, num_tokens: int) -> None:
+        """Sequences that run here have so many more tokens."""
+        self.running_tokens += num_tokens
+        self.touched = True
+
+    def expects(self, entry: Entry) -> None:
+        self.coming[entry.key] = entry
+        self.touched = True
+
+    def expects_no_more(self, entry: Entry) -> None:
+        del self.coming[entry.key]
+        self.touched = True
+
     def unplace(self, entry: Entry) -> None:
         del self.entries[entry.key]
+        self.touched = True
         if entry.queued_tokens:
+            del self.waiting[entry.key]
             self.queued_tokens -= entry.queued_tokens
         else:
             self.running -= 1
