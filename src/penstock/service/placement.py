@@ -229,6 +229,7 @@ class Placement:
             entry.pulls_from = None
             placement = entry.record.started(row.cached_tokens, row.queued_s, now)
             self.prospects.came_true(instance, placement)
+            instance.outcomes.started(placement, now)
         if not entry.emitted:
             self.num_queued -= 1
         entry.emitted += row.ids
@@ -368,7 +369,9 @@ class Placement:
         self, entry: Entry, end: str, now: float, keep_reserved: bool = False
     ) -> list[Effect]:
         if entry.instance is not None:
-            self.instances[entry.instance].unplace(entry)
+            instance = self.instances[entry.instance]
+            instance.unplace(entry)
+            instance.outcomes.left(entry.record, len(entry.emitted), entry.progress_s)
             entry.pulls_from = None
             entry.record.left(end, len(entry.emitted), entry.progress_s, now)
         return [] if keep_reserved else self._cancel_reservation(entry)
