@@ -21,7 +21,7 @@ def kv_aware(view: ClusterView, request: RouteRequest) -> Decision:
     return Decision(
         policy="kv-aware",
         instance=view.names[best[0]],
-        candidates=tuple(o.candidate(j, request.num_tokens) for j in best),
+        candidates=o.candidates(best),
         reason=f"{explain(o, best[0], request)}{o.doubt(best[0])}",
         source=source,
         source_tokens=source_tokens,
@@ -30,7 +30,7 @@ def kv_aware(view: ClusterView, request: RouteRequest) -> Decision:
 
 def explain(o: Outlook, i: int, request: RouteRequest) -> str:
     """One sentence about instance `i`, with the numbers that decided."""
-    c = o.candidate(i, request.num_tokens)
+    c = o.candidate(i)
     source, _ = o.source_of(i)
     if source is not None:
         cached = f"fetches {c.hit_tokens} of {request.num_tokens} tokens from {source} in "

@@ -17,7 +17,7 @@ from penstock.protocol.instance import Role
 from penstock.protocol.kv import BLOCK_TOKENS
 from penstock.service.policies import predict
 from penstock.service.policies.forecast import Work
-from penstock.service.policies.view import ROLES, Bools, ClusterView, Floats
+from penstock.service.policies.view import ROLES, Bools, ClusterView, Floats, Speeds
 
 ANY, PREFILL, DECODE = ROLES.index("any"), ROLES.index("prefill"), ROLES.index("decode")
 P_TO_D, D_TO_P = ROLES.index("prefill_to_decode"), ROLES.index("decode_to_prefill")
@@ -166,9 +166,7 @@ def _usable(service_s: Floats, slo_s: float | None) -> Floats:
     return usable
 
 
-def _decode_rate(
-    view: ClusterView, s: predict.Speeds, context: float, slo_s: float | None
-) -> Floats:
+def _decode_rate(view: ClusterView, s: Speeds, context: float, slo_s: float | None) -> Floats:
     """Output tokens a second with as many sequences as slots, blocks and the TPOT allow."""
     mean = max(context, 1.0)
     rows = np.minimum(view.max_running, view.total_blocks * BLOCK_TOKENS / mean)

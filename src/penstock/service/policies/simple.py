@@ -34,7 +34,7 @@ def least_load(view: ClusterView, request: RouteRequest) -> Decision:
     o = look(view, blind)
     best = best_few(by_time(o))
     i = best[0]
-    kept = tuple(o.candidate(j, request.num_tokens) for j in best)
+    kept = o.candidates(best)
     reason = (
         f"{view.names[i]} answers first: {int(view.queued_tokens[i])} tokens queued, "
         f"{int(view.running[i])} sequences running, "
@@ -46,5 +46,5 @@ def least_load(view: ClusterView, request: RouteRequest) -> Decision:
 def by_time(o: Outlook) -> Floats:
     """Predicted TTFT as a score; equal times (nothing measured yet) are told apart by tokens and
     sequences, at a picosecond each."""
-    score: Floats = o.ttft_s + 1e-12 * (o.view.queued_tokens + o.view.running - o.hits)
+    score: Floats = o.ttft_s + 1e-12 * (o.view.queued_tokens + o.view.running - o.hits_WI[0])
     return score

@@ -29,34 +29,130 @@ from penstock.service.policies.view import (
     Decision,
     Floats,
     RouteRequest,
+    best_few,
 )
 
 
 def slo_aware(view: ClusterView, request: RouteRequest) -> Decision:
     assert view.names, "a decision needs at least one candidate"
-    o = look(view, request)
-    if request.prefilled_on in view.names:
-        return _after_prefill(o, request, view.names.index(request.prefilled_on or ""))
-    together = _together(o, request)
+    stakes = _Stakes.of(look(view, request), request)
+    if request.prefilled_on is not None:
+        return _after_prefill(stakes, request.prefilled_on)
+    together = _together(stakes)
     why = request.aggregated_because or _why_not_split(view)
     if why:
-        return _decision(o, request, together, f"together because {why}")
-    apart = _apart(o, request)
+        return _decision(stakes, together, f"prefill and decode together, since {why}")
+    apart = _apart(stakes)
     best, other = sorted((together, apart), key=lambda plan: (plan.broken, plan.cost_s))
-    return _decision(o, request, best, _compare(best, other), _wanted_switch(o, request, best))
+    return _decision(stakes, best, _compare(best, other))
+
+
+# --- numbers --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Stakes:
+    """What placing the request on each instance would mean. Arrays of length I."""
+
+    look: Outlook
+    request: RouteRequest
+    #: Output tokens to count with, at least one.
+    output: int
+    #: TTFT not in time; TPOT too long; and a step with a prompt in it too long for who decodes.
+    late: Bools
+    over: Bools
+    holds_up: Bools
+    #: How much longer all that decode there wait, together: for the prompt; for each output token.
+    prompt_delays_s: Floats
+    token_delays_s: Floats
+
+    @classmethod
+    def of(cls, o: Outlook, request: RouteRequest) -> _Stakes:
+        view, s, q, n = o.view, o.speeds, o.queues, request.num_tokens
+        ttft_slo_s = np.inf if request.ttft_slo_s is None else request.ttft_slo_s
+        never: Bools = np.zeros(len(view.names), dtype=np.bool_)
+        over = holds_up = never
+        if request.tpot_slo_s is not None:
+            over = o.tpot_s > request.tpot_slo_s
+            mixed_s = q.prompt_step_s + np.minimum(q.room, n) * s.token_s
+            holds_up = (mixed_s > request.tpot_slo_s) & (view.running > 0.0)
+        return cls(
+            o,
+            request,
+            max(request.expected_output_tokens, 1),
+            o.ttft_s > ttft_slo_s,
+            over,
+            holds_up,
+            # What comes after the queue. Some of it may be waiting for blocks, which holds nobody
+            # up; never more than computing them would.
+            view.running * (o.ttft_s - s.ratio * q.queue_s),
+            view.running * (s.decode_s + n * s.read_s),
+        )
+
+    def transfer_s(self, p: int, d: int) -> float:
+        """From the first token on p to the next step on d, as far as it shows: blocks go as chunks
+        finish, so what shows is the last chunk, or what the link is slower than the prefill; then
+        the sequence waits for the step under way."""
+        o, n = self.look, self.request.num_tokens
+        view, t = o.view, o.view.transfer
+        if p == d:
+            return 0.0
+        near = view.hosts[p] == view.hosts[d]
+        once, token = (t.map_s, t.map_token_s) if near else (t.copy_s, t.copy_token_s)
+        once_s = float(once[d] if isinstance(once, np.ndarray) else once)
+        token_s = float(token[d] if isinstance(token, np.ndarray) else token)
+        last = min(float(n), float(o.queues.room[p]))
+        prefill_s = float(o.prefill_WI[o.way(p), p])
+        shows_s = max(last * token_s, n * token_s - prefill_s)
+        return once_s + shows_s + 0.5 * float(o.queues.step_s[d])
+
+    def decode_cost_s(self, i: int) -> float:
+        """All output tokens on instance `i`: for the request and for those it joins."""
+        return self.output * float(self.look.tpot_s[i] + self.token_delays_s[i])
+
+
+# --- pools ----------------------------------------------------------------------------------------
+
+
+def _mask(*roles: Role) -> Bools:
+    mask: Bools = np.array([role in roles for role in ROLES])
+    return mask
+
+
+#: Worse than any cost: a million seconds for each SLO that is missed.
+_BROKEN_S = 1e6
+_ENCODE = _mask("encode")
+_SPLIT = _mask("prefill", "decode")
+_PREFILL, _TURNING_TO_PREFILL = _mask("prefill", "any"), _mask("decode_to_prefill")
+_DECODE, _TURNING_TO_DECODE = _mask("decode", "any"), _mask("prefill_to_decode")
+
+
+def _why_not_split(view: ClusterView) -> str:
+    if len(view.names) < 2:
+        return "there is one instance only"
+    if not _SPLIT[view.roles].any():
+        return "no instance has a role"
+    return ""
+
+
+def _least(score: Floats, members: Bools) -> int:
+    """The place of the least score among the members, or among all if there are none."""
+    return int(np.where(members, score, np.inf).argmin() if members.any() else score.argmin())
+
+
+# --- plans ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
     prefill: int
     decode: int
-    #: SLOs that are predicted to be missed, the request's own and those of the sequences it joins.
+    #: SLOs predicted to be missed, the request's own and those of the sequences it joins.
     broken: int
     #: What the request waits, and what it makes others wait.
     own_s: float
     others_s: float
     transfer_s: float
-    tpot_s: float
     #: By instance, for the list of candidates.
     score: Floats
 
@@ -64,256 +160,157 @@ class _Plan:
     def cost_s(self) -> float:
         return self.own_s + self.others_s
 
-    @property
-    def name(self) -> str:
-        return "together" if self.prefill == self.decode else "apart"
 
-
-# --- pools ---------------------------------------------------------------------------------------
-
-
-def pool(view: ClusterView, *roles: Role) -> Bools:
-    """Instances whose role is one of these."""
-    found: Bools = np.isin(view.roles, [ROLES.index(role) for role in roles])
-    return found
-
-
-def _first_pool(pools: tuple[Bools, ...]) -> Bools:
-    """The first one with an instance in it; any instance, if none has."""
-    return next((p for p in pools if p.any()), np.ones_like(pools[0]))
-
-
-def _why_not_split(view: ClusterView) -> str:
-    if len(view.names) < 2:
-        return "there is one instance only"
-    if not pool(view, "prefill", "decode").any():
-        return "no instance has a role"
-    return ""
-
-
-# --- plans ---------------------------------------------------------------------------------------
-
-
-def _together(o: Outlook, request: RouteRequest) -> _Plan:
+def _together(k: _Stakes) -> _Plan:
     """Prefill and decode on the one instance where that costs least."""
-    view = o.view
-    output = max(request.expected_output_tokens, 1)
-    tpot = predict.tpot_s(view, o.speeds, request.num_tokens)
-    own = o.ttft_s + output * tpot
-    others = view.running * o.prefill_s + output * _slows(o, request.num_tokens)
-    broken = _late(o, request).astype(np.float64)
-    if request.tpot_slo_s is not None:
-        holds_up = (view.running > 0) & (_mixed_step_s(o) > request.tpot_slo_s)
-        broken += (tpot > request.tpot_slo_s) | holds_up
-    score = own + others + np.where(pool(view, "encode"), np.inf, 0.0)
-    if not np.isfinite(score).any():
-        score = own + others
-    i = _lexmin(broken, score)
-    return _Plan(i, i, int(broken[i]), float(own[i]), float(others[i]), 0.0, float(tpot[i]), score)
+    o = k.look
+    own = o.ttft_s + k.output * o.tpot_s
+    others = k.prompt_delays_s + k.output * k.token_delays_s
+    cost = own + others
+    broken = k.late.astype(np.float64) + k.over + k.holds_up
+    # Broken SLOs go before any cost, and an instance that encodes is the last resort.
+    score = cost + _BROKEN_S * (broken + 4.0 * _ENCODE[o.view.roles])
+    i = int(score.argmin())
+    return _Plan(i, i, int(broken[i]), float(own[i]), float(others[i]), 0.0, score)
 
 
-def _apart(o: Outlook, request: RouteRequest) -> _Plan:
+def _apart(k: _Stakes) -> _Plan:
     """Prefill where the report's first level says, decode where its second level does."""
-    view = o.view
-    output = max(request.expected_output_tokens, 1)
-    p, late = _prefill_place(o, request)
-    d, tpot, over = _decode_place(o, request, besides=p)
-    transfer_s = _transfer_s(o, request.num_tokens, p, d)
-    own = float(o.ttft_s[p]) + transfer_s + output * tpot
-    others = float(view.running[p] * o.prefill_s[p] + output * _slows(o, request.num_tokens)[d])
-    broken = int(late) + int(over)
-    if request.tpot_slo_s is not None and not over:
-        holds_up = view.running[p] > 0 and _mixed_step_s(o)[p] > request.tpot_slo_s
-        broken += int(holds_up)
-    return _Plan(p, d, broken, own, others, transfer_s, tpot, _work_s(o))
+    o = k.look
+    p = _prefill_place(k)
+    d = _decode_place(k, besides=p)
+    transfer_s = k.transfer_s(p, d)
+    own_s = float(o.ttft_s[p]) + transfer_s + k.output * float(o.tpot_s[d])
+    others_s = float(k.prompt_delays_s[p]) + k.output * float(k.token_delays_s[d])
+    broken = int(k.late[p]) + int(k.over[d]) + int(k.holds_up[p])
+    return _Plan(p, d, broken, own_s, others_s, transfer_s, o.ttft_s)
 
 
-def _prefill_place(o: Outlook, request: RouteRequest) -> tuple[int, bool]:
-    """First level: the least queue whose TTFT holds, in P, then in D→P; without one, the least
-    TTFT of both, and True for late."""
-    view = o.view
-    mine = pool(view, "prefill", "any")
-    turning = pool(view, "decode_to_prefill")
-    late = _late(o, request)
-    for members in (mine, turning):
-        holding = members & ~late
-        if holding.any():
-            return int(np.where(holding, _work_s(o), np.inf).argmin()), False
-    members = _first_pool((mine | turning,))
-    return int(np.where(members, o.ttft_s, np.inf).argmin()), True
+def _prefill_place(k: _Stakes) -> int:
+    """First level: in P, then in D→P, the least queue whose TTFT holds; if nobody holds it, the
+    least of both. The request's own work counts as queued with the rest, or a cached prefix would
+    be worth nothing: so the least queue is the least TTFT."""
+    roles, ttft_s = k.look.view.roles, k.look.ttft_s
+    mine, turning = _PREFILL[roles], _TURNING_TO_PREFILL[roles]
+    p = _least(ttft_s, mine)
+    if k.late[p] or not mine[p]:
+        p = _least(ttft_s, mine | turning)
+    return p
 
 
-def _decode_place(
-    o: Outlook, request: RouteRequest, *, besides: int | None = None
-) -> tuple[int, float, bool]:
-    """Second level: in D, then in P→D, the fewest running tokens under the fitted limit; without
-    one, the least TPOT, and True for over. Returns (instance, its TPOT, over)."""
-    view, n = o.view, request.num_tokens
-    tpot = predict.tpot_s(view, o.speeds, n)
-    over = _over_limit(o, request)
-    free = np.ones_like(over)
+def _decode_place(k: _Stakes, *, besides: int | None) -> int:
+    """Second level: in D, then in P→D, the fewest running tokens within the TPOT; if nobody holds
+    it, the least TPOT of both."""
+    view = k.look.view
+    mine, turning = _DECODE[view.roles], _TURNING_TO_DECODE[view.roles]
+    others = np.ones(len(mine), dtype=np.bool_)
     if besides is not None and len(view.names) > 1:
-        free[besides] = False
-    mine = pool(view, "decode", "any") & free
-    turning = pool(view, "prefill_to_decode") & free
+        others[besides] = False
     for members in (mine, turning):
-        holding = members & ~over
+        holding = members & others & ~k.over
         if holding.any():
-            i = int(np.where(holding, view.running_tokens, np.inf).argmin())
-            return i, float(tpot[i]), False
-    members = _first_pool((mine | turning, free))
-    i = int(np.where(members, tpot, np.inf).argmin())
-    return i, float(tpot[i]), bool(over[i])
+            return _least(view.running_tokens, holding)
+    members = (mine | turning) & others
+    return _least(k.look.tpot_s, members if members.any() else others)
 
 
-def _after_prefill(o: Outlook, request: RouteRequest, p: int) -> Decision:
-    """Where to go on: there, if it is to decode at all and holds the SLO; else by second level."""
-    view, n = o.view, request.num_tokens
-    output = max(request.expected_output_tokens, 1)
-    d, tpot, over = _decode_place(o, request, besides=p)
-    tpots = predict.tpot_s(view, o.speeds, n)
-    transfer_s = _transfer_s(o, n, p, d)
-    slows = _slows(o, n)
-    stay_s = output * float(tpots[p] + slows[p])
-    go_s = transfer_s + output * float(tpot + slows[d])
-    stays = bool(~_over_limit(o, request)[p]) and (over or stay_s <= go_s)
-    chosen = p if stays or d == p else d
-    if chosen == p:
-        reason = f"{view.names[p]} goes on decoding what it prefilled"
+def _after_prefill(k: _Stakes, prefilled_on: str) -> Decision:
+    """The second level with the KV at hand: stay where the prefill was if the TPOT holds there (or
+    nowhere) and going costs more; else go."""
+    o, n = k.look, k.request.num_tokens
+    names = o.view.names
+    p = names.index(prefilled_on) if prefilled_on in names else None
+    d = _decode_place(k, besides=p)
+    where = f"{names[d]} ({int(o.view.running_tokens[d])} tokens running)"
+    chosen, switch = d, None
+    if p is None:
+        reason = f"{names[d]} goes on: {prefilled_on}, where it was, takes no work; {where} has the"
+        reason += f" fewest, {1e3 * float(o.tpot_s[d]):.2f} ms a token"
     else:
-        reason = f"{view.names[d]} decodes what {view.names[p]} prefilled"
-    reason += (
-        f": {1e3 * stay_s:.1f} ms to the end there, {1e3 * go_s:.1f} ms on {view.names[d]} "
-        f"({int(view.running_tokens[d])} tokens running) with {1e3 * transfer_s:.1f} ms of transfer"
-    )
+        transfer_s = k.transfer_s(p, d)
+        stay_s, go_s = k.decode_cost_s(p), transfer_s + k.decode_cost_s(d)
+        stays = (bool(k.over[p]), stay_s) <= (bool(k.over[d]), go_s)
+        chosen = p if stays or d == p else d
+        reason = (
+            f"{names[chosen]} goes on with what {names[p]} prefilled: {1e3 * stay_s:.1f} ms to the "
+            f"end on {names[p]} ({1e3 * float(o.tpot_s[p]):.2f} ms a token), {1e3 * go_s:.1f} ms "
+            f"on {where} with {1e3 * transfer_s:.1f} ms of transfer"
+        )
+    if k.over[chosen]:
+        switch = _to_decode(k)
+        reason += _limit_words(k, chosen)
     return Decision(
         policy="slo-aware",
-        instance=view.names[chosen],
-        candidates=tuple(o.candidate(i, n) for i in dict.fromkeys((chosen, p, d))),
+        instance=names[chosen],
+        candidates=o.candidates(dict.fromkeys(i for i in (chosen, p, d) if i is not None)),
         reason=reason + o.doubt(chosen),
-        source=None if chosen == p else view.names[p],
+        source=None if chosen == p else prefilled_on,
         source_tokens=0 if chosen == p else n,
-        wants_switch=_switch_to_decode(o) if over and not stays else None,
+        wants_switch=switch,
     )
 
 
-# --- numbers -------------------------------------------------------------------------------------
+# --- switches -------------------------------------------------------------------------------------
 
 
-def _late(o: Outlook, request: RouteRequest) -> Bools:
-    slo_s = np.inf if request.ttft_slo_s is None else request.ttft_slo_s
-    late: Bools = o.ttft_s > slo_s
-    return late
+def _wanted_switch(k: _Stakes, plan: _Plan) -> str | None:
+    """Nobody holds the TTFT: one that decodes should turn to prefill. Nobody holds the TPOT: the
+    other way round."""
+    if k.late[plan.prefill]:
+        return _to_prefill(k)
+    return _to_decode(k) if k.over[plan.decode] else None
 
 
-def _over_limit(o: Outlook, request: RouteRequest) -> Bools:
-    """Would this sequence be one too many for the TPOT wanted?"""
-    view, n = o.view, request.num_tokens
-    if request.tpot_slo_s is None:
-        over: Bools = np.zeros(len(view.names), dtype=np.bool_)
-        return over
-    total = view.running_tokens + n
-    mean = total / (view.running + 1.0)
-    over = total > predict.tpot_limit_tokens(view, o.speeds, request.tpot_slo_s, mean)
-    return over
+def _to_prefill(k: _Stakes) -> str | None:
+    view = k.look.view
+    decoding = view.roles == ROLES.index("decode")
+    if decoding.sum() < 2:
+        return None
+    return view.names[_least(view.running_tokens, decoding)]
 
 
-def _work_s(o: Outlook) -> Floats:
-    """The queue that the request would leave behind: what is there and what it brings. Its own work
-    is counted, or a cached prefix would be worth nothing."""
-    work: Floats = o.speeds.ratio * (o.queues.queue_s + o.prefill_s)
-    return work
+def _to_decode(k: _Stakes) -> str | None:
+    view = k.look.view
+    prefilling = view.roles == ROLES.index("prefill")
+    if prefilling.sum() < 2:
+        return None
+    return view.names[_least(k.look.queues.queue_s, prefilling)]
 
 
-def _mixed_step_s(o: Outlook) -> Floats:
-    """A step that is filled up with prompt tokens."""
-    step: Floats = o.queues.step_s + o.queues.room * o.speeds.token_s + o.speeds.row_s
-    return step
+# --- words ----------------------------------------------------------------------------------------
 
 
-def _slows(o: Outlook, num_tokens: int) -> Floats:
-    """By how much one more sequence delays all others together, for each token it decodes."""
-    s = o.speeds
-    slows: Floats = s.row_s + s.token_s + num_tokens * (s.context_s + s.attention_s)
-    return slows * o.view.running
-
-
-def _transfer_s(o: Outlook, num_tokens: int, p: int, d: int) -> float:
-    """From the first token on p to the next step on d, as far as it shows: blocks go as chunks
-    finish, so what shows is the last chunk, or what the link is slower than the prefill; then the
-    sequence waits for the step under way."""
-    view, t = o.view, o.view.transfer
-    if p == d:
-        return 0.0
-    near = view.hosts[p] == view.hosts[d]
-    once, token = (t.map_s, t.map_token_s) if near else (t.copy_s, t.copy_token_s)
-    once_s, token_s = (float(np.broadcast_to(x, view.hosts.shape)[d]) for x in (once, token))
-    last = min(num_tokens, float(o.queues.room[p]))
-    shows_s = max(last * token_s, num_tokens * token_s - float(o.prefill_s[p]))
-    return once_s + shows_s + 0.5 * float(o.queues.step_s[d])
-
-
-def _lexmin(first: Floats, then: Floats) -> int:
-    """The place of the least `then` among those of the least `first`."""
-    return int(np.where(first == first.min(), then, np.inf).argmin())
-
-
-# --- words ---------------------------------------------------------------------------------------
-
-
-def _decision(
-    o: Outlook, request: RouteRequest, plan: _Plan, because: str, switch: str | None = None
-) -> Decision:
-    view, p, n = o.view, plan.prefill, request.num_tokens
+def _decision(k: _Stakes, plan: _Plan, because: str) -> Decision:
+    o, p = k.look, plan.prefill
     source, source_tokens = o.source_of(p)
-    kept = tuple(o.candidates(plan.score, n))
-    if view.names[p] != kept[0].instance:
-        kept = (o.candidate(p, n), *(c for c in kept if c.instance != view.names[p]))[:4]
-    decode = None if plan.decode == p else view.names[plan.decode]
+    places = [p, *(i for i in best_few(plan.score) if i != p)][:4]
     return Decision(
         policy="slo-aware",
-        instance=view.names[p],
-        candidates=kept,
-        reason=f"{explain(o, p, request)}; {because}{o.doubt(p)}",
-        decode=decode,
+        instance=o.view.names[p],
+        candidates=o.candidates(places),
+        reason=f"{explain(o, p, k.request)}; {because}{o.doubt(p)}",
+        decode=None if plan.decode == p else o.view.names[plan.decode],
         source=source,
         source_tokens=source_tokens,
-        wants_switch=switch,
+        wants_switch=_wanted_switch(k, plan) if plan.broken else None,
     )
 
 
 def _compare(best: _Plan, other: _Plan) -> str:
     def words(plan: _Plan) -> str:
-        moved = f", {1e3 * plan.transfer_s:.1f} ms of transfer" if plan.transfer_s else ""
+        name = "together" if plan.prefill == plan.decode else "apart"
+        moved = f", {1e3 * plan.transfer_s:.1f} ms of it transfer" if plan.transfer_s else ""
         return (
-            f"{1e3 * plan.own_s:.1f} ms for itself and {1e3 * plan.others_s:.1f} ms for others"
-            f"{moved}, {1e3 * plan.tpot_s:.2f} ms a token, {plan.broken} SLOs broken"
+            f"{name} ({1e3 * plan.own_s:.1f} ms for itself{moved}, {1e3 * plan.others_s:.1f} ms "
+            f"for others, {plan.broken} SLOs missed)"
         )
 
-    return f"{best.name} ({words(best)}) rather than {other.name} ({words(other)})"
+    return f"{words(best)} rather than {words(other)}"
 
 
-def _wanted_switch(o: Outlook, request: RouteRequest, plan: _Plan) -> str | None:
-    """Nobody holds the TTFT: one that decodes should turn to prefill. Nobody holds the TPOT: the
-    other way round."""
-    if not plan.broken:
-        return None
-    if _late(o, request)[plan.prefill]:
-        return _switch_to_prefill(o)
-    if _over_limit(o, request)[plan.decode]:
-        return _switch_to_decode(o)
-    return None
-
-
-def _switch_to_prefill(o: Outlook) -> str | None:
-    decoding = pool(o.view, "decode")
-    if decoding.sum() < 2:
-        return None
-    return o.view.names[int(np.where(decoding, o.view.running_tokens, np.inf).argmin())]
-
-
-def _switch_to_decode(o: Outlook) -> str | None:
-    prefilling = pool(o.view, "prefill")
-    if prefilling.sum() < 2:
-        return None
-    return o.view.names[int(np.where(prefilling, o.queues.queue_s, np.inf).argmin())]
+def _limit_words(k: _Stakes, i: int) -> str:
+    view, slo_s = k.look.view, k.request.tpot_slo_s
+    assert slo_s is not None
+    mean = float((view.running_tokens[i] + k.request.num_tokens) / (view.running[i] + 1.0))
+    limit = predict.tpot_limit_tokens(view, k.look.speeds, slo_s, mean)[i]
+    return f"; nobody is under the limit for {1e3 * slo_s:g} ms a token, {limit:.0f} tokens there"

@@ -43,6 +43,24 @@ class TransferCosts:
     tier_token_s: Floats | float = 5e-5
 
 
+@dataclass(frozen=True, slots=True)
+class Speeds:
+    """Cost coefficients fit for use: none negative, and those of the fleet where an instance's own
+    are not believed. Arrays of length I, seconds. See `predict.speeds`."""
+
+    base_s: Floats
+    token_s: Floats
+    row_s: Floats
+    #: Reading a token of context, once for each row and once for each new token.
+    context_s: Floats
+    attention_s: Floats
+    #: One more sequence that decodes: its row and its token; and each token of its context.
+    decode_s: Floats
+    read_s: Floats
+    ratio: Floats
+    believed: Bools
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterView:
     """The instances that may take work now, as parallel arrays of length I.
@@ -86,6 +104,9 @@ class ClusterView:
     #: what a sequence that decodes there has to expect. None: not known, taken for 0.
     prefill_share: Floats | None = None
     transfer: TransferCosts = field(default_factory=TransferCosts)
+    #: `predict.speeds` of this view, where whoever keeps it has them: they change with heartbeats,
+    #: not with requests. None: worked out for each decision.
+    speeds: Speeds | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,5 +183,5 @@ def best_few(score: Floats, keep: int = _KEPT) -> list[int]:
     """Places of the smallest scores, best first. A tie for the best goes to the first place."""
     first = int(score.argmin())
     few = score.argpartition(keep)[:keep] if len(score) > keep else np.arange(len(score))
-    rest = sorted((int(i) for i in few if i != first), key=lambda i: (float(score[i]), i))
-    return [first, *rest][:keep]
+    ranked = sorted(zip(score[few].tolist(), few.tolist()))
+    return [first, *(i for _, i in ranked if i != first)][:keep]
