@@ -13,8 +13,12 @@ from tests.helpers.asgi_call import AsgiCall
 from tests.helpers.fake_generator import FakeGenerator
 from tests.helpers.live_fake import small_texts
 
+from penstock.protocol.instance import CostModel, Load, MoveCounts, TierLoad
 from penstock.service.api.app import create_app
 from penstock.service.api.config import ApiConfig
+from penstock.service.cluster.outcomes import Outcomes
+from penstock.service.explain import PlacementRecord
+from penstock.service.generation import ServiceStatus
 from penstock.service.metrics import CONTENT_TYPE, Histogram, Metrics
 
 
@@ -140,3 +144,71 @@ def test_gauges_are_exact_whatever_happens(
     assert (metrics.waiting, metrics.running) == (0, 0)
     assert sum(metrics.finished.values()) == n * prompts
     assert metrics.finished[end] == sum(s != "ended" for s in state.values())
+
+
+def cluster_samples(*instances: dict[str, object], **facts: object) -> dict[str, float]:
+    status = ServiceStatus(True, True, "", 0, list(instances), 1, dict(facts))
+    return samples(Metrics("m", lambda: status))
+
+
+def test_what_is_said_of_an_instance_in_a_cluster() -> None:
+    outcomes = Outcomes()
+    placement = PlacementRecord(
+        attempt=1, instance="a", at_s=0.0, because="new", decision=None, num_tokens=64,
+        predicted_ttft_s=0.5, predicted_cached_tokens=48, actual_ttft_s=0.75, cached_tokens=16,
+    )  # fmt: skip
+    outcomes.started(placement, 1.0)
+    load = load_of(
+        "a", tiers=[TierLoad("host", 30, 60)], moves=[MoveCounts("tcp", 8, 2, 4096, 0.5)]
+    )
+    found = cluster_samples(
+        {
+            "name": "a", "state": "active", "role": "prefill", "epoch": 3, "load": load,
+            "outcomes": outcomes, "role_changes": 2, "silent_s": 0.25, "draining": False,
+        },
+        {"name": "b", "state": "lost"},
+        handovers=4,
+        migrated=5,
+    )  # fmt: skip
+    expected = {
+        "penstock:instance_state{engine=a,state=active}": 1,
+        "penstock:instance_state{engine=b,state=lost}": 1,
+        "penstock:instance_role{engine=a,role=prefill}": 1,
+        "penstock:instance_epoch{engine=a}": 3,
+        "penstock:instance_silent_seconds{engine=a}": 0.25,
+        "penstock:role_changes_total{engine=a}": 2,
+        "penstock:kv_tier_blocks_used{engine=a,tier=host}": 30,
+        "penstock:kv_tier_usage_perc{engine=a,tier=host}": 0.5,
+        "penstock:kv_tier_blocks_used{engine=a,tier=device}": 30,
+        "penstock:kv_transfer_bytes_total{engine=a,means=tcp}": 4096,
+        "penstock:kv_transfer_failed_blocks_total{engine=a,means=tcp}": 2,
+        "penstock:kv_transfer_seconds_total{engine=a,means=tcp}": 0.5,
+        "penstock:ttft_predictions_total{engine=a}": 1,
+        "penstock:ttft_prediction_error_seconds_total{engine=a}": 0.25,
+        "penstock:kv_hit_error_tokens_total{engine=a}": 32,
+        "penstock:sequences_handed_over_total{}": 4,
+        "penstock:sequences_migrated_total{}": 5,
+        "penstock:sequences_resumed_total{}": 1,
+    }
+    assert {name: found.get(name) for name in expected} == expected
+
+
+def test_series_grow_with_instances_and_with_nothing_else() -> None:
+    one = len(cluster_samples({"name": "a", "state": "active", "load": load_of("a")}))
+    two = len(
+        cluster_samples(
+            {"name": "a", "state": "active", "load": load_of("a")},
+            {"name": "b", "state": "active", "load": load_of("b")},
+        )
+    )
+    none = len(cluster_samples())
+    assert two - one == one - none
+
+
+def load_of(name: str, **more: object) -> Load:
+    return Load(
+        instance=name, incarnation=1, number=1, step=7, step_end_in_s=0.0, waiting={}, running={},
+        waiting_tokens=3, running_tokens=4, kv_blocks_used=25, kv_blocks_cached=5,
+        kv_blocks_total=100, preemptions=6, prefix_hit_tokens=160, prefix_query_tokens=320,
+        steps=7, cost=CostModel(), **more,
+    )  # type: ignore[arg-type]  # fmt: skip

@@ -235,6 +235,11 @@ class ServiceDriver:
                 "running_tokens": i.running_tokens,
                 "card": i.card,
                 "load": i.load,
+                "ttft_s": i.outcomes.recent_ttft_s.summary(now),
+                "tpot_s": i.outcomes.recent_tpot_s.summary(now),
+                "ttft_ratio": i.outcomes.ttft_ratio,
+                "role_changes": i.role_changes,
+                "outcomes": i.outcomes,
             }
             for i in self.core.instances.values()
         ]
@@ -258,6 +263,7 @@ class ServiceDriver:
                 "service": self.core.config.name,
                 "handovers": placement.num_handovers,
                 "migrated": placement.num_migrated,
+                "role_changes": sum(i.role_changes for i in self.core.instances.values()),
             },
         )
 

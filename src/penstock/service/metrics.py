@@ -132,14 +132,29 @@ class Metrics(Collector):
             yield family
         if self._status is not None:
             status = self._status()
-            resumed = CounterMetricFamily(
-                PREFIX + "sequences_resumed",
-                "Sequences that went on after they had lost an instance.",
-                labels=["model_name"],
-            )
-            resumed.add_metric([self.model_name], status.num_resumed)
-            yield resumed
+            yield from self._moves(status)
             yield from instance_families(self.model_name, status.instances)
+
+    def _moves(self, status: ServiceStatus) -> Iterator[Metric]:
+        facts = status.facts
+        counters = {
+            "sequences_resumed": (
+                "Sequences that went on after they had lost an instance.",
+                status.num_resumed,
+            ),
+            "sequences_handed_over": (
+                "Sequences prefilled in one place that went on in another.",
+                facts.get("handovers", 0),
+            ),
+            "sequences_migrated": (
+                "Sequences that left an instance that was well.",
+                facts.get("migrated", 0),
+            ),
+        }
+        for name, (text, value) in counters.items():
+            counter = CounterMetricFamily(PREFIX + name, text, labels=["model_name"])
+            counter.add_metric([self.model_name], value)
+            yield counter
 
     def describe(self) -> list[Metric]:
         return []  # nothing to check against: the registry is our own
