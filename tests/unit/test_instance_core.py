@@ -220,7 +220,7 @@ def test_a_service_without_credit_is_paused_and_then_freed() -> None:
     assert bench.launched  # others go on
     while bench.launched:
         bench.step()
-    sent = bench.core._links["s"].sent
+    sent = bench.core._links.get("s").sent
     bench.say(Credit(sent))
     assert bench.launched  # credit resumes it
     for _ in range(30):

@@ -7,17 +7,21 @@ the simulator carries them out. Time is whatever `now` says.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import msgspec
 
 from penstock.engine.admission import check_ids, check_supported
 from penstock.engine.cost import CostFitter
+from penstock.engine.links import Link, Links, terminal_row
+from penstock.engine.memory.tiers.index import NO_TIERS, TierIndex
 from penstock.engine.scheduler.batch import Batch, StepResult
 from penstock.engine.scheduler.scheduler import DuplicateSubmit, Scheduler
-from penstock.engine.scheduler.sequence import SequenceUpdate
 from penstock.engine.step_counts import StepCounts
+from penstock.engine.transfer.exchange import Exchange
+from penstock.engine.transfer.jobs import Moved
+from penstock.engine.transfer.transfers import ExchangeConfig
 from penstock.protocol.codec import PROTOCOL_VERSION, Message
 from penstock.protocol.effects import Effect, Launch, Send, SetTimer, Stop
 from penstock.protocol.errors import (
@@ -41,9 +45,9 @@ from penstock.protocol.instance import (
     Role,
     Snapshot,
 )
-from penstock.protocol.kv import KvEvents, Refused
+from penstock.protocol.kv import Ack, BlocksReady, Fetch, Pull, Refused, Release, Tier
 from penstock.protocol.request import Cancel, Submit
-from penstock.protocol.tokens import Credit, PromptLogprobs, TokenRow, Tokens
+from penstock.protocol.tokens import Credit, TokenRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,20 +70,7 @@ class CoreConfig:
     #: are shorter): late enough to take in new arrivals, early enough that the device never waits.
     prepare_ahead_s: float = 0.006
     prepare_ahead_fraction: float = 0.15
-
-
-@dataclass(slots=True)
-class _Link:
-    """One attached service."""
-
-    incarnation: int
-    kv_events: bool
-    heard_s: float
-    sent: int = 0
-    acknowledged: int = 0
-    kv_sent: int = 0
-    stalled_since_s: float | None = None
-    unreachable_since_s: float | None = None
+    exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +84,17 @@ class _Flight:
 
 class InstanceCore:
     def __init__(
-        self, card: InstanceCard, scheduler: Scheduler, config: CoreConfig | None = None
+        self,
+        card: InstanceCard,
+        scheduler: Scheduler,
+        config: CoreConfig | None = None,
+        *,
+        means: Mapping[str, str] | None = None,
+        endpoints: Mapping[str, str] | None = None,
+        tiers: TierIndex = NO_TIERS,
     ) -> None:
+        """`means` and `endpoints` are those of the data plane (`jobs.Mover`), best first; without
+        them this instance moves no blocks. `tiers`: the books of its slower tiers."""
         self.card = card
         self.scheduler = scheduler
         self.config = config or CoreConfig()
@@ -103,7 +103,10 @@ class InstanceCore:
         self.epoch = 0
         self.draining = False
         self.ready = False
-        self._links: dict[str, _Link] = {}
+        self.exchange = Exchange(
+            card, scheduler, self.config.exchange, means=means, endpoints=endpoints, tiers=tiers
+        )
+        self._links = Links(card, scheduler, self.config.credit_window)
         self._flights: deque[_Flight] = deque()
         self._deadlines: dict[tuple[str, str], tuple[float, int]] = {}
         self._free_at_s = 0.0  # when the device is predicted to have done all it was given
@@ -116,15 +119,18 @@ class InstanceCore:
     # --- what comes in -------------------------------------------------------------------------
 
     def on_message(self, peer: str, message: Message, now: float) -> list[Effect]:
-        if (link := self._links.get(peer)) is not None:
-            link.heard_s = now
+        self._links.heard(peer, now)
         match message:
             case Submit():
                 effects = self._submit(peer, message, now)
             case Cancel():
                 effects = self._cancel(peer, message, now)
             case Credit():
-                effects = self._credit(peer, message)
+                effects = self._links.credit(peer, message)
+            case Fetch():
+                effects = self._fetch(peer, message, now)
+            case Pull() | BlocksReady() | Ack() | Release() | Refused():
+                effects = self.exchange.on_message(peer, message, now)
             case Attach():
                 effects = self._attach(peer, message, now)
             case Detach():
@@ -155,8 +161,15 @@ class InstanceCore:
             self.ready = self.ready or any(row.ids for row in result.rows)
         # Predictions err; what is left in flight starts now, whatever was thought before.
         self._free_at_s = now + sum(f.predicted_s or 0.0 for f in self._flights)
-        published = self._publish(self.scheduler.apply(result), now)
-        return self._settle(published, now, step_done=True)
+        updates = self.scheduler.apply(result)
+        for update in updates:
+            if update.finish is not None:
+                self._deadlines.pop(update.sequence.key, None)
+        return self._settle(self._links.publish(updates, now), now, step_done=True)
+
+    def on_moved(self, moved: Moved, now: float) -> list[Effect]:
+        """A job of the data plane has ended."""
+        return self._settle(self.exchange.on_moved(moved, now), now)
 
     def on_timer(self, now: float) -> list[Effect]:
         effects: list[Effect] = []
@@ -173,16 +186,14 @@ class InstanceCore:
     def on_sent(self, peer: str, taken: bool, now: float) -> None:
         """Whether the transport took a message for `peer`; if not, its process may be gone.
         Heartbeats make sure that this is noticed even if nothing else is sent."""
-        link = self._links.get(peer)
-        if link is None or taken == (link.unreachable_since_s is None):
-            return
-        link.unreachable_since_s = None if taken else now
+        self._links.on_sent(peer, taken, now)
 
     # --- one turn of the loop ------------------------------------------------------------------
 
     def _settle(self, effects: list[Effect], now: float, step_done: bool = False) -> list[Effect]:
         """What every input ends with: keep the device fed, say when to wake up."""
-        wake_s = self._next_beat_s
+        moves = self.exchange.poll(now)
+        wake_s = min(self._next_beat_s, self.exchange.next_s())
         launches: list[Effect] = []
         while len(self._flights) < self.config.overlap_steps:
             prepare_s = self._prepare_at_s()
@@ -194,15 +205,17 @@ class InstanceCore:
                 break
             for newcomer in self.scheduler.newcomers:
                 newcomer.started_s = now
+            self.exchange.touch(self.scheduler.newcomers)
             predicted_s = self.cost.predict(batch)
             follows = step_done or bool(self._flights)
             self._flights.append(_Flight(batch, now, predicted_s, follows))
             self._free_at_s = max(self._free_at_s, now) + (predicted_s or 0.0)
             launches.append(Launch(batch))
             self._idle_beats = 0
-        effects = launches + effects  # the device first: frames can wait while it computes
-        effects += self._kv_events()
-        if self.draining and not self._flights and not self.scheduler.has_work():
+        # The device first: frames can wait while it computes.
+        effects = launches + effects + moves + self._kv_events()
+        busy = self._flights or self.scheduler.has_work() or self.exchange.serves_peers
+        if self.draining and not busy:
             effects.append(Stop())
         effects.append(SetTimer(wake_s))
         return effects
@@ -225,14 +238,13 @@ class InstanceCore:
     # --- messages ------------------------------------------------------------------------------
 
     def _submit(self, peer: str, submit: Submit, now: float) -> list[Effect]:
-        link = self._links.get(peer)
+        link, here = self._links.get(peer), self.card.name
+        stale = any(s.instance == here and s.epoch < self.epoch for s in submit.plan)
         refusal = None
         if link is None or link.incarnation != submit.service_incarnation:
             refusal = ("not_attached", "attach first: this incarnation of the service is unknown")
-        elif self.draining:
-            refusal = ("draining", "the instance is draining and takes nothing new")
-        elif any(s.instance == self.card.name and s.epoch < self.epoch for s in submit.plan):
-            refusal = ("stale_epoch", f"the plan is older than epoch {self.epoch} of this instance")
+        else:
+            refusal = self._refusal(stale)
         if refusal:
             code, reason = refusal
             return [Send(peer, Refused("submit", reason, submit.request_id, submit.attempt, code))]
@@ -242,39 +254,45 @@ class InstanceCore:
             # The scheduler knows services by the name their transport gave them.
             if submit.service != peer:
                 submit = msgspec.structs.replace(submit, service=peer)
-            self.scheduler.add(submit).arrived_s = now
+            stages = {(s.stage, s.instance == here) for s in submit.plan}
+            hands_over = stages >= {("prefill", True), ("decode", False)}
+            seq = self.scheduler.add(submit, hands_over)
+            seq.arrived_s = now
         except DuplicateSubmit:
             return []  # the network has delivered it twice
         except PenstockError as exc:
-            row = _terminal(submit.request_id, submit.attempt, len(submit.resumed_ids), exc)
-            return self._send_rows(peer, [row], now)
+            row = terminal_row(submit.request_id, submit.attempt, len(submit.resumed_ids), exc)
+            return self._links.send_rows(peer, [row], now)
         if submit.total_budget_s is not None:
             key = (peer, submit.request_id)
             self._deadlines[key] = (now + submit.total_budget_s, submit.attempt)
-        return []
+        return self.exchange.on_submit(seq, now)
+
+    def _refusal(self, stale: bool) -> tuple[str, str] | None:
+        """Why nothing new is taken (or not with this plan): code and reason."""
+        if self.draining:
+            return "draining", "the instance is draining and takes nothing new"
+        if stale:
+            return "stale_epoch", f"the plan is older than epoch {self.epoch} of this instance"
+        return None
+
+    def _fetch(self, peer: str, fetch: Fetch, now: float) -> list[Effect]:
+        refusal = self._refusal(stale=fetch.epoch < self.epoch)
+        if self._links.get(peer) is None:
+            refusal = "not_attached", "attach first"
+        if refusal:
+            code, reason = refusal
+            return [Send(peer, Refused("fetch", reason, fetch.request_id, fetch.attempt, code))]
+        return self.exchange.on_fetch(peer, fetch, now)
 
     def _cancel(self, peer: str, cancel: Cancel, now: float) -> list[Effect]:
         key = (peer, cancel.request_id)
+        self.exchange.on_cancel(key, cancel.attempt)
         if not self.scheduler.cancel(key, cancel.attempt):
             return []
         self._deadlines.pop(key, None)
         row = TokenRow(cancel.request_id, cancel.attempt, 0, [], "cancelled")
-        return self._send_rows(peer, [row], now)
-
-    def _credit(self, peer: str, credit: Credit) -> list[Effect]:
-        link = self._links.get(peer)
-        if link is None:
-            # A service that only listens would not notice for long that it is not known here.
-            return [Send(peer, Refused("credit", "attach first", code="not_attached"))]
-        if credit.number > link.sent:
-            return []
-        link.acknowledged = max(link.acknowledged, credit.number)
-        if link.stalled_since_s is not None and self._outstanding(link) <= (
-            self.config.credit_window // 2
-        ):
-            link.stalled_since_s = None
-            self.scheduler.resume(peer)
-        return []
+        return self._links.send_rows(peer, [row], now)
 
     def _attach(self, peer: str, attach: Attach, now: float) -> list[Effect]:
         if attach.protocol_version != PROTOCOL_VERSION:
@@ -289,7 +307,7 @@ class InstanceCore:
             return [Send(peer, Refused("attach", reason, code="stale_incarnation"))]
         if link is None or attach.incarnation > link.incarnation:
             self._forget(peer)
-            self._links[peer] = _Link(attach.incarnation, attach.kv_events, heard_s=now)
+            self._links.add(peer, Link(attach.incarnation, attach.kv_events, heard_s=now))
         card = msgspec.structs.replace(self.card, cost=self.cost.model())
         attached = Attached(card, PROTOCOL_VERSION, self.role, self.epoch)
         self._next_beat_s = now  # a first heartbeat follows at once
@@ -302,8 +320,9 @@ class InstanceCore:
         return []
 
     def _forget(self, peer: str) -> None:
-        self._links.pop(peer, None)
+        self._links.remove(peer)
         self.scheduler.drop_service(peer)
+        self.exchange.on_service_gone(peer)
         self._deadlines = {k: v for k, v in self._deadlines.items() if k[0] != peer}
 
     def _assign(self, peer: str, assign: Assign) -> list[Effect]:
@@ -311,7 +330,9 @@ class InstanceCore:
             reason = f"epoch {assign.epoch} is not newer than {self.epoch}"
             return [Send(peer, Refused("assign", reason, code="stale_epoch"))]
         self.role, self.epoch = assign.role, assign.epoch
-        return [Send(peer, Assigned(self.card.name, self.role, self.epoch))]
+        assigned = Assigned(self.card.name, self.role, self.epoch)
+        told = dict.fromkeys([peer, *self._links])  # everybody, and whoever said it
+        return [Send(service, assigned) for service in told]
 
     def _snapshot(self, peer: str, nonce: int) -> list[Effect]:
         link = self._links.get(peer)
@@ -320,78 +341,24 @@ class InstanceCore:
         live = [
             LiveRequest(s.key[1], s.attempt, s.num_output_tokens) for s in self.scheduler.live(peer)
         ]
-        keys = b"".join(self.scheduler.kv_keys()) if link.kv_events else b""
+        keys, tier_keys, tiers = b"", dict[Tier, bytes](), self.exchange.tiers
+        if link.kv_events:
+            keys = b"".join(self.scheduler.kv_keys())
+            tier_keys = {tier: b"".join(tiers.keys(tier)) for tier in tiers.tiers}
         card = self.card
-        snapshot = Snapshot(card.name, card.incarnation, live, link.kv_sent, keys, nonce)
+        snapshot = Snapshot(card.name, card.incarnation, live, link.kv_sent, keys, nonce, tier_keys)
         return [Send(peer, snapshot)]
 
     # --- what goes out -------------------------------------------------------------------------
 
-    def _publish(self, updates: Iterable[SequenceUpdate], now: float) -> list[Effect]:
-        effects: list[Effect] = []
-        rows: dict[str, list[TokenRow]] = {}
-        card = self.card
-        for update in updates:
-            service, request_id = update.sequence.key
-            attempt = update.sequence.attempt
-            if update.prompt_logprobs:
-                chunk = PromptLogprobs(
-                    card.name,
-                    card.incarnation,
-                    request_id,
-                    attempt,
-                    update.prompt_logprobs_start,
-                    update.prompt_logprobs,
-                )
-                effects.append(Send(service, chunk))
-            if not update.ids and update.finish is None:
-                continue
-            row = TokenRow(
-                request_id,
-                attempt,
-                update.start,
-                update.ids,
-                update.finish,
-                update.stop_token,
-                update.logprobs,
-                update.cached_tokens,
-                update.error,
-                _queued_s(update),
-            )
-            rows.setdefault(service, []).append(row)
-            if update.finish is not None:
-                self._deadlines.pop(update.sequence.key, None)
-        for service, group in rows.items():
-            effects += self._send_rows(service, group, now)
-        return effects
-
-    def _send_rows(self, service: str, rows: list[TokenRow], now: float) -> list[Effect]:
-        link = self._links.get(service)
-        if link is None:
-            return []  # it detached while the step ran; its sequences are already freed
-        link.sent += 1
-        if link.stalled_since_s is None and self._outstanding(link) >= self.config.credit_window:
-            link.stalled_since_s = now
-            self.scheduler.pause(service)
-        card = self.card
-        return [Send(service, Tokens(card.name, card.incarnation, link.sent, rows))]
-
-    @staticmethod
-    def _outstanding(link: _Link) -> int:
-        return link.sent - link.acknowledged
-
     def _kv_events(self) -> list[Effect]:
+        """What has changed in the cache, here and in slower tiers."""
         changes = self.scheduler.take_kv_changes()
-        if not changes:
-            return []
-        card = self.card
-        effects: list[Effect] = []
-        for service, link in self._links.items():
-            if link.kv_events:
-                link.kv_sent += 1
-                events = KvEvents(card.name, card.incarnation, link.kv_sent, changes)
-                effects.append(Send(service, events))
-        return effects
+        tiers = self.exchange.tiers
+        if tiers.enabled:
+            tiers.follow(changes)
+            changes += tiers.take_changes()
+        return self._links.kv_events(changes)
 
     def _beat(self, now: float) -> list[Effect]:
         self._load_number += 1
@@ -422,6 +389,11 @@ class InstanceCore:
             role=self.role,
             epoch=self.epoch,
             draining=self.draining,
+            tiers=self.exchange.tier_loads(),
+            moves=self.exchange.move_counts(),
+            prefills=s.prefills,
+            prefill_tokens_left=s.prefill_tokens_left,
+            decode_context_tokens=s.decode_context_tokens,
         )
 
     def _expire(self, now: float) -> list[Effect]:
@@ -432,13 +404,15 @@ class InstanceCore:
             del self._deadlines[key]
             if self.scheduler.cancel(key, attempt):
                 error = EngineUnavailable("the request's time budget ran out before it finished")
-                effects += self._send_rows(key[0], [_terminal(key[1], attempt, 0, error)], now)
+                effects += self._links.send_rows(
+                    key[0], [terminal_row(key[1], attempt, 0, error)], now
+                )
         return effects
 
     def _free_the_deaf(self, now: float) -> list[Effect]:
         """Services that are gone, or never read, lose their sequences: others need the room."""
         effects: list[Effect] = []
-        for service, link in list(self._links.items()):
+        for service, link in self._links.items():
             gone_s, stalled_s = link.unreachable_since_s, link.stalled_since_s
             unreachable = gone_s is not None and now - gone_s >= self.config.service_lost_s
             if unreachable or now - link.heard_s >= self.config.service_silent_s:
@@ -447,10 +421,10 @@ class InstanceCore:
                 link.stalled_since_s = now
                 error = ProtocolError("the service did not take in its tokens: requests freed")
                 live = self.scheduler.live(service)
-                rows = [_terminal(s.key[1], s.attempt, 0, error) for s in live]
+                rows = [terminal_row(s.key[1], s.attempt, 0, error) for s in live]
                 self.scheduler.drop_service(service)
                 self.scheduler.pause(service)  # it is still out of credit
-                effects += self._send_rows(service, rows, now) if rows else []
+                effects += self._links.send_rows(service, rows, now) if rows else []
         return effects
 
     def _give_up_if_stuck(self, now: float) -> list[Effect]:
@@ -470,8 +444,8 @@ class InstanceCore:
         must not be found silent for that time."""
         if late_s > self.config.heartbeat_s:
             self._last_done_s += late_s
-            for link in self._links.values():
-                link.heard_s += late_s
+            self._links.forgive(late_s)
+            self.exchange.forgive(late_s)
 
     def _check_when_idle(self) -> None:
         """Invariants are recounted once in each pause, and not while somebody might be waiting."""
@@ -480,17 +454,4 @@ class InstanceCore:
         self._idle_beats += 1
         if self._idle_beats == 2:
             self.scheduler.check()
-
-
-def _queued_s(update: SequenceUpdate) -> float | None:
-    """How long the sequence waited for its first step; said once, with its first token."""
-    sequence = update.sequence
-    if sequence.arrived_s is None or sequence.started_s is None or not update.ids:
-        return None
-    waited_s = sequence.started_s - sequence.arrived_s
-    sequence.arrived_s = None
-    return waited_s
-
-
-def _terminal(request_id: str, attempt: int, start: int, error: PenstockError) -> TokenRow:
-    return TokenRow(request_id, attempt, start, [], "error", error=error.info())
+            self.exchange.check()

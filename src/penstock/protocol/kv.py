@@ -164,10 +164,14 @@ class Pull(msgspec.Struct, frozen=True, kw_only=True, tag="pull"):
     means: dict[str, str]
     wait_s: float
     lease_s: float
+    #: The first of `keys` that is wanted; those before it are there already. (All are said, since
+    #: the owner holds whole chains.) The same transfer again: say again what has been offered.
+    first_index: int = 0
 
 
 class BlocksReady(msgspec.Struct, frozen=True, tag="blocks_ready"):
-    """The owner holds these blocks for the receiver, until a `Release` or the end of the lease."""
+    """The owner holds these blocks for the receiver, until a `Release` or the end of the lease.
+    Without blocks it only says that the owner lives, and where it stands."""
 
     transfer: str
     owner: str
