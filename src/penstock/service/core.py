@@ -28,6 +28,7 @@ from penstock.protocol.instance import (
     Load,
     Probe,
     Resync,
+    Role,
     Snapshot,
 )
 from penstock.protocol.kv import Fetched, KvEvents, Refused
@@ -35,6 +36,7 @@ from penstock.protocol.request import Cancel
 from penstock.protocol.tokens import Credit, PromptLogprobs, TokenRow, Tokens
 from penstock.service.cluster.finder import Finder, NoFinder
 from penstock.service.cluster.instances import Instance
+from penstock.service.cluster.roles import RoleKeeper, RoleKeeperConfig
 from penstock.service.explain import Explanation
 from penstock.service.generation import GenerationSpec, TokenDelta
 from penstock.service.journal import Entry, Journal
@@ -68,6 +70,7 @@ class ServiceCoreConfig:
     #: An instance that is being emptied is told to drain after this long, whoever still needs it.
     drain_within_s: float = 5.0
     placement: PlacementConfig = field(default_factory=PlacementConfig)
+    roles: RoleKeeperConfig = field(default_factory=RoleKeeperConfig)
 
 
 class ServiceCore:
@@ -79,6 +82,7 @@ class ServiceCore:
     ) -> None:
         self.config = config
         self.prospects = Prospects(finder or NoFinder())
+        self.roles = RoleKeeper(config.roles)
         self.placement = Placement(
             config.placement, config.name, config.incarnation, policy, self.prospects
         )
@@ -128,6 +132,8 @@ class ServiceCore:
         effects: list[Effect] = []
         for entry in entries:
             effects += self.placement.accept(entry, now)
+            expected_tokens = self.prospects.expected_output_tokens(entry)
+            self.roles.arrived(now, len(entry.prompt_ids), expected_tokens)
         return effects
 
     def _with_slo(self, spec: GenerationSpec) -> GenerationSpec:
@@ -157,6 +163,17 @@ class ServiceCore:
     def on_instance_lost(self, name: str, now: float) -> list[Effect]:
         """`name` has died or fallen silent: its sequences go on elsewhere, from the journal."""
         return self._give_up(self.instances[name], now)
+
+    def lead(self, term: int | None, now: float) -> list[Effect]:
+        """This service decides on roles from now on, in a term greater than all before; with None
+        another one does."""
+        self.roles.lead(term, now)
+        return []
+
+    def assign(self, name: str, role: Role, now: float) -> list[Effect]:
+        """Change a role by hand. Raises `UnsupportedFeature` where another service leads, and
+        `InvalidRequest` where nobody would be left to prefill, or to decode."""
+        return self.roles.assign(self.instances, name, role, now)
 
     def drain_instance(self, name: str, now: float) -> list[Effect]:
         """Empty `name`: nothing new goes there, what runs goes on elsewhere with what has been
@@ -385,6 +402,8 @@ class ServiceCore:
             effects += self._look_after(instance, now)
             effects += self._empty(instance, now)
         effects += self.placement.house(now)
+        if self.roles.is_due(now):
+            effects += self.roles.keep(*self.placement.sight(now), self.prospects.attainment, now)
         for entry in [e for e in self.journal if e.deadline_s is not None and now > e.deadline_s]:
             error = EngineUnavailable("the request's time budget ran out before it finished")
             reply = Reply(

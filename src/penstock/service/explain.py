@@ -134,6 +134,20 @@ class Record:
     def present(self) -> PlacementRecord | None:
         return self.placements[-1] if self.placements and not self.placements[-1].end else None
 
+    @property
+    def kept_slo(self) -> bool | None:
+        """Whether a sequence that has ended kept the times that were wanted; None if none were. A
+        caller who went away before the first token says nothing."""
+        if self.ttft_slo_s is None and self.tpot_slo_s is None:
+            return None
+        if self.first_token_s is None:
+            return None if self.finish == "cancelled" else False
+        ttft_s = self.first_token_s - self.accepted_s
+        tpot_s = (self.last_token_s - self.first_token_s) / max(1, self.output_tokens - 1)
+        late = self.ttft_slo_s is not None and ttft_s > self.ttft_slo_s
+        slow = self.tpot_slo_s is not None and tpot_s > self.tpot_slo_s
+        return not (late or slow)
+
     def placed(self, placement: PlacementRecord, now: float) -> None:
         placement.at_s = now - self.accepted_s
         self.phases.queue_s += now - self._settled_s

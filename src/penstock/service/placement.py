@@ -27,7 +27,7 @@ from penstock.service.cluster.view import LiveView
 from penstock.service.explain import Explainer, PlacementRecord
 from penstock.service.generation import TokenDelta
 from penstock.service.journal import Entry, Journal, Reservation
-from penstock.service.policies.routing import Decision, Policy
+from penstock.service.policies.routing import ClusterView, Decision, Policy
 from penstock.service.prospects import Prospects
 
 
@@ -257,8 +257,8 @@ class Placement:
         if not entry.emitted:
             self.num_queued -= 1
         self.journal.remove(entry)
-        self.prospects.ended(len(entry.emitted))
         entry.record.ended(finish, len(entry.emitted), entry.progress_s)
+        self.prospects.ended(entry)
         self.explainer.keep(entry.record)
         return freed
 
@@ -279,6 +279,11 @@ class Placement:
         decode = self.instances[decision.decode] if decision.decode else None
         source = self._source(entry, decision, prefilled_on)
         return self._send(entry, target, now, decision, decode, source, cached_tokens)
+
+    def sight(self, now: float) -> tuple[list[Instance], ClusterView]:
+        """The instances that take work, and the view of them."""
+        able = self._able()
+        return able, self.view.of(able, now)
 
     def _able(self, avoid: str = "") -> list[Instance]:
         return [i for i in self.instances.values() if i.takes_work and i.name != avoid]

@@ -8,13 +8,14 @@ comes, predictions meet what happened: hits are audited, predicted times are cor
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from penstock.protocol.kv import BLOCK_TOKENS, KEY_BYTES
 from penstock.service.cluster.finder import Finder
 from penstock.service.cluster.instances import Instance
+from penstock.service.cluster.roles import Attainment
 from penstock.service.explain import PlacementRecord
 from penstock.service.journal import Entry
 from penstock.service.policies.view import Floats, RouteRequest
@@ -32,6 +33,7 @@ class Prospects:
     model_digest: str = ""
     #: Mean length of the answers of late, in tokens; 0 until there was one.
     mean_output_tokens: float = 0.0
+    attainment: Attainment = field(default_factory=Attainment)
     #: Decisions made so far.
     num_decisions: int = 0
 
@@ -46,7 +48,7 @@ class Prospects:
             left_s = entry.accepted_s + entry.ttft_slo_s - now
         return RouteRequest(
             num_tokens=entry.num_tokens,
-            expected_output_tokens=self._expected_output(entry),
+            expected_output_tokens=self.expected_output_tokens(entry),
             request_class=entry.request_class,
             ttft_slo_s=left_s,
             tpot_slo_s=entry.tpot_slo_s,
@@ -87,12 +89,18 @@ class Prospects:
         if predicted is not None and actual is not None and placement.source is None:
             self.finder.came_true(instance.name, predicted, actual, placement.num_tokens)
 
-    def ended(self, output_tokens: int) -> None:
+    def ended(self, entry: Entry) -> None:
+        output_tokens, record = len(entry.emitted), entry.record
+        if record.kept_slo is not None:
+            self.attainment.num_asked += 1
+            self.attainment.num_kept += record.kept_slo
+        if not output_tokens:
+            return
         if not self.mean_output_tokens:
             self.mean_output_tokens = float(output_tokens)
         self.mean_output_tokens += _OUTPUT_WEIGHT * (output_tokens - self.mean_output_tokens)
 
-    def _expected_output(self, entry: Entry) -> int:
+    def expected_output_tokens(self, entry: Entry) -> int:
         """What it may still say, or what others have said of late if that is less."""
         most = entry.sampling.max_tokens - len(entry.emitted)
         usual = round(self.mean_output_tokens) - len(entry.emitted)

@@ -1,0 +1,229 @@
+"""Who prefills and who decodes: the leader's part, as a state machine without I/O.
+
+`policies/roles.py` says which change of role comes next; here it is carried through. Every service
+has a `RoleKeeper`, but only that of the leader acts: the driver tells it the term of its
+leadership, and epochs are `term << 32 | counter`, so that the word of an older leader is refused.
+What an instance is, it says itself; this side only remembers what it has asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from penstock.protocol.effects import Effect, Send
+from penstock.protocol.errors import InvalidRequest, UnsupportedFeature
+from penstock.protocol.instance import Assign, Role
+from penstock.service.cluster.instances import Instance
+from penstock.service.policies.forecast import Forecast, Work
+from penstock.service.policies.roles import RolePlan, RolesConfig, RoleState, decide_roles
+from penstock.service.policies.view import ClusterView
+
+_FINAL: dict[Role, Role] = {"prefill_to_decode": "decode", "decode_to_prefill": "prefill"}
+_CANNOT_PREFILL: tuple[Role, ...] = ("decode", "prefill_to_decode", "encode")
+_CANNOT_DECODE: tuple[Role, ...] = ("prefill", "decode_to_prefill", "encode")
+#: Weight of the newest look in this service's share of the cluster's work.
+_SHARE_GAIN = 0.1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoleKeeperConfig:
+    #: None: roles are left as they are, and changed by hand alone.
+    policy: RolesConfig | None = None
+    every_s: float = 0.5
+    #: An Assign that has shown no effect is said again after this long.
+    repeat_s: float = 1.0
+    #: A change after which the share of requests within their SLOs has fallen by `worse_by`, as
+    #: soon as `judged_after` have ended and within `judged_within_s`, is taken back; nothing else
+    #: is changed for `hold_s` then.
+    worse_by: float = 0.15
+    judged_after: int = 20
+    judged_within_s: float = 15.0
+    hold_s: float = 30.0
+
+
+@dataclass(slots=True)
+class Attainment:
+    """Requests that had an SLO, and those of them that kept it, since the start."""
+
+    num_asked: int = 0
+    num_kept: int = 0
+
+    def share_since(self, earlier: Attainment) -> float | None:
+        asked = self.num_asked - earlier.num_asked
+        return (self.num_kept - earlier.num_kept) / asked if asked else None
+
+    def copy(self) -> Attainment:
+        return Attainment(self.num_asked, self.num_kept)
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What an instance has been told to be."""
+
+    role: Role
+    at_s: float
+    incarnation: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Trial:
+    """A change that must prove itself."""
+
+    instance: str
+    role_before: Role
+    at_s: float
+    share_before: float
+    attainment: Attainment
+
+
+@dataclass(slots=True)
+class RoleKeeper:
+    config: RoleKeeperConfig = field(default_factory=RoleKeeperConfig)
+    #: Of the present leadership; None: another service leads.
+    term: int | None = None
+    forecast: Forecast = field(default_factory=Forecast)
+    #: What was decided last, and why.
+    plan: RolePlan | None = None
+    num_changes: int = 0
+    num_rollbacks: int = 0
+    _state: RoleState = field(default_factory=RoleState)
+    _counter: int = 0
+    _asked: dict[str, _Asked] = field(default_factory=dict)
+    _trial: _Trial | None = None
+    _checkpoint: Attainment = field(default_factory=Attainment)
+    _next_s: float = 0.0
+    _own_share: float = 1.0
+
+    def lead(self, term: int | None, now: float) -> None:
+        """This service leads from now on, in a term that is greater than all before; or no more."""
+        if term == self.term:
+            return
+        self.term = term
+        self._counter = 0
+        self._state = RoleState(turned_s=now)
+        self._asked.clear()
+        self._trial = None
+
+    def arrived(self, now: float, prompt_tokens: int, output_tokens: int) -> None:
+        if self.config.policy is not None:
+            self.forecast.observe(now, prompt_tokens, output_tokens)
+
+    # --- by hand -------------------------------------------------------------------------------
+
+    def assign(
+        self, instances: Mapping[str, Instance], name: str, role: Role, now: float
+    ) -> list[Effect]:
+        """Raises `UnsupportedFeature` where another service leads, and `InvalidRequest` where
+        nobody would be left to prefill, or to decode."""
+        if self.term is None:
+            raise UnsupportedFeature(
+                "this service does not lead the cluster: ask the one that does (/admin/cluster)"
+            )
+        others = [i.role for i in instances.values() if i.takes_work and i.name != name]
+        for word, cannot in (("prefill", _CANNOT_PREFILL), ("decode", _CANNOT_DECODE)):
+            if all(r in cannot for r in [*others, role]):
+                raise InvalidRequest(f"no instance would be left to {word}", param="role")
+        self._state = RoleState(turned_s=now)
+        self._trial = None
+        self.num_changes += 1
+        return [self._assign(instances[name], role, now)]
+
+    # --- by the work ---------------------------------------------------------------------------
+
+    def is_due(self, now: float) -> bool:
+        return self.term is not None and now >= self._next_s
+
+    def keep(
+        self,
+        instances: Sequence[Instance],
+        view: ClusterView,
+        attainment: Attainment,
+        now: float,
+    ) -> list[Effect]:
+        """`instances` take work; `view` is of them."""
+        if not instances:
+            return []
+        self._next_s = now + self.config.every_s
+        effects = self._remind(instances, now)
+        policy = self.config.policy
+        if policy is None:
+            return effects
+        self._look_at_others(instances)
+        if (back := self._taken_back(instances, attainment, now)) is not None:
+            return [*effects, back]
+        plan = self.plan = decide_roles(view, self._work(now), self._state, policy, now)
+        self._state = plan.state
+        if plan.instance is None or plan.role is None:
+            return effects
+        instance = next(i for i in instances if i.name == plan.instance)
+        self._try(instance, attainment, now)
+        self.num_changes += 1
+        self.num_rollbacks += plan.rollback
+        return [*effects, self._assign(instance, plan.role, now)]
+
+    def _assign(self, instance: Instance, role: Role, now: float) -> Send:
+        assert self.term is not None
+        self._counter += 1
+        self._asked[instance.name] = _Asked(role, now, instance.incarnation)
+        return Send(instance.name, Assign(role, self.term << 32 | self._counter))
+
+    def _remind(self, instances: Sequence[Instance], now: float) -> list[Effect]:
+        """Words get lost, and a new process under an old name has forgotten what it was."""
+        effects: list[Effect] = []
+        for instance in instances:
+            asked = self._asked.get(instance.name)
+            if asked is None or instance.role == asked.role:
+                continue
+            if instance.incarnation != asked.incarnation:
+                # Nothing of its old role's is left there to be finished first.
+                effects.append(self._assign(instance, _FINAL.get(asked.role, asked.role), now))
+            elif now - asked.at_s >= self.config.repeat_s:
+                effects.append(self._assign(instance, asked.role, now))
+        return effects
+
+    def _work(self, now: float) -> Work:
+        """Of all services: what comes here, and as much more as others have running."""
+        mine, share = self.forecast.work(now), max(self._own_share, 0.01)
+        return Work(
+            mine.requests_per_s / share,
+            mine.prompt_tokens_per_s / share,
+            mine.output_tokens_per_s / share,
+        )
+
+    def _look_at_others(self, instances: Sequence[Instance]) -> None:
+        mine = sum(len(i.entries) for i in instances)
+        others = sum(i.others.queued + i.others.running for i in instances)
+        if mine + others:
+            self._own_share += _SHARE_GAIN * (mine / (mine + others) - self._own_share)
+
+    # --- proof ---------------------------------------------------------------------------------
+
+    def _try(self, instance: Instance, attainment: Attainment, now: float) -> None:
+        """Only a turn that has just begun is judged, by what was kept since the last one."""
+        share = attainment.share_since(self._checkpoint)
+        self._checkpoint = attainment.copy()
+        if share is not None and instance.role not in _FINAL:
+            self._trial = _Trial(instance.name, instance.role, now, share, self._checkpoint)
+
+    def _taken_back(
+        self, instances: Sequence[Instance], attainment: Attainment, now: float
+    ) -> Effect | None:
+        trial, config = self._trial, self.config
+        if trial is None:
+            return None
+        if now - trial.at_s > config.judged_within_s:
+            self._trial = None
+            return None
+        share = attainment.share_since(trial.attainment)
+        ended = attainment.num_asked - trial.attainment.num_asked
+        if share is None or ended < config.judged_after:
+            return None
+        self._trial = None
+        instance = next((i for i in instances if i.name == trial.instance), None)
+        if instance is None or share >= trial.share_before - config.worse_by:
+            return None
+        self.num_changes += 1
+        self.num_rollbacks += 1
+        self._state = RoleState(turned_s=now + config.hold_s)
+        return self._assign(instance, trial.role_before, now)
