@@ -158,6 +158,8 @@ def main() -> None:
         for name in names[::8]:
             changes = [KvChange("stored", rng.bytes(4 * KEY_BYTES))]
             assert index.apply(name, KvEvents(name, 1, number, changes))
+        for instance in fleet[::8]:
+            instance.touched = True  # as by a heartbeat
 
     def decide(policy: str) -> None:
         view = live.of(fleet, 0.0)

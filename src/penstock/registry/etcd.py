@@ -1,0 +1,177 @@
+"""etcd as the registry (extra `penstock[etcd]`)."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any, TypeVar
+
+from penstock.protocol.errors import ConfigError
+from penstock.registry.base import Deleted, Event, Listing, Put, RegistryGone
+
+log = logging.getLogger(__name__)
+
+_R = TypeVar("_R")
+_CALL_S = 1.5
+#: A stream may break without a word (a cut, a member that is paused): look at this interval.
+_RELIST_S = 5.0
+#: gRPC by itself waits up to two minutes before it tries to connect again.
+_OPTIONS = {
+    "grpc.initial_reconnect_backoff_ms": 100,
+    "grpc.min_reconnect_backoff_ms": 200,
+    "grpc.max_reconnect_backoff_ms": 1000,
+    "grpc.enable_http_proxy": 0,
+    # aetcd hides the channel, and channels to one address would share a broken connection.
+    "grpc.use_local_subchannel_pool": 1,
+}
+
+
+class EtcdStore:
+    """`members` are host:port; the next one is taken when one does not answer."""
+
+    def __init__(
+        self, members: Sequence[str], user: str | None = None, password: str | None = None
+    ) -> None:
+        try:
+            import aetcd
+        except ImportError as exc:
+            raise ConfigError(
+                "etcd as the registry needs a client for it: pip install 'penstock[etcd]'"
+            ) from exc
+        self._aetcd = aetcd
+        self._members = list(members)
+        self._credentials = (user, password)
+        self._opened: Any = None
+        self._client_lock = asyncio.Lock()
+
+    def _client(self) -> Any:
+        if self._opened is None:
+            host, _, port = self._members[0].rpartition(":")
+            user, password = self._credentials
+            self._opened = self._aetcd.Client(
+                host.strip("[]"), int(port), user, password, timeout=_CALL_S, options=_OPTIONS
+            )
+        return self._opened
+
+    async def _call(self, act: Callable[[Any], Awaitable[_R]]) -> _R:
+        client = self._client()
+        try:
+            async with asyncio.timeout(_CALL_S + 0.5):
+                return await act(client)
+        except (self._aetcd.exceptions.ClientError, TimeoutError, OSError) as exc:
+            if client is self._opened:  # else somebody else has found that out already
+                self._opened = None
+                self._members.append(self._members.pop(0))
+                await _close(client)
+            raise RegistryGone(f"etcd does not answer: {exc or type(exc).__name__}") from exc
+
+    async def grant(self, ttl_s: float) -> int:
+        # Whole seconds, and no less than its own election timeout's worth.
+        lease = await self._call(lambda etcd: etcd.lease(max(1, round(ttl_s))))
+        return int(lease.id)
+
+    async def keep_alive(self, lease: int) -> bool:
+        answer = await self._call(lambda etcd: etcd.refresh_lease(lease))
+        return answer is not None and answer.TTL > 0
+
+    async def revoke(self, lease: int) -> None:
+        try:
+            await self._call(lambda etcd: etcd.revoke_lease(lease))
+        except RegistryGone as exc:
+            if not _is_about_a_lease(exc):
+                raise
+
+    async def put(self, key: str, value: bytes, lease: int | None = None) -> bool:
+        try:
+            await self._call(lambda etcd: etcd.put(key.encode(), value, lease=lease or 0))
+        except RegistryGone as exc:
+            if _is_about_a_lease(exc):
+                return False
+            raise
+        return True
+
+    async def get(self, key: str) -> bytes | None:
+        found = await self._call(lambda etcd: etcd.get(key.encode()))
+        return None if found is None else bytes(found.value)
+
+    async def delete(self, key: str) -> None:
+        await self._call(lambda etcd: etcd.delete(key.encode()))
+
+    async def acquire(self, key: str, value: bytes, lease: int, at_least: int) -> int | None:
+        """The term stands beside the key, without a lease: it outlives every leader."""
+        name, counter = key.encode(), f"{key}.term".encode()
+        held = await self._call(lambda etcd: etcd.get(name))
+        term = await self._call(lambda etcd: etcd.get(counter))
+        last = int(term.value) if term is not None else 0
+        if held is not None:
+            return last if held.lease == lease else None
+        new = max(last + 1, at_least)
+
+        def transact(etcd: Any) -> Awaitable[Any]:
+            of, put = etcd.transactions, etcd.transactions.put
+            return etcd.transaction(  # type: ignore[no-any-return]
+                compare=[
+                    of.version(name) == 0,
+                    of.mod(counter) == (term.mod_revision if term is not None else 0),
+                ],
+                success=[put(name, value, lease=lease), put(counter, str(new).encode())],
+                failure=[],
+            )
+
+        try:
+            succeeded, _ = await self._call(transact)
+        except RegistryGone as exc:
+            if _is_about_a_lease(exc):
+                return None
+            raise
+        return new if succeeded else None
+
+    async def _list(self, prefix: str) -> tuple[dict[str, bytes], int]:
+        found = await self._call(lambda etcd: etcd.get_prefix(prefix.encode()))
+        entries = {item.key.decode(): bytes(item.value) for item in found}
+        return entries, int(found.header.revision)
+
+    async def watch(self, prefix: str) -> AsyncIterator[Event]:
+        entries, revision = await self._list(prefix)
+        yield Listing(entries)
+        stream = await self._call(
+            lambda etcd: etcd.watch_prefix(prefix.encode(), start_revision=revision + 1)
+        )
+        try:
+            changes = aiter(stream)
+            coming: asyncio.Future[Any] = asyncio.ensure_future(anext(changes))
+            while True:
+                done, _ = await asyncio.wait([coming], timeout=_RELIST_S)
+                if not done:
+                    entries, _ = await self._list(prefix)
+                    yield Listing(entries)
+                    continue
+                try:
+                    change = coming.result()
+                except (self._aetcd.exceptions.ClientError, StopAsyncIteration) as exc:
+                    raise RegistryGone(f"the watch ended: {exc}") from exc
+                coming = asyncio.ensure_future(anext(changes))
+                key = change.kv.key.decode()
+                put = change.kind == self._aetcd.rtypes.EventKind.PUT
+                yield Put(key, bytes(change.kv.value)) if put else Deleted(key)
+        finally:
+            coming.cancel()
+
+    async def close(self) -> None:
+        if self._opened is not None:
+            client, self._opened = self._opened, None
+            await _close(client)
+
+
+def _is_about_a_lease(exc: RegistryGone) -> bool:
+    """etcd says so of one that has ended; it is an answer, and no failure to answer."""
+    return "lease not found" in str(exc)
+
+
+async def _close(client: Any) -> None:
+    try:
+        async with asyncio.timeout(_CALL_S):
+            await client.close()
+    except Exception as exc:  # of a connection that is broken anyway
+        log.debug("closing a connection to etcd: %s", exc)
