@@ -1,0 +1,162 @@
+"""Two instances' tiers over one real Mooncake Store: `mooncake_master` as a process of its own."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+try:
+    import mooncake.store
+except ImportError as exc:
+    pytest.skip(f"no Mooncake here (libibverbs1?): {exc}", allow_module_level=True)
+
+from penstock.engine.memory.tiers.store import StoreConfig, StoreTier, connect
+from penstock.protocol.kv import KEY_BYTES
+
+BLOCK_BYTES = 64 << 10
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def start_master(port: int, folder: Path) -> subprocess.Popen[bytes]:
+    binary = Path(mooncake.store.__file__).with_name("mooncake_master")
+    with (folder / "master.log").open("ab") as log:
+        process = subprocess.Popen(
+            [binary, f"--rpc_port={port}", f"--metrics_port={free_port()}",
+             "--rpc_address=127.0.0.1", "--default_kv_lease_ttl=200"],
+            stdout=log, stderr=log,
+        )  # fmt: skip
+    deadline_s = time.monotonic() + 20
+    while time.monotonic() < deadline_s and process.poll() is None:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return process
+        time.sleep(0.05)
+    process.kill()
+    raise AssertionError((folder / "master.log").read_text())
+
+
+@pytest.fixture
+def master(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    port = free_port()
+    process = start_master(port, tmp_path)
+    yield process, port
+    process.kill()
+    process.wait()
+
+
+def key(number: int) -> bytes:
+    return number.to_bytes(KEY_BYTES, "little")
+
+
+def block(number: int) -> np.ndarray:
+    return np.random.default_rng(number).integers(0, 256, BLOCK_BYTES, dtype=np.uint8)
+
+
+def tier_at(port: int, namespace: str = "n", segment_mib: int = 64) -> StoreTier:
+    config = StoreConfig("127.0.0.1", port, segment_bytes=segment_mib << 20, retry_s=0.0)
+    return StoreTier(config, BLOCK_BYTES, namespace)
+
+
+def load(tier: StoreTier, *numbers: int) -> list[bool]:
+    destinations = [np.zeros(BLOCK_BYTES, np.uint8) for _ in numbers]
+    ok = tier.load([(key(n), d) for n, d in zip(numbers, destinations)])
+    for number, destination, there in zip(numbers, destinations, ok):
+        assert not there or (destination == block(number)).all(), "wrong bytes"
+    return ok
+
+
+def store(tier: StoreTier, *numbers: int) -> list[bool]:
+    return tier.store([(key(n), block(n)) for n in numbers])
+
+
+#: Another instance: a process that stores, says so, and stays until it is told to go.
+OTHER = f"""
+import sys
+sys.path[:0] = {sys.path!r}
+from tests.integration.test_mooncake_store import store, tier_at
+tier = tier_at(int(sys.argv[1]))
+print(store(tier, *range(40)) == [True] * 40, flush=True)
+sys.stdin.read()
+tier.close()
+"""
+
+
+def test_what_one_process_stores_another_loads(
+    master: tuple[subprocess.Popen[bytes], int],
+) -> None:
+    _, port = master
+    other = subprocess.Popen(
+        [sys.executable, "-c", OTHER, str(port)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        assert other.stdout is not None and other.stdout.readline() == b"True\n"
+        mine = tier_at(port)
+        assert load(mine, *range(40)) == [True] * 40
+        assert load(mine, 0, 1, 99, 2) == [True, True, False, False]
+        assert load(tier_at(port, "another model"), 1) == [False]
+        mine.close()
+    finally:
+        other.communicate(timeout=60)
+
+
+def test_objects_of_others_under_our_names(
+    master: tuple[subprocess.Popen[bytes], int],
+) -> None:
+    """Empty, short and spoilt values, put by the library itself."""
+    _, port = master
+    tier = tier_at(port)
+    store(tier, 1)
+    stranger = connect(StoreConfig("127.0.0.1", port, segment_bytes=16 << 20))
+    for number, value in [(2, b"x"), (3, bytes(BLOCK_BYTES)), (4, bytes(BLOCK_BYTES + 48))]:
+        assert stranger.put(tier._name(key(number)), value) == 0  # type: ignore[attr-defined]
+    assert [load(tier, n) for n in (1, 2, 3, 4, 5)] == [[True]] + [[False]] * 4
+    stranger.close()
+    tier.close()
+
+
+def test_a_store_without_room_evicts_or_refuses_and_never_lies(
+    master: tuple[subprocess.Popen[bytes], int],
+) -> None:
+    _, port = master
+    tier = tier_at(port, segment_mib=16)
+    for number in range(400):  # 25 MiB
+        store(tier, number)
+    there = [load(tier, number) == [True] for number in range(400)]
+    assert any(there) and not all(there)
+    tier.close()
+
+
+def test_the_master_dies_and_comes_back(
+    master: tuple[subprocess.Popen[bytes], int], tmp_path: Path
+) -> None:
+    process, port = master
+    tier = tier_at(port)
+    assert store(tier, 1) == [True]
+    process.kill()
+    process.wait()
+    started_s = time.monotonic()
+    assert load(tier, 1) == [False] and store(tier, 2) == [False]
+    assert time.monotonic() - started_s < 30
+    second = start_master(port, tmp_path)
+    try:
+        deadline_s = time.monotonic() + 60
+        while store(tier, 3) != [True]:
+            assert time.monotonic() < deadline_s, "it never came back"
+            time.sleep(0.2)
+        assert load(tier, 3) == [True]
+        tier.close()
+    finally:
+        second.kill()
+        second.wait()
