@@ -16,15 +16,24 @@ from penstock.engine.scheduler.batch import Batch, BatchRow, RowResult, StepResu
 
 @dataclass(frozen=True, slots=True)
 class StepCost:
-    """Seconds of a step: base + per new token + per row (a measured model's coefficients)."""
+    """Seconds of a step; the terms are those of `protocol.instance.CostModel`."""
 
     base_s: float = 0.004
     per_token_s: float = 0.00002
     per_row_s: float = 0.0001
+    per_context_token_s: float = 0.0
+    per_attention_s: float = 0.0
 
     def of(self, batch: Batch) -> float:
-        rows = len(batch.rows)
-        return self.base_s + self.per_token_s * batch.num_tokens + self.per_row_s * rows
+        rows = batch.rows
+        seconds = self.base_s + self.per_token_s * batch.num_tokens + self.per_row_s * len(rows)
+        if self.per_context_token_s or self.per_attention_s:
+            reads = [row.start + row.num_tokens for row in rows]
+            seconds += self.per_context_token_s * sum(reads)
+            seconds += self.per_attention_s * sum(
+                row.num_tokens * read for row, read in zip(rows, reads)
+            )
+        return seconds
 
 
 def next_token(ids: Sequence[int], vocab_size: int) -> int:

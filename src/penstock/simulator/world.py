@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from penstock.engine.core import CoreConfig, InstanceCore
 from penstock.engine.scheduler.batch import Batch, StepResult
@@ -23,9 +23,14 @@ from penstock.protocol.instance import InstanceCard
 from penstock.protocol.kv import KvLayout
 from penstock.service.core import ServiceCore, ServiceCoreConfig
 from penstock.service.generation import GenerationSpec, TokenDelta
+from penstock.service.policies.routing import Policy, least_load
+from penstock.service.prospects import Finder
 from penstock.simulator.runner import CostModelRunner, StepCost
 
 VOCAB_SIZE = 1000
+SMALL_SCHEDULER = SchedulerConfig(
+    max_num_seqs=16, max_num_batched_tokens=256, max_model_len=1024, eos_token_ids=(0,)
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,13 +89,16 @@ class World:
     # --- building ------------------------------------------------------------------------------
 
     def add_instance(
-        self, name: str, *, num_blocks: int = 256, cost: StepCost | None = None
+        self,
+        name: str,
+        *,
+        num_blocks: int = 256,
+        cost: StepCost | None = None,
+        scheduler: SchedulerConfig = SMALL_SCHEDULER,
     ) -> InstanceCore:
         """Start (or start again, as a new incarnation) the instance `name`."""
         incarnation = self._incarnations[name] = self._incarnations.get(name, 0) + 1
-        config = SchedulerConfig(
-            max_num_seqs=16, max_num_batched_tokens=256, max_model_len=1024, eos_token_ids=(0,)
-        )
+        config = scheduler
         layout = KvLayout(1, 1, 8, config.block_tokens, "float32", 4096)
         card = InstanceCard(
             name=name,
@@ -113,8 +121,17 @@ class World:
         self._carry_out(node, core.on_timer(self.now))
         return core
 
-    def add_service(self, name: str, instances: list[str]) -> ServiceCore:
-        core = ServiceCore(ServiceCoreConfig(name=name))
+    def add_service(
+        self,
+        name: str,
+        instances: list[str],
+        *,
+        policy: Policy = least_load,
+        finder: Finder | None = None,
+        config: ServiceCoreConfig | None = None,
+    ) -> ServiceCore:
+        """`config` for all but the name."""
+        core = ServiceCore(replace(config or ServiceCoreConfig(), name=name), policy, finder)
         node = self._nodes[name] = _Node(name, core)
         for instance in instances:
             self._carry_out(node, core.add_instance(instance, self.now))
