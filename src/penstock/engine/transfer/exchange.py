@@ -122,6 +122,7 @@ class Exchange:
             sequence=seq,
             tell=source is not None,
         )
+        self.tiers.touch(want.keys)
         self._add(want, now)
         for older in earlier:  # what it was announced with; it has the blocks now
             older.lease_until_s = now
