@@ -213,6 +213,9 @@ class ServiceCore:
             return self._attached(instance, message, now)
         if isinstance(message, Refused):
             return self._refused(instance, message, now)
+        if isinstance(message, Assigned):
+            instance.is_now(message.role, message.epoch)
+            return []
         if getattr(message, "incarnation", None) != instance.incarnation:
             return []  # from before a restart
         instance.heard(now)
@@ -229,9 +232,6 @@ class ServiceCore:
                 return self._kv_events(instance, message, now)
             case Fetched():
                 self.placement.fetched(instance, message, now)
-                return []
-            case Assigned(role=role, epoch=epoch):
-                instance.is_now(role, epoch)
                 return []
             case _:
                 return []  # a Probed has been heard

@@ -115,6 +115,7 @@ class Instance:
     def attached(self, card: InstanceCard, now: float) -> None:
         if card.incarnation != self.incarnation:
             self.load, self.others, self.leaving_since_s = None, NO_OTHERS, None
+            self.role, self.epoch, self.epoch_in_doubt = "any", 0, False
         self.card = card
         self.state = "active"
         self.refusal = ""

@@ -120,7 +120,7 @@ class RoleKeeper:
             raise UnsupportedFeature(
                 "this service does not lead the cluster: ask the one that does (/admin/cluster)"
             )
-        others = [i.role for i in instances.values() if i.takes_work and i.name != name]
+        others = [self._will_be(i) for i in instances.values() if i.takes_work and i.name != name]
         for word, cannot in (("prefill", _CANNOT_PREFILL), ("decode", _CANNOT_DECODE)):
             if all(r in cannot for r in [*others, role]):
                 raise InvalidRequest(f"no instance would be left to {word}", param="role")
@@ -167,6 +167,10 @@ class RoleKeeper:
         self._counter += 1
         self._asked[instance.name] = _Asked(role, now, instance.incarnation)
         return Send(instance.name, Assign(role, self.term << 32 | self._counter))
+
+    def _will_be(self, instance: Instance) -> Role:
+        asked = self._asked.get(instance.name)
+        return instance.role if asked is None else asked.role
 
     def _remind(self, instances: Sequence[Instance], now: float) -> list[Effect]:
         """Words get lost, and a new process under an old name has forgotten what it was."""
