@@ -172,7 +172,8 @@ def test_a_place_in_use_is_left_to_the_start_of_the_step(memory) -> None:
     again = BlockMap(0, 0, 7), BlockMap(0, 1, 8)
     ahead.launched(decode(1, 0, 31, *again, freed=[0]))
     wait_until(lambda: memory.maps.ahead == 1)
-    assert memory._actual_table()[0].tolist() == [3, 8, -1, -1, -1, -1]
+    mapped = {place: block for place, (_, _, block) in memory._actual_mappings().items()}
+    assert mapped == {(0, 0): 3, (0, 1): 8}
     ahead.close()
 
 
