@@ -13,11 +13,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from penstock.engine.core import CoreConfig, InstanceCore
+from penstock.engine.memory.tiers.index import TierIndex, TierSizes
 from penstock.engine.scheduler.batch import Batch, StepResult
 from penstock.engine.scheduler.config import SchedulerConfig
 from penstock.engine.scheduler.scheduler import Scheduler
+from penstock.engine.transfer.jobs import Job, Moved
 from penstock.protocol.codec import Message, decode, encode
-from penstock.protocol.effects import Effect, Launch, Reply, Send, SetTimer
+from penstock.protocol.effects import Connect, Effect, Launch, Move, Reply, Send, SetTimer
 from penstock.protocol.errors import Overloaded
 from penstock.protocol.instance import InstanceCard
 from penstock.protocol.kv import KvLayout
@@ -25,6 +27,8 @@ from penstock.service.core import ServiceCore, ServiceCoreConfig
 from penstock.service.generation import GenerationSpec, TokenDelta
 from penstock.service.policies.routing import Policy, least_load
 from penstock.service.prospects import Finder
+from penstock.simulator.data_plane import DataFaults, SimulatedDataPlane
+from penstock.simulator.kv import KvMemory
 from penstock.simulator.runner import CostModelRunner, StepCost
 
 VOCAB_SIZE = 1000
@@ -50,6 +54,10 @@ class _Node:
     name: str
     core: InstanceCore | ServiceCore
     runner: CostModelRunner | None = None
+    data_plane: SimulatedDataPlane | None = None
+    memory: KvMemory | None = None
+    #: Instances that it has been told to connect to, and those that have connected to it.
+    peers: dict[str, None] = field(default_factory=dict)
     alive: bool = True
     #: While stopped, a process takes in nothing and sets nothing off; it does so afterwards.
     stopped: bool = False
@@ -73,12 +81,19 @@ class Outcome:
 class World:
     """Add services and instances, submit requests at times, inject faults, `run`."""
 
-    def __init__(self, seed: int, faults: NetworkFaults | None = None) -> None:
+    def __init__(
+        self,
+        seed: int,
+        faults: NetworkFaults | None = None,
+        data_faults: DataFaults | None = None,
+    ) -> None:
         self.now = 0.0
         self.history: list[str] = []
         self.outcomes: dict[str, Outcome] = {}
         self._random = random.Random(seed)
         self._faults = faults or NetworkFaults()
+        self._data_faults = data_faults or DataFaults()
+        self._data_random = random.Random(seed + 1)
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._number = 0
         self._nodes: dict[str, _Node] = {}
@@ -95,8 +110,14 @@ class World:
         num_blocks: int = 256,
         cost: StepCost | None = None,
         scheduler: SchedulerConfig = SMALL_SCHEDULER,
+        host: str = "host",
+        means: tuple[str, ...] = ("map", "tcp"),
+        num_windows: int = 256,
+        tiers: TierSizes = TierSizes(),  # noqa: B008 (frozen)
+        core: CoreConfig | None = None,
     ) -> InstanceCore:
-        """Start (or start again, as a new incarnation) the instance `name`."""
+        """Start (or start again, as a new incarnation) the instance `name`. Blocks move between
+        instances by `means`, mapped only on one `host`."""
         incarnation = self._incarnations[name] = self._incarnations.get(name, 0) + 1
         config = scheduler
         layout = KvLayout(1, 1, 8, config.block_tokens, "float32", 4096)
@@ -114,12 +135,36 @@ class World:
             num_blocks=num_blocks,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
+            host=host,
+            endpoints={"control": f"sim://{name}"},
         )
-        core = InstanceCore(card, Scheduler(config, num_blocks), CoreConfig())
-        runner = CostModelRunner(cost or StepCost(), VOCAB_SIZE, lambda: self.now, self.at)
-        node = self._nodes[name] = _Node(name, core, runner)
-        self._carry_out(node, core.on_timer(self.now))
-        return core
+        memory = KvMemory(num_blocks, config.block_tokens)
+        instance = InstanceCore(
+            card,
+            Scheduler(config, num_blocks, num_windows, memory.generations),
+            core or CoreConfig(),
+            means={m: host if m == "map" else "" for m in means},
+            endpoints={m: f"{name}/{incarnation}" for m in means},
+            tiers=TierIndex(tiers),
+        )
+        node = self._nodes[name] = _Node(name, instance, memory=memory)
+
+        def at(when_s: float, call: Callable[[], None]) -> None:
+            self.at(when_s, lambda: self._when_running(node, call))
+
+        node.runner = CostModelRunner(cost or StepCost(), VOCAB_SIZE, lambda: self.now, at, memory)
+        node.data_plane = SimulatedDataPlane(
+            memory, self._data_faults, self._data_random, at, lambda: self.now,
+            self._memory_at, layout.block_bytes,
+        )  # fmt: skip
+        self._carry_out(node, instance.on_timer(self.now))
+        return instance
+
+    def _memory_at(self, endpoint: str) -> KvMemory | None:
+        name, _, incarnation = endpoint.partition("/")
+        node = self._nodes.get(name)
+        lives = node is not None and node.alive and str(self._incarnations[name]) == incarnation
+        return node.memory if node is not None and lives else None
 
     def add_service(
         self,
@@ -168,6 +213,8 @@ class World:
         node.alive = False
         if node.runner is not None:
             node.runner.close()
+        if node.data_plane is not None:
+            node.data_plane.close()
         if noticed_by is not None:
             service = self._nodes[noticed_by]
             assert isinstance(service.core, ServiceCore)
@@ -214,6 +261,11 @@ class World:
                     self._send(node.name, peer, message)
                 case Launch(batch=batch):
                     self._launch(node, batch)
+                case Connect(peer=peer, address=address):
+                    assert address == f"sim://{peer}"
+                    node.peers[peer] = None
+                case Move(job=job):
+                    self._move(node, job)
                 case SetTimer(at_s=at_s):
                     self._set_timer(node, at_s)
                 case Reply(request_id=request_id, event=event):
@@ -231,11 +283,19 @@ class World:
         assert isinstance(core, InstanceCore) and runner is not None
 
         def done(result: StepResult) -> None:
-            self._when_running(
-                node, lambda: self._carry_out(node, core.on_step_done(result, self.now))
-            )
+            self._carry_out(node, core.on_step_done(result, self.now))
 
         runner.launch(batch, done)
+
+    def _move(self, node: _Node, job: Job) -> None:
+        core, data_plane = node.core, node.data_plane
+        assert isinstance(core, InstanceCore) and data_plane is not None
+
+        def done(moved: Moved) -> None:
+            self._log("moved", node.name, moved.number, moved.ok)
+            self._carry_out(node, core.on_moved(moved, self.now))
+
+        data_plane.start(job, done)
 
     def _set_timer(self, node: _Node, at_s: float) -> None:
         node.timer += 1
@@ -252,6 +312,10 @@ class World:
         passes = self._cuts.get(frozenset((source, target)), 0.0) <= self.now
         sender = self._nodes[source].core
         if isinstance(sender, InstanceCore):
+            receives = self._nodes.get(target)
+            if receives is not None and isinstance(receives.core, InstanceCore):
+                assert target in self._nodes[source].peers, f"{source} has no way to {target}"
+                receives.peers[source] = None  # the answer comes over the same connection
             # ZeroMQ tells a ROUTER when a peer is out of reach; a DEALER just keeps it.
             gone = target not in self._nodes or not self._nodes[target].alive
             sender.on_sent(target, passes and not gone, self.now)

@@ -1,0 +1,152 @@
+"""A data plane on the virtual clock: jobs take the time of their bytes, and may go wrong.
+
+It carries out `engine.transfer.jobs` between `KvMemory`s. While a job fills a block there is
+garbage in it, and what comes of a block is decided when the job ends: so whoever touches a block
+too early, or gives it away too early, is found out by the tokens.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from penstock.engine.transfer.jobs import Demotion, Import, Incoming, Job, LetGo, Load, Moved, Store
+from penstock.protocol.kv import Tier
+from penstock.simulator.kv import KvMemory, Page
+
+
+@dataclass(frozen=True, slots=True)
+class DataFaults:
+    """Times of jobs in seconds, and of each job the probability that ...
+
+    `fails`: nothing comes of it. `hangs`: it ends (well) only after `hang_s`. `corrupt`: of each
+    copied block, that it arrives spoilt, which its checksum tells.
+    """
+
+    latency_s: float = 0.0005
+    block_s: float = 0.00005
+    map_block_s: float = 0.000002
+    fails: float = 0.0
+    hangs: float = 0.0
+    hang_s: float = 4.0
+    corrupt: float = 0.0
+
+
+class SimulatedDataPlane:
+    """`find(endpoint)` gives the memory behind an owner's endpoint while its process lives."""
+
+    def __init__(
+        self,
+        memory: KvMemory,
+        faults: DataFaults,
+        draw: random.Random,
+        at: Callable[[float, Callable[[], None]], None],
+        clock: Callable[[], float],
+        find: Callable[[str], KvMemory | None],
+        block_bytes: int,
+    ) -> None:
+        self._memory = memory
+        self._faults = faults
+        self._draw = draw
+        self._at = at
+        self._clock = clock
+        self._find = find
+        self._block_bytes = block_bytes
+        #: What slower tiers hold, by key.
+        self.tiers: dict[Tier, dict[bytes, list[int]]] = {}
+        self.closed = False
+
+    def start(self, job: Job, done: Callable[[Moved], None]) -> None:
+        if isinstance(job, LetGo):
+            for window in job.windows:
+                del self._memory.windows[window]
+            return
+        began_s = self._clock()
+        fails = self._draw.random() < self._faults.fails
+        seconds = self._seconds(job)
+        if self._draw.random() < self._faults.hangs:
+            seconds += self._faults.hang_s
+        for block in _filled_by(job):
+            self._memory.spoil(block)
+
+        def end() -> None:
+            if self.closed:
+                return
+            ok = (False,) * len(job.blocks) if fails else self._carry_out(job)
+            num_bytes = sum(ok) * self._block_bytes if not _is_map(job) else 0
+            reason = "" if all(ok) else "the simulated data plane says so"
+            demoted: tuple[bool, ...] = ()
+            if isinstance(job, Store):
+                demoted = tuple(not fails and self._demote(step) for step in job.before)
+            done(Moved(job.number, ok, num_bytes, self._clock() - began_s, reason, demoted))
+
+        self._at(began_s + seconds, end)
+
+    def close(self) -> None:
+        self.closed = True
+
+    def _seconds(self, job: Import | Load | Store) -> float:
+        a_block_s = self._faults.map_block_s if _is_map(job) else self._faults.block_s
+        return self._faults.latency_s + a_block_s * len(job.blocks)
+
+    def _carry_out(self, job: Import | Load | Store) -> tuple[bool, ...]:
+        match job:
+            case Import():
+                owner = self._find(job.peer.endpoint)
+                take = self._map if job.peer.means == "map" else self._copy
+                return tuple(
+                    owner is not None and take(Page(owner, i.handle.block, i.handle.generation), i)
+                    for i in job.blocks
+                )
+            case Load():
+                return tuple(self._load(job.tier, key, block) for key, block in job.blocks)
+            case Store():
+                held = self.tiers.setdefault(job.tier, {})
+                for key, block in job.blocks:
+                    held[key] = list(self._memory.read(block))
+                return (True,) * len(job.blocks)
+
+    def _map(self, page: Page, incoming: Incoming) -> bool:
+        window = incoming.block
+        assert window not in self._memory.windows, f"window {window} is open"
+        if page.moved_on:
+            return False
+        self._memory.windows[window] = page
+        return True
+
+    def _copy(self, page: Page, incoming: Incoming) -> bool:
+        if page.moved_on or self._draw.random() < self._faults.corrupt:
+            return False
+        self._memory.fill(incoming.block, page.memory.read(page.block))
+        return True
+
+    def _load(self, tier: Tier, key: bytes, block: int) -> bool:
+        cells = self.tiers.get(tier, {}).get(key)
+        if cells is None or self._draw.random() < self._faults.corrupt:
+            self.tiers.get(tier, {}).pop(key, None)
+            return False
+        self._memory.fill(block, cells)
+        return True
+
+    def _demote(self, step: Demotion) -> bool:
+        key, tier, to = step.key, step.tier, step.to
+        cells = self.tiers.get(tier, {}).pop(key, None)
+        if cells is None or to is None:
+            return cells is not None
+        self.tiers.setdefault(to, {})[key] = cells
+        return True
+
+
+def _is_map(job: Job) -> bool:
+    return isinstance(job, Import) and job.peer.means == "map"
+
+
+def _filled_by(job: Import | Load | Store) -> list[int]:
+    match job:
+        case Import() if not _is_map(job):
+            return [incoming.block for incoming in job.blocks]
+        case Load():
+            return [block for _, block in job.blocks]
+        case _:
+            return []
