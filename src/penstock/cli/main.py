@@ -19,6 +19,7 @@ COMMANDS = {
     "doctor": ("penstock.cli.doctor", "check a checkpoint and this machine, say what will happen"),
     "quantize": ("penstock.cli.quantize", "write a checkpoint in fewer bits"),
     "bench": ("penstock.cli.bench", "put a small load on a running server and measure it"),
+    "top": ("penstock.cli.top", "watch the instances of a running service"),
     "router": ("penstock.cli.router", "the service alone, over engines that run elsewhere"),
     "worker": ("penstock.cli.worker", "run one engine instance (started by `serve`)"),
     "version": ("penstock.cli.version", "print versions"),
