@@ -15,6 +15,8 @@ _GAIN = 0.1
 _MOST_LOG = math.log(2.0)
 #: Corrections stay within these; what needs more is not a matter of scale.
 _LOG_LIMIT = math.log(8.0)
+#: A miss by more than 10 times its size counts as that.
+_MOST_MISS = math.log(11.0)
 
 
 @dataclass(slots=True)
@@ -35,14 +37,14 @@ class TtftCorrection:
         """`predicted_s` as the decision had it, that is corrected already."""
         if predicted_s <= 0.0 or actual_s <= 0.0:
             return  # nothing was predicted, or the clock has no resolution for it
-        miss = math.log(actual_s / predicted_s)
+        miss = math.log(actual_s) - math.log(predicted_s)
         self.num_observed += 1
         # The first observations count for more, or a wrong start would last.
         gain = max(_GAIN, 1.0 / (1.0 + self.num_observed))
         bounded = min(max(miss, -_MOST_LOG), _MOST_LOG)
         self.log_ratio += gain * bounded
         self.log_ratio = min(max(self.log_ratio, -_LOG_LIMIT), _LOG_LIMIT)
-        relative = min(math.expm1(abs(miss)), 10.0)
+        relative = math.expm1(min(abs(miss), _MOST_MISS))
         self.error += gain * (relative - self.error)
 
 

@@ -58,7 +58,8 @@ class _Stakes:
     request: RouteRequest
     #: Output tokens to count with, at least one.
     output: int
-    #: TTFT not in time; TPOT too long; and a step with a prompt in it too long for who decodes.
+    #: TTFT not in time; TPOT too long, by the mean or because steps with prompts are and prompts
+    #: are what comes there; and the request's own prompt makes steps too long for who decodes.
     late: Bools
     over: Bools
     holds_up: Bools
@@ -74,8 +75,11 @@ class _Stakes:
         over = holds_up = never
         if request.tpot_slo_s is not None:
             over = o.tpot_s > request.tpot_slo_s
-            mixed_s = q.prompt_step_s + np.minimum(q.room, n) * s.token_s
-            holds_up = (mixed_s > request.tpot_slo_s) & (view.running > 0.0)
+            holds_up = q.prompt_step_s + np.minimum(q.room, n) * s.token_s > request.tpot_slo_s
+            holds_up &= view.running > 0.0
+            if view.prefill_share is not None:
+                full = q.prompt_step_s + q.room * s.token_s > request.tpot_slo_s
+                over |= full & (view.prefill_share > _SEEN_BY_P99) & _FOR_PROMPTS[view.roles]
         return cls(
             o,
             request,
@@ -121,8 +125,11 @@ def _mask(*roles: Role) -> Bools:
 
 #: Worse than any cost: a million seconds for each SLO that is missed.
 _BROKEN_S = 1e6
+#: A share of steps that a 99th percentile sees.
+_SEEN_BY_P99 = 0.01
 _ENCODE = _mask("encode")
 _SPLIT = _mask("prefill", "decode")
+_FOR_PROMPTS = _mask("prefill", "decode_to_prefill")
 _PREFILL, _TURNING_TO_PREFILL = _mask("prefill", "any"), _mask("decode_to_prefill")
 _DECODE, _TURNING_TO_DECODE = _mask("decode", "any"), _mask("prefill_to_decode")
 
@@ -313,4 +320,4 @@ def _limit_words(k: _Stakes, i: int) -> str:
     assert slo_s is not None
     mean = float((view.running_tokens[i] + k.request.num_tokens) / (view.running[i] + 1.0))
     limit = predict.tpot_limit_tokens(view, k.look.speeds, slo_s, mean)[i]
-    return f"; nobody is under the limit for {1e3 * slo_s:g} ms a token, {limit:.0f} tokens there"
+    return f"; nobody holds {1e3 * slo_s:g} ms a token, for which {limit:.0f} may run there"
