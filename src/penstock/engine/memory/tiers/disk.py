@@ -61,6 +61,10 @@ class DiskTier:
         try:
             if os.pread(self._fd, len(self._head), 0) != self._head:
                 os.ftruncate(self._fd, 0)
+            # Asked first: a fallocate that fails may have filled the disk before it noticed.
+            space, held_bytes = os.fstatvfs(self._fd), os.fstat(self._fd).st_blocks * 512
+            if num_bytes > space.f_bavail * space.f_frsize + held_bytes:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.posix_fallocate(self._fd, 0, num_bytes)
             os.pwrite(self._fd, self._head, 0)
         except OSError as exc:
