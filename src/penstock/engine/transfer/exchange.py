@@ -598,7 +598,8 @@ class Exchange:
         if transfer.importing:
             due_s = transfer.news_s + self.config.stall_s
             if transfer.source is not None:
-                due_s = min(due_s, transfer.wait_until_s + self.config.stall_s)
+                if not transfer.complete:
+                    due_s = min(due_s, transfer.wait_until_s + self.config.stall_s)
                 if not transfer.answered:
                     due_s = min(due_s, transfer.asked_s + self.config.retry_s)
         if transfer.source is not None:
@@ -613,7 +614,7 @@ class Exchange:
                 return
             if transfer.num_fenced:
                 transfer.news_s = now  # it waits for our own steps
-            silent = now - transfer.news_s >= self.config.stall_s
+            silent = now >= transfer.news_s + self.config.stall_s
             late = (
                 transfer.source is not None
                 and not transfer.complete
@@ -624,7 +625,7 @@ class Exchange:
             elif (
                 transfer.source is not None
                 and not transfer.answered
-                and now - transfer.asked_s >= self.config.retry_s
+                and now >= transfer.asked_s + self.config.retry_s
             ):
                 self._pull(transfer, now)
         if transfer.source is not None and now >= transfer.next_ack_s:
