@@ -20,6 +20,7 @@ from penstock.service.policies.forecast import Work
 from penstock.service.policies.view import ROLES, Bools, ClusterView, Floats, Speeds
 
 ANY, PREFILL, DECODE = ROLES.index("any"), ROLES.index("prefill"), ROLES.index("decode")
+ENCODE = ROLES.index("encode")
 P_TO_D, D_TO_P = ROLES.index("prefill_to_decode"), ROLES.index("decode_to_prefill")
 
 
@@ -108,41 +109,48 @@ class Loads:
 
     prefill: Floats
     decode: Floats
-    #: Steps that a decode shares with prompts break the TPOT there (`held_up`: by how much).
+    #: The share of its time that prompts take, if all do both; decoding in what is left of it; and
+    #: how a step with a prompt in it compares with the TPOT that is wanted.
+    share: float
+    decode_beside: Floats
     held_up: Floats
 
     @classmethod
     def of(cls, view: ClusterView, work: Work, config: RolesConfig) -> Loads:
         s = predict.speeds(view)
-        prompt = work.mean_prompt_tokens
-        empty = replace_loads(view)
-        q = predict.queues(empty, s, 1, 1)
-        service_s = predict.prefill_s(s, q, max(round(prompt), 1), 0.0) * s.ratio
-        prefill = work.requests_per_s * service_s / _usable(service_s, config.ttft_slo_s)
-        context = prompt + 0.5 * work.mean_output_tokens
-        decode = work.output_tokens_per_s / _decode_rate(view, s, context, config.tpot_slo_s)
-        held_up = np.zeros_like(prefill)
-        if config.tpot_slo_s is not None:
-            chunk = np.minimum(view.step_tokens, max(prompt, 1.0))
-            held_up = (s.base_s + chunk * s.token_s) / config.tpot_slo_s
-        return cls(prefill, decode, held_up)
+        prompt = max(round(work.mean_prompt_tokens), 1)
+        q = predict.queues(_emptied(view), s, 1, 1)
+        service_s = predict.prefill_s(s, q, prompt, 0.0) * s.ratio
+        busy = work.requests_per_s * service_s
+        share = min(_pooled(busy, view.roles != ENCODE), predict.MAX_SHARE)
+        context, output = prompt + 0.5 * work.mean_output_tokens, work.output_tokens_per_s
+        slo_s = config.tpot_slo_s
+        left_s = None if slo_s is None else slo_s * (1.0 - share)
+        held_up = np.zeros_like(busy)
+        if slo_s is not None:
+            held_up = (s.base_s + np.minimum(view.step_tokens, prompt) * s.token_s) / slo_s
+        return cls(
+            prefill=busy / _usable(service_s, config.ttft_slo_s),
+            decode=output / _decode_rate(view, s, context, slo_s),
+            share=share,
+            decode_beside=output / _decode_rate(view, s, context, left_s),
+            held_up=held_up,
+        )
 
     def split(self, prefilling: Bools, decoding: Bools) -> float:
-        """Pressure of the busier pool; an instance in both pools gives each what the other leaves,
-        in proportion to what is asked."""
+        """Pressure of the busier pool."""
         return max(_pooled(self.prefill, prefilling), _pooled(self.decode, decoding))
 
     def together(self, members: Bools) -> float:
-        """Everybody does both: the shares add up, and decodes are held up by prompts."""
-        share = _pooled(self.prefill, members)
-        pressure = share + _pooled(self.decode, members)
-        # A hundredth of the steps is what a p99 sees.
-        if share > 0.01:
+        """Everybody does both: what is asked adds up, and prompts hold up those that decode."""
+        pressure = _pooled(self.prefill, members) + _pooled(self.decode_beside, members)
+        # A hundredth of the time is what a p99 sees.
+        if self.share > 0.01:
             pressure = max(pressure, float(self.held_up[members].mean()))
         return pressure
 
 
-def replace_loads(view: ClusterView) -> ClusterView:
+def _emptied(view: ClusterView) -> ClusterView:
     """The same instances with nothing to do."""
     zero = np.zeros_like(view.running)
     return replace(
@@ -199,7 +207,7 @@ class _Pools:
             (r == PREFILL) | (r == D_TO_P),
             (r == DECODE) | (r == P_TO_D),
             r == ANY,
-            r == ROLES.index("encode"),
+            r == ENCODE,
         )
 
     @property
