@@ -130,7 +130,8 @@ class XTensorMemory(ContiguousAccess):
         self._pool = self._view(self._pool_base, self.num_blocks)
         buffer = (ctypes.c_char * self._pool_bytes).from_address(self._pool_base)
         strides = np.frombuffer(memoryview(buffer), np.uint8).reshape(self.num_blocks, -1)
-        self._bytes = strides[:, : self.layout.block_bytes]
+        #: Our own blocks as bytes [num_blocks, layout.block_bytes], a view of the pool.
+        self.bytes = strides[:, : self.layout.block_bytes]
         self._closing = threading.Event()
         self._toucher = threading.Thread(target=self._touch, name="kv-prefault", daemon=True)
         self._toucher.start()
@@ -264,7 +265,7 @@ class XTensorMemory(ContiguousAccess):
     def block_bytes(self, block: int) -> npt.NDArray[np.uint8]:
         """One of our own blocks as bytes [layout.block_bytes], a view of the pool."""
         assert 0 <= block < self.num_blocks, f"block {block} of {self.num_blocks}"
-        return self._bytes[block]
+        return self.bytes[block]
 
     def pool_blocks(self) -> torch.Tensor:
         """All blocks [num_blocks, layer, 2, kv_head, token, dim], as a view of the pool itself."""
@@ -292,7 +293,7 @@ class XTensorMemory(ContiguousAccess):
         self._closing.set()
         self._toucher.join()
         self._slots.clear()
-        del self._pool, self._bytes
+        del self._pool, self.bytes
         self.close_windows([*self.windows])
         _libc.munmap(self._ranges_base, self._reserved_bytes)
         _libc.munmap(self._pool_base, self._pool_bytes)
