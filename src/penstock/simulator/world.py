@@ -11,6 +11,7 @@ import heapq
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 from penstock.engine.core import CoreConfig, InstanceCore
 from penstock.engine.memory.tiers.index import TierIndex, TierSizes
@@ -47,12 +48,19 @@ class NetworkFaults:
     loss: float = 0.0
 
 
+class Core(Protocol):
+    """What takes part in a world: an `InstanceCore`, a `ServiceCore`, or what a test puts there."""
+
+    def on_message(self, peer: str, message: Any, now: float) -> list[Effect]: ...
+    def on_timer(self, now: float) -> list[Effect]: ...
+
+
 @dataclass(slots=True)
 class _Node:
     """A process: its core, whether it lives, and the timer it has set last."""
 
     name: str
-    core: InstanceCore | ServiceCore
+    core: Core
     runner: CostModelRunner | None = None
     data_plane: SimulatedDataPlane | None = None
     memory: KvMemory | None = None
@@ -165,6 +173,10 @@ class World:
         node = self._nodes.get(name)
         lives = node is not None and node.alive and str(self._incarnations[name]) == incarnation
         return node.memory if node is not None and lives else None
+
+    def add_node(self, name: str, core: Core) -> None:
+        """Anything that takes messages. (`send` sends in its name.)"""
+        self._nodes[name] = _Node(name, core)
 
     def add_service(
         self,
@@ -306,6 +318,10 @@ class World:
                 self._carry_out(node, node.core.on_timer(self.now))
 
         self.at(max(at_s, self.now), lambda: self._when_running(node, fire))
+
+    def send(self, source: str, target: str, message: Message) -> None:
+        """As if the core of `source` had asked for it."""
+        self._send(source, target, message)
 
     def _send(self, source: str, target: str, message: Message) -> None:
         faults, draw = self._faults, self._random.random

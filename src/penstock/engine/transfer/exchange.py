@@ -363,8 +363,8 @@ class Exchange:
         if want.sequence is None and now < want.lease_until_s:
             num_blocks = -(-want.num_tokens // self._card.layout.block_tokens)
             self._holds.promise(want.key, max(0, num_blocks - num_held))
-        elif want.sequence is None or num_held == num_first:
-            self._drop(want)  # nothing that the cache would not keep by itself
+        elif want.sequence is None or not num_held:
+            self._drop(want)
 
     def _cancel(self, want: Want) -> None:
         """Of no use to anybody. An import that others wait for goes on."""
