@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 
 from penstock.engine.memory.sizing import kv_layout
-from penstock.engine.memory.tiers.data import Block, TierData, Tiers, carry_out
+from penstock.engine.memory.tiers.data import Block, TierData, Tiers
 from penstock.engine.memory.tiers.disk import DiskTier
 from penstock.engine.memory.tiers.header import HEADER_BYTES
 from penstock.engine.memory.tiers.host import HostTier
 from penstock.engine.memory.tiers.index import MAX_FAILURES_IN_A_ROW
 from penstock.engine.memory.tiers.open import TierConfig, open_tiers
 from penstock.engine.memory.tiers.slots import Slots
-from penstock.engine.transfer.jobs import Demotion, Load, Store
+from penstock.engine.transfer.jobs import Demotion
 from penstock.protocol.errors import ConfigError, NotEnoughMemory
 from penstock.protocol.kv import KEY_BYTES
 
@@ -328,16 +328,3 @@ def test_no_flags_no_tiers() -> None:
 def test_settings_that_cannot_work(config: TierConfig) -> None:
     with pytest.raises(ConfigError, match="--kv-"):
         open_tiers(config, LAYOUT, "model", "engine-0")
-
-
-def test_jobs_are_carried_out_on_device_blocks(tmp_path: Path) -> None:
-    tiers = Tiers({"host": HostTier(2, BLOCK_BYTES), "disk": disk_at(tmp_path)}, BLOCK_BYTES)
-    device = [block(0), block(1), np.zeros(BLOCK_BYTES, np.uint8), np.zeros(BLOCK_BYTES, np.uint8)]
-    stored = carry_out(Store(1, "host", ((key(0), 0), (key(1), 1))), tiers, device.__getitem__)
-    assert (stored.number, stored.ok, stored.num_bytes) == (1, (True, True), 2 * BLOCK_BYTES)
-    down = Store(2, "host", ((key(5), 1),), (Demotion(key(0), "host", "disk"),))
-    assert carry_out(down, tiers, device.__getitem__).demoted == (True,)
-    loaded = carry_out(Load(3, "disk", ((key(0), 2), (key(9), 3))), tiers, device.__getitem__)
-    assert loaded.ok == (True, False) and "could not be loaded" in loaded.reason
-    assert (device[2] == block(0)).all()
-    tiers.close()

@@ -182,7 +182,20 @@ def test_a_job_that_never_ran_has_failed_in_all() -> None:
     (plan,) = index.plan_store(keys(2))
     index.end_store(plan, [False])
     assert index.keys("host") == index.keys("disk") == []
+    (plan,) = store(index, 3)
+    assert names([d.key for d in plan.before]) == [1], "its bytes are still there"
     index.check()
+
+
+def test_what_has_come_back_is_not_dropped_late() -> None:
+    index = TierIndex(TierSizes(host_blocks=2))
+    store(index, 1, 2)
+    (never_ran,) = index.plan_store(keys(3))
+    assert [names([d.key]) for d in never_ran.before] == [[1]]
+    store(index, 1)  # in the place of 2
+    index.end_store(never_ran, [False])
+    (plan,) = store(index, 4)
+    assert plan.before == () and index.match(keys(1)) == ["host"]
 
 
 def test_a_tier_that_only_fails_is_given_up_and_the_next_one_serves() -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from tests.unit.test_prefix_cache_trace import SLICE, WHOLE, read
 
 from penstock.engine.memory.tiers.index import TierIndex, TierSizes
 from penstock.engine.scheduler.block_pool import BlockPool
 from penstock.protocol.kv import KEY_BYTES, Tier, split_keys
-from tests.unit.test_prefix_cache_trace import SLICE, WHOLE, read
 
 
 class Instance:

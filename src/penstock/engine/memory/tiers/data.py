@@ -8,14 +8,13 @@ reach) is "not there": a False, with a warning, never an exception and never wro
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
 
 from penstock.engine.memory.tiers.index import MAX_FAILURES_IN_A_ROW
-from penstock.engine.transfer.jobs import Demotion, Load, Moved, Store
+from penstock.engine.transfer.jobs import Demotion
 from penstock.protocol.kv import Tier
 
 log = logging.getLogger(__name__)
@@ -85,28 +84,6 @@ class Tiers:
         for tier in self._tiers.values():
             tier.close()
         self._tiers.clear()
-
-
-def carry_out(job: Load | Store, tiers: Tiers, block_bytes: Callable[[int], Block]) -> Moved:
-    """Do what a job says, here and now. `block_bytes`: the device block of that number, to be read
-    or filled in place."""
-    started_s = time.perf_counter()
-    blocks = [(key, block_bytes(block)) for key, block in job.blocks]
-    demoted: list[bool] = []
-    if isinstance(job, Load):
-        ok = tiers.load(job.tier, blocks)
-    else:
-        ok, demoted = tiers.store(job.tier, blocks, job.before)
-    num_bytes = sum(data.nbytes for (_, data), went_well in zip(blocks, ok) if went_well)
-    what = "loaded from" if isinstance(job, Load) else "stored in"
-    return Moved(
-        job.number,
-        tuple(ok),
-        num_bytes,
-        time.perf_counter() - started_s,
-        "" if all(ok) else f"{ok.count(False)} blocks could not be {what} the {job.tier} tier",
-        tuple(demoted),
-    )
 
 
 NO_TIER_DATA = Tiers({}, 0)

@@ -216,7 +216,7 @@ class TierIndex:
 
     def _plan_for(self, shelf: _Shelf, keys: Sequence[bytes]) -> StorePlan:
         chosen: list[bytes] = []
-        before = list(self._pending_drops)
+        before = [drop for drop in self._pending_drops if not self._is_there(drop)]
         for key in keys:
             if key in shelf:
                 if key in self._device and key in shelf.spare:
@@ -237,6 +237,11 @@ class TierIndex:
         if chosen:
             self._pending_drops.clear()
         return StorePlan(shelf.tier, tuple(chosen), tuple(before), self._generation)
+
+    def _is_there(self, drop: Demotion) -> bool:
+        """Has it come back since?"""
+        shelf = self._by_tier[drop.tier]
+        return drop.key in shelf or drop.key in shelf.arriving
 
     def _make_room(self, shelf: _Shelf) -> list[Demotion] | None:
         """What to carry out so that the block that has just been promised room fits; None if that
@@ -276,7 +281,9 @@ class TierIndex:
         if plan.tier == "store":
             self._end_store_store(plan, ok)
             return
-        done = [*demoted, *[False] * (len(plan.before) - len(demoted))]
+        not_done = plan.before[len(demoted) :]
+        done = [*demoted, *[False] * len(not_done)]
+        self._pending_drops += [Demotion(step.key, step.tier, None) for step in not_done]
         for step, went_well in zip(plan.before, done, strict=True):
             if step.to is not None:
                 self._arrived(step, went_well, plan)
