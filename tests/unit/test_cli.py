@@ -186,6 +186,7 @@ OTHERWISE: dict[str, Any] = {
     "num_blocks": 7, "gpu_memory_utilization": 0.5, "enable_prefix_caching": False,
     "load_format": "dummy", "quantization": "int4", "seed": -1, "attention_backend": "torch",
     "graph_mode": "piecewise", "kv_memory": "plain", "num_threads": 2, "cpu_bind": "0-1",
+    "host_share": 0.5,
     "trace": "t.json", "kv_host_cache_bytes": 1 << 20, "kv_disk_cache_bytes": 1 << 20,
     "kv_disk_path": "d", "kv_store": "mooncake://m:1",
 }  # fmt: skip

@@ -160,6 +160,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     add("--kv-memory", choices=("auto", "plain"), help="plain: without mapped memory, slower")
     add("--trace", metavar="FILE", help="write what ran when, for ui.perfetto.dev")
     add("--num-threads", type=count, metavar="N", help="threads of the CPU's kernels")
+    add("--host-share", type=float, help=argparse.SUPPRESS)
     add("--cpu-bind", metavar="CPUS", help="a processor for each of them: 0-3, none, or auto")
 
 

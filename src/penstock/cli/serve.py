@@ -11,6 +11,14 @@ from pathlib import Path
 
 from penstock.checkpoint import resolve
 from penstock.cli import logs, ports, process
+from penstock.cli.cluster_flags import (
+    ADMIN_VARIABLE,
+    add_cluster_flags,
+    add_registry,
+    cluster_config,
+    tls_config,
+    use_cluster_secret,
+)
 from penstock.cli.config_file import parse_with_file
 from penstock.cli.flags import (
     add_engine_flags,
@@ -22,11 +30,16 @@ from penstock.cli.flags import (
 )
 from penstock.cli.parser import Parser, count, seconds
 from penstock.engine.config import EngineConfig, WorkerConfig
+from penstock.engine.platforms.cpu import placement
 from penstock.protocol.errors import ConfigError
+from penstock.protocol.transport.base import check_address
 from penstock.service.config import RestartPolicy, ServeConfig
 from penstock.trace import new_file
 
 _DESCRIPTION = "Serve MODEL over HTTP with OpenAI's API: the service and its engine in one go."
+_ROUTER_DESCRIPTION = """Serve MODEL over HTTP with engines that run elsewhere: `penstock worker`s
+that find this router through --registry (one of its own if none is given), or servers of any kind
+that speak OpenAI's API (--engines URL,URL)."""
 _EPILOG = """Flags carry vLLM's names where they mean the same; others are answered with what
 does the same here. Sizes: 4k is 4000, 4K is 4096."""
 #: Where keys are looked for; the first is ours, the second what vLLM calls it.
@@ -39,6 +52,8 @@ def make_parser(command: str = "serve", description: str = _DESCRIPTION) -> Pars
     parser = Parser(command, description, _EPILOG)
     add_model(parser)
     _add_server_flags(parser)
+    add_registry(parser)
+    add_cluster_flags(parser)
     add_log_level(parser)
     add_engine_flags(parser)
     return parser
@@ -129,13 +144,25 @@ def config_of(
         "in_process", "log_level", "log_requests", "banner",
     )  # fmt: skip
     said = vars(options)
-    if said.get("in_process") and said.get("engine_addresses"):
+    use_cluster_secret(options)
+    cluster = cluster_config(said)
+    if said.get("in_process") and (said.get("engine_addresses") or cluster.registry):
         raise ConfigError("--in-process starts an engine, --engine-address attaches to one: choose")
+    if said.get("in_process") and max(cluster.instances, cluster.api_workers) > 1:
+        raise ConfigError("--in-process is one process: leave out --instances and --api-workers")
+    if parser.prog.endswith(" serve") and cluster.registry and not said.get("api_worker_folder"):
+        raise ConfigError(
+            "`serve` starts its own engines: `penstock router MODEL --registry URL` uses those of "
+            "a registry, `penstock worker MODEL --registry URL` is one"
+        )
     config = ServeConfig(
         model=model,
         served_model_names=tuple(said.get("served_model_names", (model,))),
         engine_addresses=tuple(said.get("engine_addresses", ())),
         api_keys=_api_keys(options, environment),
+        admin_keys=_admin_keys(options, environment),
+        cluster=cluster,
+        tls=tls_config(said),
         restart=RestartPolicy(enabled=said.get("restart", True)),
         worker_args=worker_arguments(engine, said.get("log_level", "info")),
         **{name: said[name] for name in plain if name in said},
@@ -148,21 +175,37 @@ def worker_arguments(engine: EngineConfig, log_level: str) -> tuple[str, ...]:
 
 
 def run(arguments: list[str]) -> int:
-    config, engine = config_of(make_parser(), arguments)
+    return _run(make_parser(), arguments)
+
+
+def run_router(arguments: list[str]) -> int:
+    """`penstock router MODEL`: nothing is started here but the service, and a registry where none
+    is given."""
+    parser = make_parser("router", _ROUTER_DESCRIPTION)
+    return _run(parser, arguments, router=True)
+
+
+def _run(parser: Parser, arguments: list[str], *, router: bool = False) -> int:
+    config, engine = config_of(parser, arguments)
+    if router:
+        config = for_router(config)
     if "--stop-with-parent" in arguments:
         process.stop_with_parent()
     logs.set_up(config.log_level, name=config.name or "service")
-    if config.uds is None:
+    cluster = config.cluster
+    if config.uds is None and not cluster.reuse_port:
         ports.require_free(config.host, config.port)
 
-    if engine.trace is not None:
+    if engine.trace is not None and cluster.api_worker is None:
         new_file(engine.trace)
 
     # Fetched once, here, rather than by service and engine side by side.
     checkpoint = resolve(config.model, revision=config.revision)
-    engine = replace(engine, model=str(checkpoint.path))
+    engine = divided(replace(engine, model=str(checkpoint.path)), cluster.instances)
     worker_args = worker_arguments(engine, config.log_level)
-    config = replace(config, worker_args=worker_args, trace=engine.trace)
+    config = replace(
+        config, worker_args=worker_args, trace=engine.trace, arguments=tuple(arguments)
+    )
 
     from penstock.cli.banner import Banner
     from penstock.service.app import serve
@@ -181,6 +224,39 @@ def run(arguments: list[str]) -> int:
         thread.close()
 
 
+def for_router(config: ServeConfig) -> ServeConfig:
+    """Its instances come through a registry or are named. Raises `ConfigError`."""
+    cluster = config.cluster
+    if cluster.instances > 1 or config.in_process:
+        raise ConfigError("a router starts no engines: use `serve` for --instances, --in-process")
+    if config.engine_addresses or cluster.registry is not None:
+        return config
+    check_address(cluster.registry_address)
+    scheme = {"tcp": "penstock", "ipc": "penstock+ipc"}
+    kind, _, where = cluster.registry_address.partition("://")
+    # Here it is met on loopback, even if it listens everywhere.
+    for everywhere in ("0.0.0.0:", "[::]:"):
+        if where.startswith(everywhere):
+            where = f"127.0.0.1:{where.removeprefix(everywhere)}"
+    registry = f"{scheme[kind]}://{where}"
+    return replace(config, cluster=replace(cluster, registry=registry, offers_registry=True))
+
+
+def divided(engine: EngineConfig, num_instances: int) -> EngineConfig:
+    """One of so many engines that start on this host together: its part of cores and memory. What
+    is set by a flag is each one's own, as it is in vLLM. Raises `ConfigError`."""
+    if num_instances == 1 or engine.device == "cuda":
+        return engine
+    if engine.cpu_bind not in ("auto", "none"):
+        raise ConfigError(
+            "--cpu-bind names the processors of one engine: leave it out with --instances"
+        )
+    threads = engine.num_threads
+    if threads is None:
+        threads = max(1, placement.here(engine.cpu_bind, None).num_threads // num_instances)
+    return replace(engine, num_threads=threads, host_share=1.0 / num_instances)
+
+
 def _api_keys(options: argparse.Namespace, environment: Mapping[str, str]) -> tuple[str, ...]:
     """From all places at once, in order and without doubles. Raises `ConfigError`."""
     keys = list(getattr(options, "api_keys", []))
@@ -194,20 +270,20 @@ def _api_keys(options: argparse.Namespace, environment: Mapping[str, str]) -> tu
     return tuple(dict.fromkeys(keys))
 
 
-def _keys_in(file: Path) -> list[str]:
+def _admin_keys(options: argparse.Namespace, environment: Mapping[str, str]) -> tuple[str, ...]:
+    file = getattr(options, "admin_key_file", None)
+    keys = _keys_in(Path(file), "--admin-key-file") if file else []
+    if environment.get(ADMIN_VARIABLE):
+        keys.append(environment[ADMIN_VARIABLE])
+    return tuple(dict.fromkeys(keys))
+
+
+def _keys_in(file: Path, flag: str = "--api-key-file") -> list[str]:
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as exc:
-        raise ConfigError(f"--api-key-file {file} cannot be read: {exc}") from exc
+        raise ConfigError(f"{flag} {file} cannot be read: {exc}") from exc
     keys = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if not keys:
-        raise ConfigError(f"--api-key-file {file} holds no key: one a line")
+        raise ConfigError(f"{flag} {file} holds no key: one a line")
     return keys
-
-
-def run_router(arguments: list[str]) -> int:
-    """`penstock router MODEL`: nothing is started here but the service."""
-    config, _ = config_of(make_parser("router", "Serve MODEL over engines elsewhere."), arguments)
-    if not config.engine_addresses:
-        raise ConfigError("a router needs engines: name them with --engine-address or --engines")
-    return run(arguments)

@@ -81,17 +81,17 @@ SECTIONS: dict[str, tuple[VllmFlag, ...]] = {
         --allow-credentials          | later | put a reverse proxy in front for CORS
         --root-path                  | later | let the reverse proxy strip the prefix
         --middleware                 | later | put a reverse proxy in front
-        --ssl-keyfile                | later | let a reverse proxy end TLS; the default is loopback
-        --ssl-certfile               | later | let a reverse proxy end TLS; the default is loopback
-        --ssl-ca-certs               | later | let a reverse proxy end TLS; the default is loopback
-        --ssl-cert-reqs              | later | let a reverse proxy end TLS; the default is loopback
+        --ssl-keyfile                | same  |
+        --ssl-certfile               | same  |
+        --ssl-ca-certs               | same  | clients then need a certificate of these authorities
+        --ssl-cert-reqs              | other | --ssl-ca-certs alone asks for clients' certificates
         --ssl-ciphers                | later | let a reverse proxy end TLS; the default is loopback
         --enable-ssl-refresh         | later | let a reverse proxy end TLS; the default is loopback
         --disable-fastapi-docs       | none  | the document at /openapi.json holds no secrets
         --enable-offline-docs        | none  | the server refers to nothing outside itself
         --h11-max-incomplete-event-size | other | --max-body-bytes bounds a request
         --h11-max-header-count       | none  | httptools parses HTTP and has bounds of its own
-        --api-server-count -asc      | later | one service process serves tens of thousands of tokens/s
+        --api-server-count -asc      | same  | also --api-workers
         --headless                   | other | `penstock worker` runs an engine without a server
         --grpc                       | later | the API is OpenAI's over HTTP
         --fingerprint-mode           | none  | system_fingerprint holds the version and the model's digest
@@ -193,15 +193,15 @@ SECTIONS: dict[str, tuple[VllmFlag, ...]] = {
         --attention-backend          | same  | other names: see `penstock doctor MODEL`
         --tensor-parallel-size -tp   | later | one device an instance
         --pipeline-parallel-size -pp | later | one device an instance
-        --data-parallel-size -dp     | other | start several `penstock worker` and name them with --engine-address
-        --data-parallel-rank -dpn    | other | start several `penstock worker` and name them with --engine-address
-        --data-parallel-start-rank -dpr | other | start several `penstock worker` and name them with --engine-address
-        --data-parallel-size-local -dpl | other | start several `penstock worker` and name them with --engine-address
-        --data-parallel-address -dpa | later | instances are on one host so far
-        --data-parallel-rpc-port -dpp | later | instances are on one host so far
-        --data-parallel-backend -dpb | later | instances are on one host so far
-        --data-parallel-hybrid-lb    | later | instances are on one host so far
-        --data-parallel-external-lb  | later | instances are on one host so far
+        --data-parallel-size -dp     | other | --instances N on one machine; `penstock worker --registry URL` on others
+        --data-parallel-rank -dpn    | none  | an instance has a name and no rank
+        --data-parallel-start-rank -dpr | none  | an instance has a name and no rank
+        --data-parallel-size-local -dpl | other | --instances N on one machine; `penstock worker --registry URL` on others
+        --data-parallel-address -dpa | other | --registry URL is where processes find each other
+        --data-parallel-rpc-port -dpp | other | --registry URL is where processes find each other
+        --data-parallel-backend -dpb | none  | instances need nothing between them to start
+        --data-parallel-hybrid-lb    | none  | any number of `penstock router` may serve the same instances
+        --data-parallel-external-lb  | none  | any number of `penstock router` may serve the same instances
         --decode-context-parallel-size -dcp | later | one device an instance
         --enable-expert-parallel     | later | there are no mixture-of-experts models
         --all2all-backend            | later | there are no mixture-of-experts models
@@ -213,10 +213,10 @@ SECTIONS: dict[str, tuple[VllmFlag, ...]] = {
         --dbo-decode-token-threshold | later | one device an instance
         --dbo-prefill-token-threshold | later | one device an instance
         --distributed-executor-backend | none | an instance is a process, and the service starts it
-        --nnodes                     | later | instances are on one host so far
-        --node-rank                  | later | instances are on one host so far
-        --master-addr                | later | instances are on one host so far
-        --master-port                | later | instances are on one host so far
+        --nnodes                     | other | `penstock worker --registry URL` on each host
+        --node-rank                  | other | `penstock worker --registry URL` on each host
+        --master-addr                | other | `penstock worker --registry URL` on each host
+        --master-port                | other | `penstock worker --registry URL` on each host
         --max-parallel-loading-workers | none | one process loads
         --ray-workers-use-nsight     | none  | there is no Ray
         --disable-custom-all-reduce  | none  | one device an instance

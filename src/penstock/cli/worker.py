@@ -2,36 +2,65 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from pathlib import Path
 
 from penstock.checkpoint import resolve
 from penstock.cli import logs
+from penstock.cli.cluster_flags import add_registry, use_cluster_secret
+from penstock.cli.config_file import parse_with_file
 from penstock.cli.flags import add_engine_flags, add_log_level, add_model, engine_config, model_of
 from penstock.cli.parser import Parser, count
 from penstock.engine.config import WorkerConfig
-from penstock.protocol.errors import PenstockError
+from penstock.protocol.errors import ConfigError, PenstockError
+from penstock.protocol.transport.base import check_address
+from penstock.registry.here import address_towards
+from penstock.registry.open import open_registry
 
-_DESCRIPTION = """Run one engine instance. `penstock serve` starts its own; start more by hand to
-put several instances behind one service (serve --engine-address)."""
+_DESCRIPTION = """Run one engine instance. `penstock serve` starts its own; start more by hand, on
+this host or others, and they find their service through --registry (or it finds them, with
+serve --engine-address)."""
 
 
 def worker_config(arguments: list[str]) -> WorkerConfig:
     parser = Parser("worker", _DESCRIPTION)
     add_model(parser)
     parser.add_argument(
-        "--address", required=True, help="where to listen: ipc:///path or tcp://127.0.0.1:port"
+        "--address",
+        help="where to listen: ipc:///path or tcp://host:port; with --registry a free port on the "
+        "interface towards it by default",
     )
-    parser.add_argument("--name", help="what services call it (engine-0)")
+    parser.add_argument("--name", help="what services call it; host and process id by default")
     parser.add_argument("--incarnation", type=count, help="grows with each start of a name (1)")
     parser.add_argument("--parent-pid", type=count, help="end when this process is gone")
+    parser.add_argument("--config", metavar="FILE", help="these flags in YAML, TOML or JSON")
+    add_registry(parser)
     add_log_level(parser)
     add_engine_flags(parser)
-    options = parser.parse(arguments)
-    own = ("address", "name", "incarnation", "parent_pid", "log_level")
+    options = parse_with_file(parser, arguments)
+    use_cluster_secret(options)
+    registry = getattr(options, "registry", None)
+    if not hasattr(options, "address"):
+        if registry is None:
+            raise ConfigError("where do services find it? Give --registry URL or --address")
+        options.address = f"tcp://{_address_towards(registry)}:0"
+    if not hasattr(options, "name") and registry is not None:
+        options.name = f"{socket.gethostname()}-{os.getpid()}"
+    check_address(options.address)
+    own = ("address", "name", "incarnation", "parent_pid", "registry", "log_level")
     return WorkerConfig(
         engine=engine_config(model_of(parser, options), options),
         **{name: getattr(options, name) for name in own if hasattr(options, name)},
     )
+
+
+def _address_towards(registry: str) -> str:
+    open_registry(registry)  # its mistakes first
+    try:
+        return address_towards(registry)
+    except OSError as exc:
+        raise ConfigError(f"--registry {registry} cannot be reached: {exc.strerror}") from exc
 
 
 def _head_dim(model: str) -> int | None:

@@ -58,6 +58,8 @@ class EngineConfig:
     kv_disk_cache_bytes: int | None = None
     kv_disk_path: str | None = None
     kv_store: str | None = None
+    #: How blocks come from peers, best first: "map" (same host), "mooncake", "tcp"; or "off".
+    kv_transfer: str = "map,tcp"
     #: Share for KV of what the weights leave of a GPU's memory.
     gpu_memory_utilization: float = 0.9
     enable_prefix_caching: bool = True
@@ -73,6 +75,9 @@ class EngineConfig:
     #: "plain": contiguous tensors in place of mapped memory (CPU only; the oracle of its tests).
     kv_memory: Literal["auto", "plain"] = "auto"
     num_threads: int | None = None
+    #: What this instance may take of the host's memory where no size is given: one of N that start
+    #: together takes 1/N.
+    host_share: float = 1.0
     #: auto, none, or the processors of the CPU's compute threads, such as "0-3".
     cpu_bind: str = "auto"
     #: Where a trace of what ran when is written; None: nowhere.
@@ -160,4 +165,6 @@ class WorkerConfig:
     incarnation: int = 0
     #: End when this process is gone (the service that started the worker); None: never.
     parent_pid: int | None = None
+    #: Where it says that it is there (see `penstock.registry.open`); None: services know anyway.
+    registry: str | None = None
     log_level: str = "info"

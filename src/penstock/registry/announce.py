@@ -53,3 +53,10 @@ class Announcer:
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._stop.set)
             self._thread.join(_CLOSE_S)
+
+
+class NoAnnouncer:
+    """Of an instance whose services know where it is."""
+
+    def close(self) -> None:
+        return None

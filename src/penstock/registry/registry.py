@@ -21,6 +21,11 @@ _RETRY_S = 0.5
 _TERMS_BEGIN_S = 1_704_067_200
 
 
+def first_term() -> int:
+    """The least term that anybody may have who begins to lead now."""
+    return int(time.time()) - _TERMS_BEGIN_S
+
+
 class Registry:
     """A store, and this cluster's folder in it. Belongs to one event loop."""
 
@@ -177,8 +182,7 @@ class Campaign:
             if self._lease is None or not await self._store.keep_alive(self._lease):
                 self._lease = await self._store.grant(self._ttl_s)
             self._asked_s = time.monotonic()
-            at_least = int(time.time()) - _TERMS_BEGIN_S
-            term = await self._store.acquire(self._key, self._value, self._lease, at_least)
+            term = await self._store.acquire(self._key, self._value, self._lease, first_term())
             # The lease may be older than this very moment: renew it before counting on it.
             if term is not None and await self._renewed():
                 self._change(term)

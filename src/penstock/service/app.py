@@ -5,26 +5,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
-import resource
 import signal
 import socket
-import time
+import ssl
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import uvicorn
 
-from penstock.checkpoint import resolve
-from penstock.protocol.errors import ConfigError, EngineUnavailable, StartupError
-from penstock.service.api.app import create_app
-from penstock.service.api.config import ApiConfig
-from penstock.service.cluster.supervisor import Worker
+from penstock.protocol.errors import EngineUnavailable, StartupError
+from penstock.registry.embedded import RegistryServer
+from penstock.service.assemble import build_app, build_core, policy_name
+from penstock.service.cluster.cluster import Alone, AmongOthers
+from penstock.service.cluster.fleet import Fleet
 from penstock.service.config import ServeConfig
 from penstock.service.connection import Connection
-from penstock.service.core import ServiceCore, ServiceCoreConfig
 from penstock.service.driver import ServiceDriver
-from penstock.service.text.texts import Texts
+from penstock.service.listener import bound, url_of
 from penstock.trace import open_trace
 
 log = logging.getLogger(__name__)
@@ -48,10 +44,12 @@ def serve(config: ServeConfig, on_ready: Callable[[str], None] = lambda _: None)
 
     Raises `StartupError` (also when the engine cannot be started). Returns the exit code.
     """
-    with _bound(config) as listener:
-        runner = asyncio.Runner(loop_factory=_loop_factory())
-        with runner:
-            return runner.run(_serve(config, listener, on_ready))
+    if config.cluster.api_workers > 1:
+        from penstock.service.api_workers import serve_with_workers
+
+        return serve_with_workers(config, on_ready)
+    with bound(config) as listener, asyncio.Runner(loop_factory=loop_factory()) as runner:
+        return runner.run(_serve(config, listener, on_ready))
 
 
 async def _serve(
@@ -76,18 +74,18 @@ class _Service:
         self._on_ready = on_ready
         self._announced = False
         self._failure: str | None = None
-        self._workers: dict[str, Worker] = {}
-        self._start_engines()  # first: they take longest, and load while the rest is set up
-        core = ServiceCore(
-            ServiceCoreConfig(
-                name=config.name or f"{socket.gethostname()}-{os.getpid()}",
-                # Grows with each start of the same name, as engines expect of it.
-                incarnation=time.time_ns(),
-                max_queue=config.max_queue,
-                suspect_after_s=config.heartbeat_timeout_s / 2,
-                lost_after_s=config.heartbeat_timeout_s,
-            )
+        self._registry_server: RegistryServer | None = None
+        self._cluster: Alone | AmongOthers | None = None
+        # First: they take longest, and load while the rest is set up.
+        self._fleet = Fleet(
+            0 if config.engine_addresses or config.cluster.registry else config.cluster.instances,
+            config.worker_args,
+            config.restart,
+            on_ended=self._engine_ended,
+            on_failed=self._fleet_failed,
         )
+        self._fleet.start()
+        core = build_core(config)
         self.driver = ServiceDriver(
             core,
             on_active=self._attached,
@@ -95,58 +93,34 @@ class _Service:
             on_broken=lambda exc: self._fail(f"the service is broken: {exc}"),
             trace=open_trace(config.trace, "service"),
         )
-        checkpoint = resolve(config.model, revision=config.revision)
-        texts = Texts.from_checkpoint(
-            checkpoint,
-            chat_template=config.chat_template,
-            tool_call_parser=config.tool_call_parser,
-            reasoning_parser=config.reasoning_parser,
-        )
-        app = create_app(
-            self.driver,
-            texts,
-            ApiConfig(
-                served_model_names=config.served_model_names,
-                api_keys=config.api_keys,
-                max_body_bytes=config.max_body_bytes,
-                seed=config.seed,
-                generation_config=checkpoint.generation_config,
-                log_requests=config.log_requests,
-                trust_request_chat_template=config.trust_request_chat_template,
-            ),
-        )
-        self._server = _Server(
-            uvicorn.Config(
-                app,
-                http=Connection,
-                ws="none",
-                lifespan="off",
-                access_log=False,
-                log_level="warning",
-                timeout_graceful_shutdown=max(1, int(config.drain_timeout_s)),
-            )
-        )
+        self.driver.facts |= {
+            "policy": policy_name(config.cluster),
+            "ttft_slo_s": config.cluster.ttft_slo_s,
+            "tpot_slo_s": config.cluster.tpot_slo_s,
+        }
+        self._server = _Server(_uvicorn_config(config, build_app(self.driver, config)))
 
     # --- engines -------------------------------------------------------------------------------
 
-    def _start_engines(self) -> None:
-        config = self._config
-        if config.engine_addresses:
-            return
-        worker = Worker("engine-0", config.worker_args, config.restart, self._engine_ended)
-        self._workers[worker.name] = worker
-        worker.start()
-
     def _connect(self) -> None:
-        for name, worker in self._workers.items():
+        for name, worker in self._fleet.workers.items():
             self.driver.core.expect(name, True)
             self.driver.connect(name, worker.address)
         for number, address in enumerate(self._config.engine_addresses):
             self.driver.connect(f"engine-{number}", address)
+        core, registry = self.driver.core.config, self._config.cluster.registry
+        if registry is None:
+            self._cluster = Alone(self.driver, core.name)
+            return
+        if self._config.cluster.offers_registry:
+            self._registry_server = RegistryServer(self._config.cluster.registry_address)
+            log.info("the registry of this cluster is at %s", registry)
+        self._cluster = AmongOthers(
+            registry, self.driver, name=core.name, incarnation=core.incarnation, url=self._url()
+        )
 
     def _attached(self, name: str) -> None:
-        if name in self._workers:
-            self._workers[name].ready()
+        self._fleet.ready(name)
         # Whoever has been told to stop meanwhile listens no more, and is not ready for anything.
         if not self._announced and not self.driver.closing:
             self._announced = True
@@ -155,28 +129,18 @@ class _Service:
     def _silent(self, name: str) -> None:
         """Perhaps it only has to attach anew. If it does not answer that either, it hangs, and its
         successor goes on with what it had; until then its requests wait."""
-        if name not in self._workers:
-            return
-        incarnation = self._workers[name].incarnation
+        if name in self._fleet:
+            self.driver.core.expect(name, True)
+            self._fleet.kill_unless(name, lambda: self.driver.is_active(name), _ANSWER_S)
 
-        def kill() -> None:
-            worker = self._workers[name]
-            if worker.incarnation == incarnation and not self.driver.is_active(name):
-                worker.kill()
+    def _engine_ended(self, name: str, starts_again: bool) -> None:
+        if name in self.driver.core.instances:
+            self.driver.instance_lost(name, starts_again)
 
-        self.driver.core.expect(name, True)
-        asyncio.get_running_loop().call_later(_ANSWER_S, kill)
-
-    def _engine_ended(self, name: str, code: int, starts_again: bool) -> None:
-        if not self._announced:
-            # It never ran: trying the same again will not help, and it has said why. Where the end
-            # has been asked for already, it is no failure.
-            if not self.driver.closing:
-                self._fail(f"the engine did not start (exit code {code}): its reason is above")
-            return
-        self.driver.instance_lost(name, starts_again)
-        if not starts_again:
-            self._fail(f"engine {name} keeps failing; giving up")
+    def _fleet_failed(self, reason: str) -> None:
+        # Where the end has been asked for already, it is no failure to start.
+        if self._announced or not self.driver.closing:
+            self._fail(reason)
 
     def _fail(self, reason: str) -> None:
         self._failure = reason
@@ -203,75 +167,35 @@ class _Service:
             self.driver.end_all(EngineUnavailable(self._failure))
 
     async def close(self) -> None:
+        if self._cluster is not None:
+            await self._cluster.close()
         self.driver.close(EngineUnavailable("the server was stopped before the request finished"))
-        await asyncio.gather(*(worker.stop(_STOP_S) for worker in self._workers.values()))
+        if self._registry_server is not None:
+            self._registry_server.close()
+        await self._fleet.stop(_STOP_S)
 
     def _url(self) -> str:
-        if self._config.uds is not None:
-            return f"unix:{self._config.uds}"
-        host, port = self._listener.getsockname()[:2]
-        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)
-        return f"http://{host}:{port}"
+        return url_of(self._config, self._listener)
 
 
-def _bind(config: ServeConfig) -> socket.socket:
-    """Taken before anything is loaded: a busy port is better known now than in a minute."""
-    _raise_file_limit()
-    where = config.uds or f"{config.host}:{config.port}"
-    if config.uds is not None:
-        _make_way(Path(config.uds))
-        listener = socket.socket(socket.AF_UNIX)
-        address: object = config.uds
-    else:
-        family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-        listener = socket.socket(family)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        address = (config.host, config.port)
-    try:
-        listener.bind(address)  # type: ignore[arg-type]
-        listener.listen(4096)
-    except OSError as exc:
-        listener.close()
-        raise ConfigError(f"cannot listen on {where}: {exc.strerror or exc}") from exc
-    listener.setblocking(False)
-    return listener
+def _uvicorn_config(config: ServeConfig, app: object) -> uvicorn.Config:
+    tls = config.tls
+    return uvicorn.Config(
+        app,  # type: ignore[arg-type]
+        http=Connection,
+        ws="none",
+        lifespan="off",
+        access_log=False,
+        log_level="warning",
+        timeout_graceful_shutdown=max(1, int(config.drain_timeout_s)),
+        ssl_keyfile=tls.ssl_keyfile,
+        ssl_certfile=tls.ssl_certfile,
+        ssl_ca_certs=tls.ssl_ca_certs,
+        ssl_cert_reqs=ssl.CERT_REQUIRED if tls.ssl_ca_certs else ssl.CERT_NONE,
+    )
 
 
-def _make_way(uds: Path) -> None:
-    """A socket that a dead server left is replaced; nothing else is."""
-    if not uds.exists():
-        return
-    if not uds.is_socket():
-        raise ConfigError(f"--uds {uds} exists and is no socket: give another path")
-    with socket.socket(socket.AF_UNIX) as probe:
-        if probe.connect_ex(str(uds)) == 0:
-            raise ConfigError(f"another server listens on {uds}: stop that, or give another --uds")
-    uds.unlink()
-
-
-@contextlib.contextmanager
-def _bound(config: ServeConfig) -> Iterator[socket.socket]:
-    """`_bind` for the time of the block. A Unix socket's file goes with us, if it is still ours."""
-    with _bind(config) as listener:
-        path = Path(config.uds) if config.uds is not None else None
-        ours = path.stat().st_ino if path is not None else 0
-        try:
-            yield listener
-        finally:
-            with contextlib.suppress(OSError):
-                if path is not None and path.stat().st_ino == ours:
-                    path.unlink()
-
-
-def _raise_file_limit() -> None:
-    """Each connection is a file: the soft limit of 1024 is a limit on users."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < hard:
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
+def loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
     try:
         import uvloop
     except ImportError:  # no wheel for this platform

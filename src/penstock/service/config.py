@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from penstock.protocol.errors import ConfigError
 
@@ -24,6 +25,72 @@ class RestartPolicy:
 
 
 @dataclass(frozen=True, slots=True)
+class ClusterConfig:
+    """Several engines behind one service, several services over the same engines."""
+
+    #: Engine processes that this command starts.
+    instances: int = 1
+    #: Where instances are found (see `penstock.registry.open`); None: only those named or started.
+    registry: str | None = None
+    #: `registry` is our own, which this process offers at this address.
+    offers_registry: bool = False
+    registry_address: str = "tcp://127.0.0.1:8040"
+    #: auto, off, or static=P:D.
+    pd: str = "auto"
+    #: None: slo-aware, or kv-aware where prefill and decode stay together.
+    policy: str | None = None
+    ttft_slo_s: float | None = None
+    tpot_slo_s: float | None = None
+    #: None: with more than one instance.
+    kv_index: bool | None = None
+    #: Processes that share the port.
+    api_workers: int = 1
+    #: In such a process: the port is bound anew beside the others' (SO_REUSEPORT), or this
+    #: descriptor of a socket is what it listens on; its number, and the folder it shares with them.
+    reuse_port: bool = False
+    inherited_socket: int | None = None
+    api_worker: int | None = None
+    api_worker_folder: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("instances", "api_workers"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if (split := self.static_split) is not None and min(split) < 1:
+            raise ConfigError(f"--pd {self.pd}: at least one instance of each kind is needed")
+
+    @property
+    def static_split(self) -> tuple[int, int] | None:
+        if not self.pd.startswith("static="):
+            return None
+        prefill, _, decode = self.pd.removeprefix("static=").partition(":")
+        return int(prefill), int(decode)
+
+
+@dataclass(frozen=True, slots=True)
+class TlsConfig:
+    """HTTPS, with vLLM's names; without a key and a certificate it is HTTP."""
+
+    ssl_keyfile: str | None = None
+    ssl_certfile: str | None = None
+    ssl_ca_certs: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.ssl_keyfile is None) != (self.ssl_certfile is None):
+            raise ConfigError("--ssl-keyfile and --ssl-certfile belong together: give both")
+        if self.ssl_ca_certs is not None and self.ssl_keyfile is None:
+            raise ConfigError("--ssl-ca-certs needs --ssl-keyfile and --ssl-certfile")
+        for name in ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs"):
+            path = getattr(self, name)
+            if path is not None and not Path(path).is_file():
+                raise ConfigError(f"--{name.replace('_', '-')} {path}: there is no such file")
+
+    @property
+    def scheme(self) -> str:
+        return "https" if self.ssl_keyfile is not None else "http"
+
+
+@dataclass(frozen=True, slots=True)
 class ServeConfig:
     """What `penstock.service.app.serve` needs. The engine's settings are opaque here.
 
@@ -36,6 +103,8 @@ class ServeConfig:
     #: The first is what responses say; requests may use any of them.
     served_model_names: tuple[str, ...]
     worker_args: tuple[str, ...] = ()
+    #: What the command itself was given, for API workers, which are given the same.
+    arguments: tuple[str, ...] = ()
     engine_addresses: tuple[str, ...] = ()
     #: Service and engine in one process, over the memory transport (for debugging).
     in_process: bool = False
@@ -45,6 +114,10 @@ class ServeConfig:
     uds: str | None = None
     #: Empty: no key asked for.
     api_keys: tuple[str, ...] = field(default=(), repr=False)
+    #: For /admin; empty: on loopback only, without a key.
+    admin_keys: tuple[str, ...] = field(default=(), repr=False)
+    cluster: ClusterConfig = ClusterConfig()
+    tls: TlsConfig = TlsConfig()
     revision: str | None = None
     #: A file or the template itself; None: the checkpoint's.
     chat_template: str | None = None

@@ -102,6 +102,8 @@ class ServiceDriver:
         self._timer: asyncio.TimerHandle | None = None
         self._active: set[str] = set()
         self._closing = False
+        #: What /admin says of this service beyond what the core knows.
+        self.facts: dict[str, object] = {}
         self.operations = CoreOperations(core, self._carry_out, self._loop.time)
 
     # --- instances -----------------------------------------------------------------------------
@@ -109,6 +111,40 @@ class ServiceDriver:
     def connect(self, name: str, address: str) -> None:
         self._open(name, address)
         self._carry_out(self.core.add_instance(name, self._loop.time()))
+
+    def replace(self, name: str, address: str) -> None:
+        """A new process goes by this name: what ran on the old one goes on elsewhere, or here."""
+        self._close_endpoint(name)
+        self._open(name, address)
+        self.core.instances[name].refusal = ""
+        self.instance_lost(name, coming_back=True)
+
+    def refuse(self, name: str, reason: str) -> None:
+        """It is there and not used; /health and /admin say why."""
+        if name not in self.core.instances:
+            self._carry_out(self.core.add_instance(name, self._loop.time()))
+        self._close_endpoint(name)
+        self.instance_lost(name, coming_back=False)
+        self.core.instances[name].refusal = reason
+
+    def remove(self, name: str) -> None:
+        self._active.discard(name)
+        self._carry_out(self.core.remove_instance(name, self._loop.time()))
+        self._close_endpoint(name)
+
+    def still_lives(self, name: str) -> bool:
+        return self.core.instances[name].state in ("active", "suspect")
+
+    def lead(self, term: int | None) -> None:
+        """From now on this service leads, in that term; or not any more."""
+        log.info("this service %s", "follows" if term is None else f"leads, in term {term}")
+        self._carry_out(self.core.lead(term, self._loop.time()))
+
+    def _close_endpoint(self, name: str) -> None:
+        endpoint = self._endpoints.pop(name, None)
+        if endpoint is not None:
+            self._loop.remove_reader(endpoint.fileno())
+            endpoint.close(flush_s=0.5)
 
     def _open(self, name: str, address: str) -> None:
         endpoint = connect(address, self.core.config.name, name)
@@ -125,14 +161,18 @@ class ServiceDriver:
 
     def _renew_connections(self) -> None:
         """Who connects under our name cuts us off, and ZeroMQ does not tell: the old connection
-        stands and carries nothing."""
+        stands and carries nothing. Neither does it try again after a handshake between a side with
+        a cluster secret and one without."""
         now = self._loop.time()
-        for name, instance in self.core.instances.items():
-            if instance.state == "lost" and now - self._connected_s[name] > _RENEW_EVERY_S:
-                old = self._endpoints[name]
-                self._loop.remove_reader(old.fileno())
-                old.close()
-                self._open(name, old.address)
+        for name, endpoint in list(self._endpoints.items()):
+            instance, trouble = self.core.instances[name], endpoint.trouble()
+            if trouble and trouble != instance.refusal:
+                log.warning("%s: %s", name, trouble)
+                instance.refusal = trouble
+            broken = instance.state == "lost" or (trouble and instance.state == "connecting")
+            if broken and now - self._connected_s[name] > _RENEW_EVERY_S:
+                self._close_endpoint(name)
+                self._open(name, endpoint.address)
 
     def is_active(self, name: str) -> bool:
         return name in self._active
@@ -174,7 +214,8 @@ class ServiceDriver:
                     if stream is not None and stream.push(event):
                         del self._streams[request_id]
                 case Send(peer=peer, message=message):
-                    if not self._endpoints[peer].send(peer, encode(message)):
+                    endpoint = self._endpoints.get(peer)
+                    if endpoint is None or not endpoint.send(peer, encode(message)):
                         log.debug("%s did not take a %s", peer, type(message).__name__)
                 case SetTimer(at_s=at_s):
                     if self._timer is not None:
@@ -259,7 +300,8 @@ class ServiceDriver:
             queue_depth=placement.num_queued,
             instances=instances,
             num_resumed=placement.num_resumed,
-            facts={
+            facts=self.facts
+            | {
                 "service": self.core.config.name,
                 "handovers": placement.num_handovers,
                 "migrated": placement.num_migrated,
@@ -285,8 +327,6 @@ class ServiceDriver:
         self.end_all(error)
         if self._timer is not None:
             self._timer.cancel()
-        for endpoint in self._endpoints.values():
-            self._loop.remove_reader(endpoint.fileno())
-            endpoint.close(flush_s=0.5)  # what detaches us
+        for name in list(self._endpoints):
+            self._close_endpoint(name)  # in the background it still sends what detaches us
         self._trace.close()
-        self._endpoints.clear()

@@ -1,4 +1,4 @@
-"""Engine processes that this service owns: started, watched, started again, stopped.
+"""Processes that this service owns: started, watched, started again, stopped.
 
 A process's end is noticed through its pidfd the moment it happens, not by a missed heartbeat.
 """
@@ -20,23 +20,19 @@ from penstock.service.config import RestartPolicy
 log = logging.getLogger(__name__)
 
 
-class Worker:
-    """One engine process under one name. `on_exit` is told of each end that was not asked for, and
-    whether another start follows."""
+class Process:
+    """One process under one name, a `penstock` command. `on_exit` is told of each end that was not
+    asked for, and whether another start follows."""
+
+    #: What people call it.
+    kind = "process"
 
     def __init__(
-        self,
-        name: str,
-        worker_args: tuple[str, ...],
-        policy: RestartPolicy,
-        on_exit: Callable[[str, int, bool], None],
+        self, name: str, policy: RestartPolicy, on_exit: Callable[[str, int, bool], None]
     ) -> None:
         self.name = name
-        self._args = worker_args
         self._policy = policy
         self._on_exit = on_exit
-        self._folder = SocketFolder()
-        self.address = f"ipc://{self._folder.path}/{name}.sock"
         self._process: subprocess.Popen[bytes] | None = None
         #: Counts the starts.
         self.incarnation = 0
@@ -45,6 +41,17 @@ class Worker:
         self._stopping = False
         self._restart: asyncio.TimerHandle | None = None
         self._exited = asyncio.Event()
+
+    def arguments(self) -> list[str]:
+        """The command and its arguments, for the next start."""
+        raise NotImplementedError
+
+    def inherited(self) -> tuple[int, ...]:
+        """Descriptors that it gets."""
+        return ()
+
+    def environment(self) -> dict[str, str] | None:
+        return None
 
     @property
     def pid(self) -> int | None:
@@ -56,7 +63,7 @@ class Worker:
         try:
             self._start()
         except OSError as exc:
-            reason = f"the engine's process cannot be started: {exc.strerror}"
+            reason = f"the {self.kind}'s process cannot be started: {exc.strerror}"
             if not self._was_ready:
                 raise StartupError(reason) from exc
             log.error("%s", reason)
@@ -64,13 +71,15 @@ class Worker:
 
     def _start(self) -> None:
         self.incarnation += 1
-        command = [
-            *(sys.executable, "-m", "penstock.cli.main", "worker", "--address", self.address),
-            *("--name", self.name, "--incarnation", str(self.incarnation)),
-            *("--parent-pid", str(os.getpid()), *self._args),
-        ]
+        command = [sys.executable, "-m", "penstock.cli.main", *self.arguments()]
         # A session of its own: Ctrl-C in the terminal is for the service, which then drains it.
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            pass_fds=self.inherited(),
+            env=self.environment(),
+        )
         try:
             fd = os.pidfd_open(process.pid)
         except OSError:
@@ -89,7 +98,7 @@ class Worker:
     def kill(self) -> None:
         """It does not answer: end it. It is started again like one that ended by itself."""
         if self._process is not None and self._process.poll() is None:
-            log.error("engine %s does not answer; it is killed", self.name)
+            log.error("%s %s does not answer; it is killed", self.kind, self.name)
             self._process.kill()
 
     def _ended(self, fd: int) -> None:
@@ -110,7 +119,7 @@ class Worker:
             and self._failures <= self._policy.max_failures
         )
         what_next = "; starting it again" if again else ""
-        log.error("engine %s ended (%s)%s", self.name, describe_exit(code), what_next)
+        log.error("%s %s ended (%s)%s", self.kind, self.name, describe_exit(code), what_next)
         if again:
             loop = asyncio.get_running_loop()
             self._restart = loop.call_later(self._delay_s(), self.start)
@@ -133,6 +142,34 @@ class Worker:
             except TimeoutError:
                 self._process.kill()
                 await self._exited.wait()
+
+
+class Worker(Process):
+    """An engine."""
+
+    kind = "engine"
+
+    def __init__(
+        self,
+        name: str,
+        worker_args: tuple[str, ...],
+        policy: RestartPolicy,
+        on_exit: Callable[[str, int, bool], None],
+    ) -> None:
+        super().__init__(name, policy, on_exit)
+        self._args = worker_args
+        self._folder = SocketFolder()
+        self.address = f"ipc://{self._folder.path}/{name}.sock"
+
+    def arguments(self) -> list[str]:
+        return [
+            *("worker", "--address", self.address, "--name", self.name),
+            *("--incarnation", str(self.incarnation), "--parent-pid", str(os.getpid())),
+            *self._args,
+        ]
+
+    async def stop(self, timeout_s: float) -> None:
+        await super().stop(timeout_s)
         self._folder.remove()
 
 

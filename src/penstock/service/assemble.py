@@ -1,0 +1,113 @@
+"""From settings to a core and an HTTP application: what a service is made of."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from fastapi import FastAPI
+
+from penstock.checkpoint import resolve
+from penstock.service.api.app import create_app
+from penstock.service.api.config import ApiConfig
+from penstock.service.cluster.finder import Finder, IndexFinder, NoFinder
+from penstock.service.cluster.roles import RoleKeeperConfig
+from penstock.service.config import ClusterConfig, ServeConfig
+from penstock.service.core import ServiceCore, ServiceCoreConfig
+from penstock.service.generation import Generator
+from penstock.service.policies.roles import RolesConfig
+from penstock.service.policies.routing import (
+    ClusterView,
+    Decision,
+    Policy,
+    RouteRequest,
+    policy_named,
+)
+from penstock.service.text.texts import Texts
+
+
+def build_core(config: ServeConfig) -> ServiceCore:
+    cluster = config.cluster
+    return ServiceCore(
+        ServiceCoreConfig(
+            name=config.name or f"{socket.gethostname()}-{os.getpid()}",
+            # Grows with each start of the same name, as engines expect of it.
+            incarnation=time.time_ns(),
+            max_queue=config.max_queue,
+            suspect_after_s=config.heartbeat_timeout_s / 2,
+            lost_after_s=config.heartbeat_timeout_s,
+            ttft_slo_s=cluster.ttft_slo_s,
+            tpot_slo_s=cluster.tpot_slo_s,
+            roles=_roles(config),
+        ),
+        _policy(cluster),
+        _finder(config),
+    )
+
+
+def build_app(generator: Generator, config: ServeConfig) -> FastAPI:
+    """Loads the tokenizer and the chat template. Raises `StartupError`s."""
+    checkpoint = resolve(config.model, revision=config.revision)
+    texts = Texts.from_checkpoint(
+        checkpoint,
+        chat_template=config.chat_template,
+        tool_call_parser=config.tool_call_parser,
+        reasoning_parser=config.reasoning_parser,
+    )
+    settings = ApiConfig(
+        served_model_names=config.served_model_names,
+        api_keys=config.api_keys,
+        admin_keys=config.admin_keys,
+        max_body_bytes=config.max_body_bytes,
+        seed=config.seed,
+        generation_config=checkpoint.generation_config,
+        log_requests=config.log_requests,
+        trust_request_chat_template=config.trust_request_chat_template,
+    )
+    return create_app(generator, texts, settings)
+
+
+def policy_name(cluster: ClusterConfig) -> str:
+    return cluster.policy or ("kv-aware" if cluster.pd == "off" else "slo-aware")
+
+
+def several_instances(config: ServeConfig) -> bool:
+    """Whether there are, or may be, others to choose from."""
+    cluster = config.cluster
+    return cluster.registry is not None or cluster.instances > 1 or len(config.engine_addresses) > 1
+
+
+def _policy(cluster: ClusterConfig) -> Policy:
+    policy = policy_named(policy_name(cluster))
+    return _in_one_place(policy) if cluster.pd == "off" else policy
+
+
+def _in_one_place(policy: Policy) -> Policy:
+    def decide(view: ClusterView, request: RouteRequest) -> Decision:
+        return policy(view, replace(request, aggregated_because="the server has --pd off"))
+
+    return decide
+
+
+def _roles(config: ServeConfig) -> RoleKeeperConfig:
+    cluster = config.cluster
+    if cluster.pd == "off" or not several_instances(config):
+        return RoleKeeperConfig()
+    return RoleKeeperConfig(
+        policy=RolesConfig(
+            static=cluster.static_split,
+            ttft_slo_s=cluster.ttft_slo_s,
+            tpot_slo_s=cluster.tpot_slo_s,
+        )
+    )
+
+
+def _finder(config: ServeConfig) -> Finder:
+    wanted = config.cluster.kv_index
+    make: Callable[[], Finder] = (
+        IndexFinder if (several_instances(config) if wanted is None else wanted) else NoFinder
+    )
+    return make()

@@ -1,0 +1,164 @@
+"""Which instances a service uses, as the registry tells it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+from typing import Protocol
+
+import msgspec
+
+from penstock.protocol.codec import PROTOCOL_VERSION
+from penstock.protocol.errors import ConfigError
+from penstock.registry.base import INSTANCES, Deleted, InstanceEntry, Listing, Put
+from penstock.registry.registry import Registry
+
+log = logging.getLogger(__name__)
+
+#: How often those are looked at whose entry is gone.
+_LOOK_S = 0.5
+
+
+class Connections(Protocol):
+    """What membership asks of the service's driver."""
+
+    def connect(self, name: str, address: str) -> None: ...
+
+    def replace(self, name: str, address: str) -> None:
+        """A new process under this name: what ran on the old one is gone."""
+
+    def refuse(self, name: str, reason: str) -> None: ...
+
+    def remove(self, name: str) -> None: ...
+
+    def still_lives(self, name: str) -> bool:
+        """It was heard of not long ago, whatever the registry says."""
+
+
+class Membership:
+    """Follows a registry until `close`.
+
+    An entry says that an instance is there; that it is gone is said by its silence. So an instance
+    whose entry has ended is kept for as long as its heartbeats come, and a registry that loses its
+    leases, or all it knew, loses nobody's requests.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        connections: Connections,
+        on_gone: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """`on_gone`: the entry of that name has ended, though nobody took it away."""
+        self._registry = registry
+        self._connections = connections
+        self._on_gone = on_gone
+        self._known: dict[str, InstanceEntry] = {}
+        self._refused: set[str] = set()
+        self._leaving: set[str] = set()
+        self._tasks = [asyncio.ensure_future(t) for t in (self._follow(), self._look())]
+
+    async def _follow(self) -> None:
+        async for event in self._registry.watch(INSTANCES):
+            match event:
+                case Listing(entries=entries):
+                    for name in self._known.keys() - entries.keys():
+                        self._gone(name)
+                    for key, value in entries.items():
+                        self._there(key, value)
+                case Put(key=key, value=value):
+                    self._there(key, value)
+                case Deleted(key=key):
+                    self._gone(key)
+
+    def _there(self, key: str, value: bytes) -> None:
+        try:
+            entry = msgspec.json.decode(value, type=InstanceEntry)
+        except msgspec.DecodeError as exc:
+            log.warning("the entry of %s is not understood: %s", key, exc)
+            return
+        self._leaving.discard(entry.name)
+        known = self._known.get(entry.name)
+        if known == entry or (known is not None and entry.incarnation < known.incarnation):
+            return
+        reason = self._why_not(entry)
+        if reason:
+            self._known[entry.name] = entry
+            self._refused.add(entry.name)
+            log.warning("%s is not used: %s", entry.name, reason)
+            self._connections.refuse(entry.name, reason)
+            return
+        try:
+            if known is None:
+                log.info("%s is at %s", entry.name, entry.address)
+                self._connections.connect(entry.name, entry.address)
+            else:
+                log.info("%s has started anew, at %s", entry.name, entry.address)
+                self._connections.replace(entry.name, entry.address)
+        except ConfigError as exc:  # such as one on another host, and no secret here
+            reason = exc.message
+            log.warning("%s is not used: %s", entry.name, reason)
+            self._connections.refuse(entry.name, reason)
+            self._refused.add(entry.name)
+        else:
+            self._refused.discard(entry.name)
+        self._known[entry.name] = entry
+
+    def _why_not(self, entry: InstanceEntry) -> str:
+        """Other protocols cannot be spoken to. Of one model, instances with another layout could
+        not exchange blocks, and would answer with other digits: the first who came decide."""
+        if entry.protocol_version != PROTOCOL_VERSION:
+            return (
+                f"it speaks protocol version {entry.protocol_version}, this side "
+                f"{PROTOCOL_VERSION}: run the same Penstock release everywhere"
+            )
+        for other in self._known.values():
+            if other.name in self._refused or other.name in (entry.name, *self._leaving):
+                continue
+            if other.model_digest != entry.model_digest:
+                return (
+                    f"it serves another model than {other.name} (digest "
+                    f"{entry.model_digest[:12]}, not {other.model_digest[:12]}): give the same "
+                    "MODEL and --quantization, or another cluster's name in --registry"
+                )
+            if other.layout_digest != entry.layout_digest:
+                return (
+                    f"its KV has another layout than that of {other.name} (digest "
+                    f"{entry.layout_digest}, not {other.layout_digest}): give the same --dtype "
+                    "and --kv-cache-dtype"
+                )
+        return ""
+
+    def _gone(self, name: str) -> None:
+        if name in self._known:
+            self._leaving.add(name)
+            self._on_gone(name)
+
+    async def _look(self) -> None:
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            for name in sorted(self._leaving):
+                if name in self._refused or not self._connections.still_lives(name):
+                    log.info("%s is gone", name)
+                    self._leaving.discard(name)
+                    self._refused.discard(name)
+                    del self._known[name]
+                    self._connections.remove(name)
+                    self._reconsider()
+
+    def _reconsider(self) -> None:
+        """Somebody has left: those who were refused for their sake may do now."""
+        for name in sorted(self._refused):
+            entry = self._known[name]
+            if not self._why_not(entry):
+                self._refused.discard(name)
+                self._connections.replace(name, entry.address)
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        for task in self._tasks:
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
