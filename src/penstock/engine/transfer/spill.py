@@ -9,6 +9,7 @@ computed again if need be.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 from penstock.engine.memory.tiers.index import StorePlan, TierIndex
 from penstock.engine.scheduler.scheduler import Scheduler
@@ -33,8 +34,8 @@ class Spill:
     def __len__(self) -> int:
         return len(self._jobs)
 
-    def poll(self, next_number: int) -> list[Effect]:
-        """Jobs numbered from `next_number` on."""
+    def poll(self, next_number: Callable[[], int]) -> list[Effect]:
+        """Stores that should begin now."""
         pool = self._pool
         if (
             not self._tiers.enabled
@@ -53,7 +54,7 @@ class Spill:
             blocks = [block_of[key] for key in plan.keys]
             pool.begin_store(b for b in blocks if not self._users[b])
             self._users.update(blocks)
-            number = next_number + len(effects)
+            number = next_number()
             self._jobs[number] = (plan, blocks)
             pairs = tuple(zip(plan.keys, blocks, strict=True))
             effects.append(Move(Store(number, plan.tier, pairs, plan.before)))
