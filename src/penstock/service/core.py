@@ -152,9 +152,12 @@ class ServiceCore:
         return effects
 
     def add_instance(self, name: str, now: float) -> list[Effect]:
-        """A connection to `name` exists: attach to it."""
+        """A connection to `name` exists: attach to it. If it was known by another address, what ran
+        there goes on elsewhere."""
+        old = self.instances.get(name)
+        effects = [] if old is None else self._give_up(old, now)
         instance = self.instances[name] = Instance(name, heard_s=now)
-        return [*self._look_after(instance, now), SetTimer(now + self.config.tick_s)]
+        return [*effects, *self._look_after(instance, now), SetTimer(now + self.config.tick_s)]
 
     def expect(self, name: str, coming: bool) -> None:
         """The driver is (re)starting `name`: sequences without an instance may wait longer."""
@@ -347,6 +350,8 @@ class ServiceCore:
             # It has forgotten us: nothing of ours runs there any more.
             return self._give_up(instance, now)
         instance.draining = instance.draining or message.code == "draining"
+        if message.what == "assign":
+            return []  # an older leader's word; the instance says what it is by itself
         instance.epoch_in_doubt = instance.epoch_in_doubt or message.code == "stale_epoch"
         if message.what == "fetch":
             self.placement.reservation_refused(instance, message.request_id, message.attempt)

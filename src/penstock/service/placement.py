@@ -233,7 +233,8 @@ class Placement:
         if not entry.emitted:
             self.num_queued -= 1
         entry.emitted += row.ids
-        instance.grew(len(row.ids))
+        instance.running_tokens += len(row.ids)
+        instance.touched = True
         entry.progress_s = now
         entry.moves = entry.failed_steps = 0
 

@@ -116,6 +116,7 @@ class Instance:
         if card.incarnation != self.incarnation:
             self.load, self.others, self.leaving_since_s = None, NO_OTHERS, None
             self.role, self.epoch, self.epoch_in_doubt = "any", 0, False
+            self.resync_sent_s = None
         self.card = card
         self.state = "active"
         self.refusal = ""
@@ -164,11 +165,6 @@ class Instance:
         self.running += 1
         self.running_tokens += entry.num_tokens
         entry.queued_tokens = 0
-
-    def grew(self, num_tokens: int) -> None:
-        """Sequences that run here have so many more tokens."""
-        self.running_tokens += num_tokens
-        self.touched = True
 
     def expects(self, entry: Entry) -> None:
         self.coming[entry.key] = entry
