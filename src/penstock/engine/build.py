@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from penstock.checkpoint import Checkpoint, resolve
+from penstock.checkpoint import resolve
 from penstock.engine.config import EngineConfig
 from penstock.engine.core import CoreConfig, InstanceCore
 from penstock.engine.layers.attention import build_attention
@@ -32,6 +32,8 @@ from penstock.engine.sampling.sampler import Sampler
 from penstock.engine.scheduler.config import SchedulerConfig
 from penstock.engine.scheduler.scheduler import Scheduler
 from penstock.engine.structured.matchers import MaskService
+from penstock.engine.transfer.jobs import Mover
+from penstock.engine.transfer.open import open_transfer
 from penstock.protocol.instance import InstanceCard
 from penstock.protocol.kv import KvLayout
 from penstock.trace import NO_TRACE, Trace
@@ -49,6 +51,7 @@ MAX_WAITING = 8192
 class Engine:
     core: InstanceCore
     runner: TorchRunner
+    mover: Mover
     #: Processors that compute threads have been bound to.
     cpus: tuple[int, ...] = ()
 
@@ -61,18 +64,25 @@ def build_engine(
     core_config: CoreConfig | None = None,
     progress: Callable[[float], None] | None = None,
     trace: Trace = NO_TRACE,
+    address: str | None = None,
+    registry: str | None = None,
 ) -> Engine:
-    """Load the model and everything around it. Raises `StartupError`s with one-line reasons."""
+    """Load the model and everything around it. Raises `StartupError`s with one-line reasons.
+
+    `address` is where the instance will listen; without one it has no peers to move blocks to.
+    """
     runner = TorchRunner()
     try:
-        executor, premapper, core, cpus = runner.call(
-            lambda: _assemble(config, name, incarnation, core_config, progress, trace)
+        executor, premapper, core, mover, cpus = runner.call(
+            lambda: _assemble(
+                config, name, incarnation, core_config, progress, trace, (address, registry)
+            )
         )
     except BaseException:
         runner.close()
         raise
     runner.serve(executor, premapper)
-    return Engine(core, runner, cpus)
+    return Engine(core, runner, mover, cpus)
 
 
 def _assemble(
@@ -82,7 +92,8 @@ def _assemble(
     core_config: CoreConfig | None,
     progress: Callable[[float], None] | None,
     trace: Trace,
-) -> tuple[StepExecutor, Premapper | NoPremapper, InstanceCore, tuple[int, ...]]:
+    place: tuple[str | None, str | None],
+) -> tuple[StepExecutor, Premapper | NoPremapper, InstanceCore, Mover, tuple[int, ...]]:
     checkpoint = resolve(config.model, revision=config.revision)
     platform = platform_for(config.device)
     config = config.for_device("cuda" if platform.device.type == "cuda" else "cpu")
@@ -128,6 +139,21 @@ def _assemble(
             forms=Forms(model, attention, platform, FormsConfig(config.graph_mode)),
             trace=trace,
         )
+        digest = model_digest(
+            checkpoint,
+            load_format=config.load_format,
+            seed=config.seed,
+            quantization=config.quantization,
+        )
+        transfer = open_transfer(
+            config,
+            memory,
+            digest,
+            name=name,
+            incarnation=incarnation,
+            address=place[0],
+            registry=place[1],
+        )
         scheduler = Scheduler(
             SchedulerConfig(
                 max_num_seqs=config.max_num_seqs,
@@ -138,10 +164,13 @@ def _assemble(
                 max_waiting=MAX_WAITING,
             ),
             num_blocks,
+            transfer.num_windows,
+            transfer.generations,
+            transfer.holders,
         )
         card = _card(
             config,
-            checkpoint,
+            digest,
             model_config,
             name=name,
             incarnation=incarnation,
@@ -150,18 +179,28 @@ def _assemble(
             dtype=str(model.dtype).removeprefix("torch."),
             device=str(platform.device),
             kernels=platform.kernels() | {"attention": attention.name},
+            endpoints=transfer.mover.endpoints,
+            host=transfer.host,
         )
         premapper: Premapper | NoPremapper = NoPremapper()
         if isinstance(memory, XTensorMemory):
             premapper = Premapper(memory, layout.block_tokens, trace)
-        with _closed_on_failure(premapper):
+        with _closed_on_failure(transfer.mover), _closed_on_failure(premapper):
             placement.bind_team(kernels.load(), threads.cpus)
         log.info("compute threads: %d (%s)", threads.num_threads, threads.reason)
-        return executor, premapper, InstanceCore(card, scheduler, core_config), threads.cpus
+        core = InstanceCore(
+            card,
+            scheduler,
+            core_config,
+            means=transfer.mover.means,
+            endpoints=transfer.mover.endpoints,
+            tiers=transfer.tiers,
+        )
+        return executor, premapper, core, transfer.mover, threads.cpus
 
 
 @contextlib.contextmanager
-def _closed_on_failure(opened: KvMemory | Premapper | NoPremapper) -> Iterator[None]:
+def _closed_on_failure(opened: KvMemory | Premapper | NoPremapper | Mover) -> Iterator[None]:
     """A start that fails gives the pool back, and threads: the process may try again."""
     try:
         yield
@@ -172,7 +211,7 @@ def _closed_on_failure(opened: KvMemory | Premapper | NoPremapper) -> Iterator[N
 
 def _card(
     config: EngineConfig,
-    checkpoint: Checkpoint,
+    digest: str,
     model_config: ModelConfig,
     *,
     name: str,
@@ -182,6 +221,8 @@ def _card(
     dtype: str,
     device: str,
     kernels: dict[str, str],
+    endpoints: dict[str, str],
+    host: str,
 ) -> InstanceCard:
     assert config.max_num_seqs is not None and config.max_num_batched_tokens is not None
     return InstanceCard(
@@ -189,12 +230,7 @@ def _card(
         incarnation=incarnation,
         pid=os.getpid(),
         model=config.model,
-        model_digest=model_digest(
-            checkpoint,
-            load_format=config.load_format,
-            seed=config.seed,
-            quantization=config.quantization,
-        ),
+        model_digest=digest,
         vocab_size=model_config.vocab_size,
         max_model_len=model_config.max_model_len,
         dtype=dtype,
@@ -205,6 +241,8 @@ def _card(
         max_num_batched_tokens=config.max_num_batched_tokens,
         can=CAPABILITIES,
         kernels=kernels,
+        endpoints=endpoints,
+        host=host,
     )
 
 
@@ -218,4 +256,10 @@ def kv_sizing(config: EngineConfig) -> KvSizing:
             share=config.gpu_memory_utilization,
             default_cap_bytes=sys.maxsize,
         )
-    return KvSizing(config.kv_cache_bytes, config.num_blocks)
+    default = KvSizing()
+    return KvSizing(
+        config.kv_cache_bytes,
+        config.num_blocks,
+        share=default.share * config.host_share,
+        default_cap_bytes=int(default.default_cap_bytes * config.host_share),
+    )

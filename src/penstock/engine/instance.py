@@ -14,28 +14,39 @@ import logging
 import os
 import select
 import signal
+import socket
 import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from itertools import chain
 
+import msgspec
+
+from penstock import __version__
 from penstock.engine.build import build_engine
 from penstock.engine.config import WorkerConfig
 from penstock.engine.core import InstanceCore
 from penstock.engine.cost import CostFitter
+from penstock.engine.peers import Peers
 from penstock.engine.platforms.cpu import placement
 from penstock.engine.runtime.runner import Runner
 from penstock.engine.scheduler.batch import StepResult
+from penstock.engine.transfer.jobs import Moved, Mover
+from penstock.engine.transfer.open import NoMover
 from penstock.protocol.codec import PROTOCOL_VERSION, decode, encode
-from penstock.protocol.effects import Effect, Launch, Send, SetTimer, Stop
+from penstock.protocol.effects import Connect, Effect, Launch, Move, Send, SetTimer, Stop
 from penstock.protocol.errors import EngineFailed, ProtocolError, VersionMismatch, from_info
-from penstock.protocol.instance import Attach, Detach, Drain
+from penstock.protocol.instance import Attach, Detach, Drain, InstanceCard
 from penstock.protocol.kv import Refused
 from penstock.protocol.request import SamplingParams, Submit
 from penstock.protocol.tokens import TokenRow, Tokens
 from penstock.protocol.transport.base import Endpoint
 from penstock.protocol.transport.open import listen
+from penstock.registry import here
+from penstock.registry.announce import Announcer, NoAnnouncer
+from penstock.registry.base import InstanceEntry
 from penstock.trace import NO_TRACE, Trace, new_file, open_trace
 
 log = logging.getLogger(__name__)
@@ -65,12 +76,17 @@ class InstanceDriver:
         runner: Runner,
         clock: Callable[[], float] = time.monotonic,
         trace: Trace = NO_TRACE,
+        mover: Mover | None = None,
     ) -> None:
         self.core = core
+        self._mover = mover or NoMover()
+        self._moved: deque[Moved] = deque()
         self._trace = trace
         self._runner = runner
         self._clock = clock
         self._endpoint: Endpoint | None = None
+        self._poller = select.poll()
+        self._peers = Peers(self._poller, clock)
         self._done: deque[StepResult] = deque()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         # Reentrant: a signal's handler may ring while this very thread closes the bell.
@@ -86,14 +102,15 @@ class InstanceDriver:
     def run(self, endpoint: Endpoint) -> None:
         """Serve `endpoint`. Returns after a drain or `stop`; closes the endpoint and the runner."""
         self._endpoint = endpoint
-        poller = select.poll()
-        poller.register(endpoint.fileno(), select.POLLIN)
-        poller.register(self._wake, select.POLLIN)
+        self._poller.register(endpoint.fileno(), select.POLLIN)
+        self._poller.register(self._wake, select.POLLIN)
         try:
             while not self._stopping:
-                self._turn(poller)
+                self._turn()
         finally:
+            self._peers.close()
             endpoint.close(flush_s=1.0)
+            self._mover.close()  # it reads and writes what the runner's end unmaps
             if self._failure is None:  # else its thread hangs, and so would we
                 self._runner.close()
                 self._close_bell()
@@ -101,16 +118,20 @@ class InstanceDriver:
         if self._failure is not None:
             raise EngineFailed(self._failure)
 
-    def _turn(self, poller: select.poll) -> None:
-        wait_s = 0.0 if self._done else max(0.0, self._timer_s - self._clock())
-        for fd, _ in poller.poll(wait_s * 1000):
-            if fd == self._wake:
-                os.eventfd_read(self._wake)
+    def _turn(self) -> None:
+        busy = self._done or self._moved
+        wait_s = 0.0 if busy else max(0.0, self._timer_s - self._clock())
+        ready = [fd for fd, _ in self._poller.poll(wait_s * 1000)]
+        if self._wake in ready:
+            os.eventfd_read(self._wake)
         if self._draining and not self.core.draining:
             self._carry_out(self.core.on_message(_SELF, Drain(), self._clock()))
         self._take_finished()
         assert self._endpoint is not None
-        for peer, frame in self._endpoint.drain(_FRAMES_A_TURN):
+        frames = chain(
+            self._endpoint.drain(_FRAMES_A_TURN), self._peers.receive(ready, _FRAMES_A_TURN)
+        )
+        for peer, frame in frames:
             with self._trace.span("message"):
                 self._receive(peer, frame)
             if self._done:
@@ -118,10 +139,11 @@ class InstanceDriver:
         if self._clock() >= self._timer_s:
             with self._trace.span("timer"):
                 self._carry_out(self.core.on_timer(self._clock()))
+            self._peers.close_unused()
 
     def _take_finished(self) -> None:
-        """Raises `EngineFailed` if the runner is lost: the process ends and its successor, not this
-        one, goes on with the requests."""
+        """Steps, then moves. Raises `EngineFailed` if the runner is lost: the process ends and its
+        successor, not this one, goes on with the requests."""
         while self._done:
             result = self._done.popleft()
             if result.fatal:
@@ -132,6 +154,10 @@ class InstanceDriver:
             self._trace.count("KV blocks in use", self.core.scheduler.num_blocks_used)
             with self._trace.span("launch and publish"):
                 self._carry_out(effects)
+        while self._moved:
+            with self._trace.span("moved"):
+                moved = self._moved.popleft()
+                self._carry_out(self.core.on_moved(moved, self._clock()))
 
     def _receive(self, peer: str, frame: bytes) -> None:
         try:
@@ -154,8 +180,16 @@ class InstanceDriver:
                     if peer == _SELF:
                         self._own_rows += message.rows if isinstance(message, Tokens) else []
                     elif self._endpoint is not None:
-                        taken = self._endpoint.send(peer, encode(message))
+                        frame = encode(message)
+                        taken = self._peers.send(peer, frame)
+                        if taken is None:
+                            taken = self._endpoint.send(peer, frame)
                         self.core.on_sent(peer, taken, self._clock())
+                case Connect(peer=peer, address=address):
+                    assert self._endpoint is not None
+                    self._peers.connect(peer, address, self._endpoint.name)
+                case Move(job=job):
+                    self._mover.start(job, self._has_moved)
                 case SetTimer(at_s=at_s):
                     self._timer_s = at_s
                 case Stop(failure=failure):
@@ -166,6 +200,17 @@ class InstanceDriver:
         """Called by the runner's thread."""
         self._done.append(result)
         self._ring()
+
+    def _has_moved(self, moved: Moved) -> None:
+        """Called by the data plane's threads."""
+        self._moved.append(moved)
+        self._ring()
+
+    def reached_at(self, address: str) -> None:
+        """Say on the card where peers find this instance, now that it is known."""
+        card = self.core.card
+        endpoints = {"control": address, **card.endpoints}
+        self.core.card = msgspec.structs.replace(card, endpoints=endpoints)
 
     # --- from outside --------------------------------------------------------------------------
 
@@ -237,9 +282,11 @@ def run_worker(config: WorkerConfig) -> int:
         name=config.name,
         incarnation=config.incarnation or time.time_ns(),
         trace=trace,
+        address=config.address,
+        registry=config.registry,
     )
     placement.leave(engine.cpus)
-    driver = InstanceDriver(engine.core, engine.runner, trace=trace)
+    driver = InstanceDriver(engine.core, engine.runner, trace=trace, mover=engine.mover)
 
     def on_term(_signum: int, _frame: object) -> None:
         driver.stop() if driver.core.draining else driver.drain()
@@ -250,11 +297,34 @@ def run_worker(config: WorkerConfig) -> int:
     # What is alive now stays: the collector need not walk through all of torch in some step.
     gc.collect()
     gc.freeze()
+    endpoint = listen(config.address, config.name)
+    driver.reached_at(here.reachable(endpoint.address, config.registry or ""))
+    announced = _announce(config, engine.core.card, endpoint.address)
     try:
-        driver.run(listen(config.address, config.name))
+        driver.run(endpoint)
     finally:
+        announced.close()
         gc.unfreeze()  # some libraries complain of what is alive at the very end
     return 0
+
+
+def _announce(config: WorkerConfig, card: InstanceCard, bound: str) -> Announcer | NoAnnouncer:
+    if config.registry is None:
+        return NoAnnouncer()
+    entry = InstanceEntry(
+        name=config.name,
+        incarnation=card.incarnation,
+        pid=os.getpid(),
+        address=here.reachable(bound, config.registry),
+        host=here.boot_id(),
+        hostname=socket.gethostname(),
+        model=card.model,
+        model_digest=card.model_digest,
+        layout_digest=card.layout.digest(),
+        protocol_version=PROTOCOL_VERSION,
+        version=__version__,
+    )
+    return Announcer(config.registry, entry)
 
 
 class EngineThread:
@@ -267,11 +337,16 @@ class EngineThread:
         sys.setswitchinterval(min(sys.getswitchinterval(), _SWITCH_INTERVAL_S))
         trace = _open_trace(config)
         engine = build_engine(
-            config.engine, name=config.name, incarnation=config.incarnation, trace=trace
+            config.engine,
+            name=config.name,
+            incarnation=config.incarnation,
+            trace=trace,
+            address=config.address,
         )
-        self._driver = InstanceDriver(engine.core, engine.runner, trace=trace)
+        self._driver = InstanceDriver(engine.core, engine.runner, trace=trace, mover=engine.mover)
         self._driver.warm_up()
         endpoint = listen(config.address, config.name)
+        self._driver.reached_at(endpoint.address)
         self._thread = threading.Thread(
             target=self._driver.run, args=(endpoint,), name="penstock-engine", daemon=True
         )
