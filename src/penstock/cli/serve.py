@@ -127,6 +127,7 @@ def _add_server_flags(parser: argparse.ArgumentParser) -> None:
         action="store_false",
         help=argparse.SUPPRESS,
     )
+    add("--otlp-traces-endpoint", metavar="URL", help="send OpenTelemetry traces there")
     add("--banner", action=boolean, help="print what to try, once ready (on)")
     add("--stop-with-parent", action="store_true", help=argparse.SUPPRESS)
 
@@ -140,6 +141,7 @@ def config_of(
     engine = engine_config(model, options)
     plain = (
         "host", "port", "uds", "seed", "revision", "chat_template", "trust_request_chat_template",
+        "otlp_traces_endpoint",
         "tool_call_parser", "reasoning_parser", "max_queue", "max_body_bytes", "drain_timeout_s",
         "in_process", "log_level", "log_requests", "banner",
     )  # fmt: skip
@@ -191,8 +193,9 @@ def _run(parser: Parser, arguments: list[str], *, router: bool = False) -> int:
         config = for_router(config)
     if "--stop-with-parent" in arguments:
         process.stop_with_parent()
-    logs.set_up(config.log_level, name=config.name or "service")
     cluster = config.cluster
+    worker = None if cluster.api_worker is None else f"api-{cluster.api_worker}"
+    logs.set_up(config.log_level, name=config.name or worker or "service")
     if config.uds is None and not cluster.reuse_port:
         ports.require_free(config.host, config.port)
 

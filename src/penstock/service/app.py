@@ -11,6 +11,7 @@ import ssl
 from collections.abc import Callable, Iterator
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from penstock.protocol.errors import EngineUnavailable, StartupError
 from penstock.registry.embedded import RegistryServer
@@ -20,7 +21,8 @@ from penstock.service.cluster.fleet import Fleet
 from penstock.service.config import ServeConfig
 from penstock.service.connection import Connection
 from penstock.service.driver import ServiceDriver
-from penstock.service.listener import bound, url_of
+from penstock.service.listener import bound, private_listener, url_of
+from penstock.service.merged_metrics import MergedMetrics, ready_file, socket_of
 from penstock.trace import open_trace
 
 log = logging.getLogger(__name__)
@@ -98,7 +100,17 @@ class _Service:
             "ttft_slo_s": config.cluster.ttft_slo_s,
             "tpot_slo_s": config.cluster.tpot_slo_s,
         }
-        self._server = _Server(_uvicorn_config(config, build_app(self.driver, config)))
+        self._listeners = [listener]
+        self._server = _Server(_uvicorn_config(config, self._application()))
+
+    def _application(self) -> ASGIApp:
+        app, cluster = build_app(self.driver, self._config), self._config.cluster
+        if cluster.api_worker is None:
+            return app
+        assert cluster.api_worker_folder is not None
+        folder, number = cluster.api_worker_folder, cluster.api_worker
+        self._listeners.append(private_listener(socket_of(folder, number)))
+        return MergedMetrics(app, folder, number)
 
     # --- engines -------------------------------------------------------------------------------
 
@@ -125,6 +137,9 @@ class _Service:
         if not self._announced and not self.driver.closing:
             self._announced = True
             self._on_ready(self._url())
+            cluster = self._config.cluster
+            if cluster.api_worker is not None and cluster.api_worker_folder is not None:
+                ready_file(cluster.api_worker_folder, cluster.api_worker).touch()
 
     def _silent(self, name: str) -> None:
         """Perhaps it only has to attach anew. If it does not answer that either, it hangs, and its
@@ -151,7 +166,7 @@ class _Service:
     async def run(self) -> int:
         self._connect()
         if self._failure is None:
-            await self._server.serve(sockets=[self._listener])
+            await self._server.serve(sockets=self._listeners)
         if self._failure is not None:
             raise StartupError(self._failure)
         return 0
@@ -178,10 +193,10 @@ class _Service:
         return url_of(self._config, self._listener)
 
 
-def _uvicorn_config(config: ServeConfig, app: object) -> uvicorn.Config:
+def _uvicorn_config(config: ServeConfig, app: ASGIApp) -> uvicorn.Config:
     tls = config.tls
     return uvicorn.Config(
-        app,  # type: ignore[arg-type]
+        app,
         http=Connection,
         ws="none",
         lifespan="off",

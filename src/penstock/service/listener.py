@@ -33,6 +33,16 @@ def bound(config: ServeConfig, *, listens: bool = True) -> Iterator[socket.socke
                     path.unlink()
 
 
+def private_listener(path: str) -> socket.socket:
+    """An API worker's own, in a folder that is its user's alone."""
+    Path(path).unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(path)
+    listener.listen(16)
+    listener.setblocking(False)
+    return listener
+
+
 def url_of(config: ServeConfig, listener: socket.socket) -> str:
     if config.uds is not None:
         return f"unix:{config.uds}"
