@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
 import time
@@ -11,11 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.helpers import mooncake_master
 
-try:
-    import mooncake.store
-except ImportError as exc:
-    pytest.skip(f"no Mooncake here (libibverbs1?): {exc}", allow_module_level=True)
+mooncake_master.require()
 
 from penstock.engine.memory.tiers.store import StoreConfig, StoreTier, connect
 from penstock.protocol.kv import KEY_BYTES
@@ -23,37 +20,11 @@ from penstock.protocol.kv import KEY_BYTES
 BLOCK_BYTES = 64 << 10
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
-def start_master(port: int, folder: Path) -> subprocess.Popen[bytes]:
-    binary = Path(mooncake.store.__file__).with_name("mooncake_master")
-    with (folder / "master.log").open("ab") as log:
-        process = subprocess.Popen(
-            [binary, f"--rpc_port={port}", f"--metrics_port={free_port()}",
-             "--rpc_address=127.0.0.1", "--default_kv_lease_ttl=200"],
-            stdout=log, stderr=log,
-        )  # fmt: skip
-    deadline_s = time.monotonic() + 20
-    while time.monotonic() < deadline_s and process.poll() is None:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return process
-        time.sleep(0.05)
-    process.kill()
-    raise AssertionError((folder / "master.log").read_text())
-
-
 @pytest.fixture
 def master(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
-    port = free_port()
-    process = start_master(port, tmp_path)
-    yield process, port
-    process.kill()
-    process.wait()
+    port = mooncake_master.free_port()
+    with mooncake_master.running(port, tmp_path) as process:
+        yield process, port
 
 
 def key(number: int) -> bytes:
@@ -149,14 +120,10 @@ def test_the_master_dies_and_comes_back(
     started_s = time.monotonic()
     assert load(tier, 1) == [False] and store(tier, 2) == [False]
     assert time.monotonic() - started_s < 30
-    second = start_master(port, tmp_path)
-    try:
+    with mooncake_master.running(port, tmp_path):
         deadline_s = time.monotonic() + 60
         while store(tier, 3) != [True]:
             assert time.monotonic() < deadline_s, "it never came back"
             time.sleep(0.2)
         assert load(tier, 3) == [True]
         tier.close()
-    finally:
-        second.kill()
-        second.wait()
