@@ -269,6 +269,8 @@ class Placement:
         self, entry: Entry, now: float, avoid: str = "", prefilled_on: str | None = None
     ) -> list[Effect]:
         able = self._able(avoid)
+        if prefilled_on is not None and prefilled_on == avoid:
+            able = [i for i in able if i.decodes] or able  # it left for others to decode it
         if not able:
             if entry.homeless_since_s is None:
                 entry.homeless_since_s = now

@@ -94,6 +94,11 @@ class Instance:
     def takes_work(self) -> bool:
         return self.state == "active" and not self.draining and self.leaving_since_s is None
 
+    @property
+    def decodes(self) -> bool:
+        """A label: it keeps no work away."""
+        return self.role not in ("prefill", "decode_to_prefill", "encode")
+
     def keeps(self, reserved: Reservation) -> bool:
         """Whether what was planned for it can still be done here."""
         assert self.card is not None

@@ -66,13 +66,13 @@ class _Asked:
     incarnation: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Trial:
-    """A change that must prove itself."""
+    """Changes that must prove themselves: the first one, and those that followed before it could be
+    judged. By instance, the role before."""
 
-    instance: str
-    role_before: Role
-    at_s: float
+    roles_before: dict[str, Role]
+    began_s: float
     share_before: float
     attainment: Attainment
 
@@ -150,8 +150,8 @@ class RoleKeeper:
         if policy is None:
             return effects
         self._look_at_others(instances)
-        if (back := self._taken_back(instances, attainment, now)) is not None:
-            return [*effects, back]
+        if back := self._taken_back(instances, attainment, now):
+            return effects + back
         plan = self.plan = decide_roles(view, self._work(now), self._state, policy, now)
         self._state = plan.state
         if plan.instance is None or plan.role is None:
@@ -204,30 +204,41 @@ class RoleKeeper:
     # --- proof ---------------------------------------------------------------------------------
 
     def _try(self, instance: Instance, attainment: Attainment, now: float) -> None:
-        """Only a turn that has just begun is judged, by what was kept since the last one."""
+        """A turn begins: it is judged by the share that was kept since the last one was judged."""
+        if instance.role in _FINAL:
+            return  # it comes to its end, which was part of the turn
+        if self._trial is not None:
+            self._trial.roles_before.setdefault(instance.name, instance.role)
+            return
+        if attainment.num_asked - self._checkpoint.num_asked < self.config.judged_after:
+            return  # too little is known of how it was
         share = attainment.share_since(self._checkpoint)
-        self._checkpoint = attainment.copy()
-        if share is not None and instance.role not in _FINAL:
-            self._trial = _Trial(instance.name, instance.role, now, share, self._checkpoint)
+        assert share is not None
+        self._trial = _Trial({instance.name: instance.role}, now, share, attainment.copy())
 
     def _taken_back(
         self, instances: Sequence[Instance], attainment: Attainment, now: float
-    ) -> Effect | None:
+    ) -> list[Effect]:
+        """Undo the changes on trial if fewer requests keep their SLOs than before."""
         trial, config = self._trial, self.config
         if trial is None:
-            return None
-        if now - trial.at_s > config.judged_within_s:
-            self._trial = None
-            return None
-        share = attainment.share_since(trial.attainment)
+            return []
         ended = attainment.num_asked - trial.attainment.num_asked
-        if share is None or ended < config.judged_after:
-            return None
-        self._trial = None
-        instance = next((i for i in instances if i.name == trial.instance), None)
-        if instance is None or share >= trial.share_before - config.worse_by:
-            return None
-        self.num_changes += 1
-        self.num_rollbacks += 1
+        late = now - trial.began_s > config.judged_within_s
+        if ended < config.judged_after and not late:
+            return []
+        self._trial, self._checkpoint = None, trial.attainment
+        share = attainment.share_since(trial.attainment)
+        if ended < config.judged_after or share is None:
+            return []
+        if share >= trial.share_before - config.worse_by:
+            return []
         self._state = RoleState(turned_s=now + config.hold_s)
-        return self._assign(instance, trial.role_before, now)
+        effects: list[Effect] = []
+        for instance in instances:
+            role = trial.roles_before.get(instance.name)
+            if role is not None and role != instance.role:
+                self.num_changes += 1
+                self.num_rollbacks += 1
+                effects.append(self._assign(instance, role, now))
+        return effects

@@ -1,0 +1,146 @@
+"""The leader's part: what it says to whom, what it remembers, and what it takes back."""
+
+from __future__ import annotations
+
+from tests.unit.test_service_core import card, load
+
+from penstock.protocol.instance import Assign, CostModel, Role
+from penstock.service.cluster.instances import Instance, Others
+from penstock.service.cluster.roles import Attainment, RoleKeeper, RoleKeeperConfig
+from penstock.service.cluster.view import LiveView
+from penstock.service.policies.roles import RolesConfig
+
+
+class Cluster:
+    """Instances that become what they are told, unless they are deaf."""
+
+    def __init__(self, size: int, **config: object) -> None:
+        policy = config.pop("policy", RolesConfig(static=(1, size - 1), pause_s=0.0))
+        self.keeper = RoleKeeper(RoleKeeperConfig(policy=policy, **config))  # type: ignore[arg-type]
+        self.instances = [Instance(f"i{k}") for k in range(size)]
+        for instance in self.instances:
+            instance.attached(card(instance.name, 1), 0.0)
+            cost = CostModel(base_s=0.01, per_token_s=1e-4, per_row_s=1e-4, num_steps=100)
+            instance.loaded(load(instance.name, 1, cost), 0.0)
+        self.view = LiveView()
+        self.attainment = Attainment()
+        self.deaf: set[str] = set()
+        self.said: list[tuple[str, Assign]] = []
+        self.now = 0.0
+
+    @property
+    def roles(self) -> list[Role]:
+        return [i.role for i in self.instances]
+
+    def run(self, seconds: float) -> None:
+        until_s = self.now + seconds
+        while self.now < until_s:
+            self.now += 0.25
+            if not self.keeper.is_due(self.now):
+                continue
+            view = self.view.of(self.instances, self.now)
+            for send in self.keeper.keep(self.instances, view, self.attainment, self.now):
+                self.said.append((send.peer, send.message))
+                if send.peer not in self.deaf:
+                    instance = next(i for i in self.instances if i.name == send.peer)
+                    instance.is_now(send.message.role, send.message.epoch)
+
+    def end_requests(self, count: int, kept: int) -> None:
+        self.attainment.num_asked += count
+        self.attainment.num_kept += kept
+
+
+def test_nothing_is_said_before_it_leads() -> None:
+    c = Cluster(3)
+    c.run(5.0)
+    assert c.said == [] and not c.keeper.is_due(c.now)
+    c.keeper.lead(5, c.now)
+    c.run(10.0)
+    assert sorted(c.roles) == ["decode", "decode", "prefill"]
+    epochs = [assign.epoch for _, assign in c.said]
+    assert epochs == [5 << 32 | n for n in range(1, len(epochs) + 1)]
+    c.keeper.lead(None, c.now)
+    before = len(c.said)
+    c.run(5.0)
+    assert len(c.said) == before
+
+
+def test_a_new_term_is_above_all_epochs_of_the_old() -> None:
+    c = Cluster(2)
+    c.keeper.lead(1, 0.0)
+    c.run(5.0)
+    old = max(assign.epoch for _, assign in c.said)
+    c.instances[0].attached(card("i0", 2), c.now)
+    c.keeper.lead(2, c.now)
+    c.run(10.0)
+    assert c.said[-1][1].epoch > old
+    assert sorted(c.roles) == ["decode", "prefill"]
+
+
+def test_a_word_that_was_lost_is_said_again_with_a_newer_epoch() -> None:
+    c = Cluster(2, repeat_s=1.0)
+    c.deaf = {"i0", "i1"}
+    c.keeper.lead(1, 0.0)
+    c.run(1.0)
+    name, first = c.said[0]
+    num_said = len(c.said)
+    c.run(1.5)
+    again = [assign for peer, assign in c.said[num_said:] if peer == name]
+    assert again[0].role == first.role and again[0].epoch > first.epoch
+    c.deaf = set()
+    c.run(5.0)
+    assert sorted(c.roles) == ["decode", "prefill"]
+
+
+def test_a_change_that_makes_things_worse_is_taken_back() -> None:
+    policy = RolesConfig(
+        ttft_slo_s=0.1, tpot_slo_s=0.05, patience_s=0.0, pause_s=0.0, light_load=0.0, margin=0.0
+    )
+    c = Cluster(2, policy=policy, judged_after=10, hold_s=60.0)
+    c.keeper.lead(1, 0.0)
+    c.end_requests(100, kept=95)
+    while not c.said and c.now < 20:
+        for _ in range(3):
+            c.keeper.arrived(c.now, 600, 100)
+        c.run(0.25)
+    assert c.said[0][1].role != "any"
+    c.end_requests(5, kept=0)
+    num_said = len(c.said)
+    c.run(0.5)
+    assert c.keeper.num_rollbacks == 0  # too few to judge by
+    num_said = len(c.said)
+    c.end_requests(45, kept=10)
+    c.run(0.5)
+    assert c.keeper.num_rollbacks == 2
+    assert [assign.role for _, assign in c.said[num_said:]] == ["any", "any"]
+    num_said = len(c.said)
+    for _ in range(40):
+        c.keeper.arrived(c.now, 600, 100)
+        c.run(0.25)
+    assert len(c.said) == num_said  # nothing else is tried for a while
+
+
+def test_a_change_that_helps_stays() -> None:
+    c = Cluster(2, judged_after=10)
+    c.end_requests(100, kept=50)
+    c.keeper.lead(1, 0.0)
+    c.run(3.0)
+    c.end_requests(100, kept=90)
+    c.run(3.0)
+    assert c.keeper.num_rollbacks == 0 and sorted(c.roles) == ["decode", "prefill"]
+
+
+def test_work_of_other_services_is_reckoned_with() -> None:
+    policy = RolesConfig(light_load=1e9)
+    c = Cluster(2, policy=policy)
+    c.keeper.lead(1, 0.0)
+    for _ in range(60):
+        c.keeper.arrived(c.now, 100, 10)
+        c.run(0.5)
+    alone = c.keeper._work(c.now).prompt_tokens_per_s
+    for instance in c.instances:
+        instance.others = Others(running=4)
+    for _ in range(60):
+        c.keeper.arrived(c.now, 100, 10)
+        c.run(0.5)
+    assert c.keeper._work(c.now).prompt_tokens_per_s > 2 * alone
