@@ -395,26 +395,6 @@ def test_a_complete_constrained_output_ends_whatever_else_was_asked() -> None:
     assert check_stop(sampling, frozenset({2}), 3, 1, 9, constrained=True) is None
 
 
-def test_stable_steps_never_promise_too_much() -> None:
-    harness = Harness(12, max_model_len=120)
-    assert harness.scheduler.stable_steps() == 0
-    for i, max_tokens in enumerate((30, 50, 80)):
-        harness.scheduler.add(submit(f"r{i}", 20, max_tokens=max_tokens))
-    assert harness.scheduler.stable_steps() == 0
-    promised = 0
-    num_promises = 0
-    while harness.scheduler.has_work():
-        num_running = sum(harness.scheduler.stats.running.values())
-        batch = harness.step()
-        assert batch is not None
-        if promised:
-            assert not batch.admitted and len(batch.rows) == num_running
-            assert all(row.num_tokens == 1 for row in batch.rows)
-        promised = max(promised - 1, harness.scheduler.stable_steps())
-        num_promises += promised > 0
-    assert num_promises > 20
-
-
 def test_the_same_history_gives_the_same_batches() -> None:
     def history() -> list[Batch]:
         harness = Harness(12, depth=2, max_num_batched_tokens=20, max_model_len=100)

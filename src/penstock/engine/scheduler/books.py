@@ -1,11 +1,12 @@
-"""Recounting what the scheduler believes of its sequences."""
+"""Counting what the scheduler has, and recounting what it believes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
+from penstock.engine.scheduler.sequence import CLASSES, State
 from penstock.engine.scheduler.sequence import Sequence as Seq
-from penstock.engine.scheduler.sequence import State
 from penstock.engine.scheduler.step import InFlight
 
 
@@ -27,3 +28,17 @@ def check_sequences(
     flying = [seq for flight in flights for seq, row, _ in flight.rows if row.samples]
     for seq in live:
         assert flying.count(seq) == seq.num_placeholders, "placeholders without a step"
+
+
+def counts_of(waiting: Sequence[Seq], running: Sequence[Seq]) -> dict[str, Any]:
+    """Fields of `SchedulerStats`."""
+    prefills = [seq for seq in [*waiting, *running] if seq.num_to_compute > 1]
+    return {
+        "waiting": {c: sum(s.request_class == c for s in waiting) for c in CLASSES},
+        "running": {c: sum(s.request_class == c for s in running) for c in CLASSES},
+        "waiting_tokens": sum(len(s.token_ids) for s in waiting),
+        "running_tokens": sum(s.num_tokens for s in running),
+        "prefills": len(prefills),
+        "prefill_tokens_left": sum(s.num_to_compute for s in prefills),
+        "decode_context_tokens": sum(s.num_tokens for s in running if s.num_to_compute <= 1),
+    }

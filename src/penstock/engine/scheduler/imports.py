@@ -24,7 +24,8 @@ alone while anything runs. It holds nothing, so it stands in nobody's way either
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -230,3 +231,23 @@ class Holds:
         hold = kind(self._number, keys, [], soft)
         self._holds[hold.number] = hold
         return hold
+
+
+class WindowReturns:
+    """Windows that nobody holds any more go back once no step in flight reads them."""
+
+    def __init__(self, pool: BlockPool) -> None:
+        self._pool = pool
+        self._waiting: deque[tuple[int, int]] = deque()  # (fence, window)
+
+    def take(self, fence: int, passed: Callable[[int], bool]) -> list[int]:
+        """Those that may go now; their ids may stand for other pages from now on."""
+        self._waiting.extend((fence, w) for w in self._pool.take_released_windows())
+        windows = []
+        while self._waiting and passed(self._waiting[0][0]):
+            windows.append(self._waiting.popleft()[1])
+        self._pool.free_windows(windows)
+        return windows
+
+    def waiting(self) -> list[int]:
+        return [window for _, window in self._waiting]

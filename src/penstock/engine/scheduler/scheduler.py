@@ -36,13 +36,12 @@ from collections.abc import Iterator
 
 from penstock.engine.scheduler.batch import Batch, BatchRow, BlockMap, RowResult, StepResult
 from penstock.engine.scheduler.block_pool import BlockPool, Generations, Holders
-from penstock.engine.scheduler.books import check_sequences
+from penstock.engine.scheduler.books import check_sequences, counts_of
 from penstock.engine.scheduler.config import SchedulerConfig
-from penstock.engine.scheduler.imports import Holds, Import
+from penstock.engine.scheduler.imports import Holds, Import, WindowReturns
 from penstock.engine.scheduler.queue import WaitingQueue
 from penstock.engine.scheduler.sequence import CLASSES, Key, Sequence, SequenceUpdate, State
 from penstock.engine.scheduler.step import Claims, InFlight, Plan, SchedulerStats, Slots
-from penstock.engine.scheduler.stopping import check_stop
 from penstock.engine.scheduler.validation import validate
 from penstock.protocol.errors import EngineFailed, ErrorInfo, Overloaded, ProtocolError
 from penstock.protocol.kv import KvChange
@@ -80,7 +79,7 @@ class Scheduler:
         self.claims = Claims()
         #: Blocks held by no sequence; kept by `transfer/exchange.py`.
         self.holds = Holds(self.pool, self.claims)
-        self._let_go: deque[tuple[int, int]] = deque()  # (fence, window)
+        self._returns = WindowReturns(self.pool)
         self._slots = Slots(config.max_num_seqs)
         self._in_flight: deque[InFlight] = deque()
         self._arrivals = 0
@@ -221,7 +220,7 @@ class Scheduler:
             # After a preemption the last ids may still be in flight: it returns with them.
             if not plan.budget or seq.num_placeholders:
                 break
-            if self._comes_from_elsewhere(seq, len(self._match(seq))):
+            if self._awaits(seq):
                 continue
             hits = self._find_room(seq, plan)
             if hits is None:
@@ -264,42 +263,56 @@ class Scheduler:
     def _match(self, seq: Sequence) -> list[int]:
         return self.pool.match(seq.keys[: seq.max_reusable_blocks(self._config.block_tokens)])
 
+    def _awaits(self, seq: Sequence) -> bool:
+        """Will somebody store the next block that `seq` lacks? Then waiting is cheaper than
+        computing it twice; this is how the choices of a request come to share their prompt."""
+        num_hits = len(self._match(seq))
+        if not seq.public or num_hits >= seq.max_reusable_blocks(self._config.block_tokens):
+            return False
+        return num_hits < len(seq.keys) and self.claims.is_worth_waiting(
+            seq.keys[num_hits], seq, self._paused
+        )
+
     def _find_room(self, seq: Sequence, plan: Plan) -> list[int] | None:
-        """Room for `seq`, and the cached blocks it begins with; None if it cannot come in. When
-        nothing runs whose end could be waited for, held blocks are given up for it."""
-        while not self._make_room(seq, hits := self._match(seq), plan):
+        """Make room for `seq`; returns the cached blocks it begins with, which it holds from now
+        on, or None if it cannot come in. When nothing runs whose end could be waited for, blocks
+        of nobody's are given up for it."""
+        while (victims := self._victims_for(seq, hits := self._match(seq))) is None:
             if self._running:
                 return None
             if not self.holds.make_room():
                 self.holds.starved = True
                 return None
+        for block in hits:  # first: windows go with their last holder
+            self.pool.share(block)
+        for victim in victims:
+            self._preempt(victim, plan)
         return hits
 
-    def _make_room(self, seq: Sequence, hits: list[int], plan: Plan) -> bool:
-        """Find a slot, and blocks for all known tokens of `seq`, given the cached ones in `hits`.
+    def _victims_for(self, seq: Sequence, hits: list[int]) -> list[Sequence] | None:
+        """Who must be preempted so that there is a slot, and blocks for all known tokens of `seq`,
+        given the cached ones in `hits`. None: it does not fit.
 
-        What running prompts still need is spoken for, and what has been promised to others while
-        anything runs. Whoever is of a lower class, or paused, may
-        be preempted, but only if that suffices: nobody loses blocks in vain.
+        What running prompts still need is spoken for; so is what has been promised, while anything
+        runs. Only who is of a lower class, or paused, may be preempted, and only if that suffices:
+        nobody loses blocks in vain.
         """
         short = self._num_blocks(seq.num_tokens) - len(hits) + self.pool.num_reusable_in(hits)
         short += sum(map(self._num_missing, self._running)) - self.pool.num_available
         if self._running:
             short += self.holds.promised(besides=seq.key)
         if short <= 0 and len(self._slots):
-            return True
+            return []
         victims = [s for s in self._running if s.service in self._paused or s.rank[0] > seq.rank[0]]
         if short > sum(len(s.blocks) + self._num_missing(s) for s in victims):
-            return False  # an upper bound, and cheap: a blocked head is looked at in every step
+            return None  # an upper bound, and cheap: a blocked head is looked at in every step
         victims.sort(key=self._victim_rank, reverse=True)
         freed = self.pool.freed_by((s.blocks for s in victims), besides=hits)
         for count, (victim, num_freed) in enumerate(zip(victims, freed), start=1):
             short -= self._num_missing(victim)
             if num_freed >= short:
-                for preempted in victims[:count]:
-                    self._preempt(preempted, plan)
-                return True
-        return False
+                return victims[:count]
+        return None
 
     def _preempt(self, seq: Sequence, plan: Plan) -> None:
         """Take slot and blocks away. Confirmed whole blocks stay in the cache, so that the return
@@ -315,15 +328,12 @@ class Scheduler:
         self._queues[seq.request_class].put_back(seq)
 
     def _admit(self, seq: Sequence, hits: list[int], queue: WaitingQueue) -> None:
-        block_tokens = self._config.block_tokens
-        for block in hits:
-            self.pool.share(block)
         seq.state = State.RUNNING
         seq.slot = self._slots.take()
         seq.blocks = list(hits)
         seq.stale_maps = list(range(len(hits)))
         seq.num_keyed_blocks = len(hits)
-        seq.num_computed = seq.num_confirmed = len(hits) * block_tokens
+        seq.num_computed = seq.num_confirmed = len(hits) * self._config.block_tokens
         insort(self._running, seq, key=lambda s: s.rank)
         if seq.public:
             self.claims.claim(seq, seq.keys[len(hits) :])
@@ -334,21 +344,6 @@ class Scheduler:
             if seq.public:
                 self._prefix_hit_tokens += seq.cached_tokens
                 self._prefix_query_tokens += seq.num_prompt_tokens
-
-    def _comes_from_elsewhere(self, seq: Sequence, num_hits: int) -> bool:
-        """Is the next block that `seq` lacks about to be stored by an import or by a running
-        sequence?
-
-        Then waiting is cheaper than computing it twice; this is how the choices of a request come
-        to share their prompt. One waits only for a sequence that is served no later than oneself
-        and is not paused, so whoever is waited for moves on; when it goes, so does its claim.
-        """
-        if not seq.public or num_hits >= seq.max_reusable_blocks(self._config.block_tokens):
-            return False
-        owner = self.claims.owner(seq.keys[num_hits]) if num_hits < len(seq.keys) else None
-        if isinstance(owner, Sequence):
-            return owner.rank[:2] <= seq.rank[:2] and owner.service not in self._paused
-        return owner is not None
 
     def _victim_rank(self, seq: Sequence) -> tuple[bool, tuple[int, int, int]]:
         return seq.service in self._paused, seq.rank
@@ -403,44 +398,10 @@ class Scheduler:
         if run == seq.run:
             seq.num_confirmed = row.start + row.num_tokens
             self._register_blocks(seq)
-        entries, entries_start = seq.unsent_prompt_logprobs(row, result.prompt_logprobs)
-        if not row.samples:
-            if not entries:
-                return None
-            return SequenceUpdate(
-                seq,
-                seq.num_output_tokens,
-                prompt_logprobs=entries,
-                prompt_logprobs_start=entries_start,
-            )
-        assert len(result.ids) == 1, "a row that samples yields one id"
-        start = seq.num_output_tokens
-        seq.num_placeholders -= 1
-        seq.token_ids.extend(result.ids)
-        stop = check_stop(
-            seq.sampling,
-            self._eos,
-            result.ids[-1],
-            seq.num_output_tokens,
-            seq.max_total_tokens - len(seq.token_ids),
-            constrained=seq.submit.constraint is not None,
-            hands_over=seq.hands_over,
-        )
-        if stop is not None:
+        update = seq.take(row, result, self._eos)
+        if update is not None and update.finish is not None:
             self._finish(seq)
-        cached_tokens = 0 if seq.cached_tokens_told else seq.cached_tokens
-        seq.cached_tokens_told = True
-        return SequenceUpdate(
-            seq,
-            start,
-            result.ids,
-            logprobs=result.logprobs,
-            prompt_logprobs=entries or None,
-            prompt_logprobs_start=entries_start,
-            finish=stop.reason if stop else None,
-            stop_token=stop.token if stop else None,
-            cached_tokens=cached_tokens,
-        )
+        return update
 
     def _spoil(self, flight: InFlight, result: StepResult) -> None:
         """Stale rows count for nothing, nor does what has been built on them since; and nobody else
@@ -498,29 +459,9 @@ class Scheduler:
     def take_released_windows(self) -> list[int]:
         """Windows that no sequence, hold or step uses any more: back to their owner with them.
         They may stand for other pages from now on."""
-        self._let_go.extend((self._steps, w) for w in self.pool.take_released_windows())
-        windows = []
-        while self._let_go and self.passed(self._let_go[0][0]):
-            windows.append(self._let_go.popleft()[1])
-        self.pool.free_windows(windows)
-        return windows
+        return self._returns.take(self.fence(), self.passed)
 
     # ---- looking in -----------------------------------------------------------------------
-
-    def stable_steps(self) -> int:
-        """For how many further steps, if nothing is added or cancelled, every running sequence
-        has exactly one decode row: no prompt, no admission, no preemption, no certain end. Ends
-        by stop tokens are not foreseen (their surplus rows are dropped, as always). Never too
-        high."""
-        if not self._running or any(map(len, self._queues.values())) or self._paused:
-            return 0
-        if any(s.num_to_compute != 1 for s in self._running):
-            return 0
-        if len(self._running) > self._config.max_num_batched_tokens:
-            return 0
-        limits = min(s.num_tokens_here - s.num_tokens for s in self._running)
-        spare_blocks = self.pool.num_available // len(self._running)
-        return min(limits, spare_blocks * self._config.block_tokens)
 
     @property
     def num_blocks_used(self) -> int:
@@ -529,16 +470,8 @@ class Scheduler:
     @property
     def stats(self) -> SchedulerStats:
         waiting = [seq for queue in self._queues.values() for seq in queue]
-        prefills = [seq for seq in [*waiting, *self._running] if seq.num_to_compute > 1]
-        decodes = [seq for seq in self._running if seq.num_to_compute <= 1]
         return SchedulerStats(
-            waiting={c: len(self._queues[c]) for c in CLASSES},
-            running={c: sum(s.request_class == c for s in self._running) for c in CLASSES},
-            waiting_tokens=sum(len(s.token_ids) for s in waiting),
-            running_tokens=sum(s.num_tokens for s in self._running),
-            prefills=len(prefills),
-            prefill_tokens_left=sum(s.num_to_compute for s in prefills),
-            decode_context_tokens=sum(s.num_tokens for s in decodes),
+            **counts_of(waiting, self._running),
             kv_blocks_used=self.pool.num_held,
             kv_blocks_cached=self.pool.num_reusable,
             kv_blocks_total=self.pool.num_blocks,
@@ -570,7 +503,7 @@ class Scheduler:
         """Assert the invariants: every block, slot and sequence is accounted for once."""
         self.pool.check(
             [*(seq.blocks for seq in self._running), *self.holds.holdings()],
-            [window for _, window in self._let_go],
+            self._returns.waiting(),
         )
         self.holds.check()
         slots = sorted([*self._slots.free(), *(s.slot for s in self._running)])

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from penstock.engine.scheduler.batch import BatchRow, NewSequence
+from penstock.engine.scheduler.batch import BatchRow, NewSequence, RowResult
+from penstock.engine.scheduler.stopping import check_stop
 from penstock.protocol.errors import ErrorInfo
 from penstock.protocol.kv import next_key, root_key, split_keys
 from penstock.protocol.request import RequestClass, SamplingParams, Submit
@@ -190,6 +191,45 @@ class Sequence:
         entries = entries[sent - row.start :]
         self.num_prompt_logprobs_sent = sent + len(entries)
         return entries, sent + 1
+
+    def take(
+        self, row: BatchRow, result: RowResult, eos_token_ids: frozenset[int]
+    ) -> SequenceUpdate | None:
+        """What a row's result says, once its KV has been seen to. A `finish` is for the scheduler
+        to carry out."""
+        entries, entries_start = self.unsent_prompt_logprobs(row, result.prompt_logprobs)
+        start = self.num_output_tokens
+        if not row.samples:
+            if not entries:
+                return None
+            return SequenceUpdate(
+                self, start, prompt_logprobs=entries, prompt_logprobs_start=entries_start
+            )
+        assert len(result.ids) == 1, "a row that samples yields one id"
+        self.num_placeholders -= 1
+        self.token_ids.extend(result.ids)
+        stop = check_stop(
+            self.sampling,
+            eos_token_ids,
+            result.ids[-1],
+            self.num_output_tokens,
+            self.max_total_tokens - len(self.token_ids),
+            constrained=self.submit.constraint is not None,
+            hands_over=self.hands_over,
+        )
+        cached_tokens = 0 if self.cached_tokens_told else self.cached_tokens
+        self.cached_tokens_told = True
+        return SequenceUpdate(
+            self,
+            start,
+            result.ids,
+            logprobs=result.logprobs,
+            prompt_logprobs=entries or None,
+            prompt_logprobs_start=entries_start,
+            finish=stop.reason if stop else None,
+            stop_token=stop.token if stop else None,
+            cached_tokens=cached_tokens,
+        )
 
     def max_reusable_blocks(self, block_tokens: int) -> int:
         """How many leading blocks may come from the cache.

@@ -81,6 +81,15 @@ class Claims:
     def owner(self, key: bytes) -> object | None:
         return self._owner.get(key)
 
+    def is_worth_waiting(self, key: bytes, seq: Sequence, paused: set[str]) -> bool:
+        """Whether `seq` should leave `key` to who has claimed it. Imports end by themselves; of
+        sequences one waits only for those that are served no later than oneself and are not
+        paused, so whoever is waited for moves on. When it goes, so does its claim."""
+        owner = self._owner.get(key)
+        if isinstance(owner, Sequence):
+            return owner.rank[:2] <= seq.rank[:2] and owner.service not in paused
+        return owner is not None
+
     def clear(self) -> None:
         self._owner.clear()
 
