@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,19 +26,21 @@ TIMEOUT_S = 60.0
 
 def engine_thread(folder: Any, name: str, model: str = "toy", **settings: Any) -> EngineThread:
     """A small float32 engine at `folder`/`name`.sock."""
-    config = EngineConfig(
-        **{
-            "model": model,
-            "dtype": "float32",
-            "max_model_len": 256,
-            "max_num_seqs": 4,
-            "num_blocks": 64,
-            "num_threads": 1,
-            "cpu_bind": "none",
-            **settings,
-        }
-    )
+    config = EngineConfig(**_settings(model, settings))
     return EngineThread(WorkerConfig(config, address(folder, name), name=name, incarnation=1))
+
+
+def _settings(model: str, changes: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "model": model,
+        "dtype": "float32",
+        "max_model_len": 256,
+        "max_num_seqs": 4,
+        "num_blocks": 64,
+        "num_threads": 1,
+        "cpu_bind": "none",
+        **changes,
+    }
 
 
 def address(folder: Any, name: str) -> str:
@@ -147,3 +152,28 @@ class Instance:
 
 def handover_plan(prefill: Instance, decode_at: Instance) -> list[Stage]:
     return [Stage("prefill", prefill.name), Stage("decode", decode_at.name)]
+
+
+class EngineProcess:
+    """The same in a process of its own, which a test may stop or kill."""
+
+    def __init__(self, folder: Any, name: str, model: str = "toy", **settings: Any) -> None:
+        program = (
+            "import sys; from penstock.engine.config import EngineConfig, WorkerConfig;"
+            "from penstock.engine.instance import run_worker;"
+            "config, address, name, parent = eval(sys.argv[1]);"
+            "run_worker(WorkerConfig(EngineConfig(**config), address, name=name,"
+            " incarnation=1, parent_pid=parent))"
+        )
+        arguments = (_settings(model, settings), address(folder, name), name, os.getpid())
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", program, repr(arguments)],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait(10)

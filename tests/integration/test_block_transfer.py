@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import gc
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
+from penstock.engine.transfer import tcp
+from penstock.protocol.kv import Fetched, KvSource
+from penstock.protocol.request import SamplingParams
 from tests.helpers.engines import Instance, address, engine_thread, handover_plan
 
 PROMPT = [(7 * i * i + 3 * i) % 200 for i in range(100)]
@@ -70,3 +76,102 @@ def test_prefill_here_and_decode_there(pair: Any) -> None:
     rest = pair.receiver.run("a", PROMPT, attempt=2, resumed_ids=first, plan=plan[1:])
     assert first + rest == expected
     assert fetched.num_blocks == NUM_BLOCKS
+
+
+def scheduler_of(pair: Any, which: int) -> Any:
+    return pair.engines[which]._driver.core.scheduler
+
+
+def memory_of(pair: Any, which: int) -> Any:
+    return pair.engines[which]._driver._mover._memory
+
+
+def test_pages_that_the_owner_takes_back_cost_time_and_no_token(tmp_path: Path) -> None:
+    """As after a lease that ended: the generations move on, then the pages are written over, while
+    a sequence of the receiver reads them."""
+    pair = Pair(tmp_path, kv_transfer="map")
+    sampling = SamplingParams(max_tokens=100, temperature=0.0, ignore_eos=True)
+    expected = pair.owner.run("a", PROMPT, sampling=sampling)
+    assert pair.receiver.fetch("b", PROMPT, pair.owner).num_blocks == NUM_BLOCKS
+    pair.receiver.submit("b", PROMPT, sampling=sampling)
+    pair.receiver.until(lambda: len(pair.receiver.rows.get("b", [])) >= 5)
+    owned = memory_of(pair, 0)
+    scheduler_of(pair, 0).pool.generations[:] += 1
+    owned.bytes[:] = 0x7F
+    assert pair.receiver.result("b") == expected
+    # What was stale is not found again, and what was computed instead is.
+    assert pair.receiver.run("c", PROMPT, sampling=sampling) == expected
+    pair.close()
+
+
+def test_a_stale_offer_does_not_come(pair: Any) -> None:
+    """The owner has moved on between its offer and the copy: what is told of as ready is refused by
+    the data plane, and computed."""
+    expected = pair.owner.run("a", PROMPT)
+    held = scheduler_of(pair, 0).pool.generations
+    offered = pair.engines[0]._driver.core.exchange.offers
+    held_before = held.copy()
+    original = offered._tell
+
+    def tell(*args: Any) -> Any:
+        effects = original(*args)
+        held[2] += 1
+        return effects
+
+    offered._tell = tell
+    fetched = pair.receiver.fetch("b", PROMPT, pair.owner)
+    held[:] = held_before
+    assert fetched.num_blocks < NUM_BLOCKS and fetched.reason
+    assert pair.receiver.run("b", PROMPT) == expected
+
+
+def test_what_is_spoilt_on_the_way_is_computed(tmp_path: Path, monkeypatch: Any) -> None:
+    pair = Pair(tmp_path, kv_transfer="tcp")
+    expected = pair.owner.run("a", PROMPT)
+    receive_into = tcp.receive_into
+
+    def flip(connection: Any, into: memoryview, progress: Any) -> None:
+        receive_into(connection, into, progress)
+        if len(into) > 1000:
+            into[len(into) // 2] ^= 1
+
+    monkeypatch.setattr(tcp, "receive_into", flip)
+    fetched = pair.receiver.fetch("b", PROMPT, pair.owner)
+    assert fetched.num_blocks == 0 and fetched.reason
+    assert pair.receiver.run("b", PROMPT) == expected
+    pair.close()
+
+
+def test_an_owner_that_is_gone_or_hangs_does_not_stop_a_request(tmp_path: Path) -> None:
+    pair = Pair(tmp_path, kv_transfer="tcp")
+    expected = pair.owner.run("a", PROMPT)
+    silent = KvSource("nobody", 1, f"ipc://{tmp_path}/nobody.sock", NUM_BLOCKS)
+    assert pair.receiver.run("b", PROMPT, kv_source=silent) == expected
+    other = msgspec.structs.replace(pair.owner.source(NUM_BLOCKS), incarnation=99)
+    longer = [*PROMPT[:50], 1, *PROMPT[51:]]
+    expected = pair.owner.run("c", longer)
+    assert pair.receiver.run("d", longer, kv_source=other) == expected
+    assert pair.receiver.wait_for(Fetched).num_blocks == 0
+    pair.close()
+
+
+def test_nothing_is_left_behind(tmp_path: Path) -> None:
+    def left() -> tuple[int, int, int]:
+        gc.collect()
+        fds = [str(f.readlink()) for f in Path("/proc/self/fd").iterdir() if f.is_symlink()]
+        maps = Path("/proc/self/maps").read_text().count("penstock-kv")
+        threads = sum(t.name.startswith("kv-") for t in threading.enumerate())
+        return sum("penstock-kv" in f or "socket" in f for f in fds), maps, threads
+
+    def once(folder: Path) -> None:
+        folder.mkdir()
+        pair = Pair(folder, kv_transfer="map,tcp")
+        pair.owner.run("a", PROMPT)
+        pair.receiver.fetch("b", PROMPT, pair.owner)
+        pair.receiver.run("b", PROMPT)
+        pair.close()
+
+    once(tmp_path / "warm")  # ZeroMQ keeps some sockets of its own
+    before = left()
+    once(tmp_path / "again")
+    assert left() <= before
