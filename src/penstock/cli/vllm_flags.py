@@ -274,7 +274,7 @@ SECTIONS: dict[str, tuple[VllmFlag, ...]] = {
     "Cluster and observability": _rows("""
         --kv-transfer-config         | later | prefill and decode share an instance so far
         --kv-events-config           | none  | instances always report their KV to the service
-        --otlp-traces-endpoint       | later | /metrics has latencies by phase
+        --otlp-traces-endpoint       | same  | needs the extra penstock[otel]
         --collect-detailed-traces    | other | --trace writes a file for ui.perfetto.dev
         --profiler-config            | other | --trace writes a file for ui.perfetto.dev
         --show-hidden-metrics-for-version | none | no metric is hidden

@@ -66,6 +66,7 @@ def build_app(generator: Generator, config: ServeConfig) -> FastAPI:
         generation_config=checkpoint.generation_config,
         log_requests=config.log_requests,
         trust_request_chat_template=config.trust_request_chat_template,
+        otlp_traces_endpoint=config.otlp_traces_endpoint,
     )
     return create_app(generator, texts, settings)
 

@@ -123,6 +123,8 @@ class ServeConfig:
     chat_template: str | None = None
     #: Whether a request may bring a template of its own: a program, if in a sandbox.
     trust_request_chat_template: bool = False
+    #: Where OpenTelemetry traces go; None: there are none.
+    otlp_traces_endpoint: str | None = None
     #: Looks for calls only where a request offers tools; "none": never.
     tool_call_parser: str | None = "hermes"
     reasoning_parser: str | None = None

@@ -36,6 +36,7 @@ class ChatEndpoint:
 
     async def __call__(self, http: Request) -> Response:
         context = self._context
+        trace = context.tracing.start(http.url.path, http.scope["headers"])
         body = await read_body(http.scope, http.receive, context.config.max_body_bytes)
         request = decode(body, _decoder)
         model = context.model(request.model)
@@ -51,7 +52,7 @@ class ChatEndpoint:
         envelope = context.envelope("chatcmpl", model, card)
         job = self._job(request, prompt_ids, constraint, sequence_id(envelope))
         renderer = ChatRenderer(envelope, request, context.texts.tokenizer)
-        run = Run([job], context.generator, context.metrics)
+        run = Run([job], context.generator, context.metrics, trace)
         renderer.attach(run)
         return await respond(http, run, renderer, bool(request.stream))
 

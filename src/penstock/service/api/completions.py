@@ -37,6 +37,7 @@ class CompletionEndpoint:
 
     async def __call__(self, http: Request) -> Response:
         context = self._context
+        trace = context.tracing.start(http.url.path, http.scope["headers"])
         body = await read_body(http.scope, http.receive, context.config.max_body_bytes)
         request = decode(body, _decoder)
         model = context.model(request.model)
@@ -55,7 +56,7 @@ class CompletionEndpoint:
             context.texts.tokenizer,
             [prompt.text for prompt in prompts],
         )
-        run = Run(jobs, context.generator, context.metrics)
+        run = Run(jobs, context.generator, context.metrics, trace)
         renderer.attach(run)
         return await respond(http, run, renderer, bool(request.stream))
 

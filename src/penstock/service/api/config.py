@@ -26,6 +26,8 @@ class ApiConfig:
     generation_config: Mapping[str, Any] = field(default_factory=dict)
     #: One line for each answer: method, path, status and time.
     log_requests: bool = False
+    #: Where OpenTelemetry traces go; None: there are none.
+    otlp_traces_endpoint: str | None = None
     #: Whether a request may bring its own chat template (vLLM: --trust-request-chat-template).
     trust_request_chat_template: bool = False
 

@@ -16,12 +16,14 @@ from penstock.service.generation import Generator
 from penstock.service.metrics import Metrics
 from penstock.service.text.chat_template import ChatTemplate, Template
 from penstock.service.text.texts import Texts
+from penstock.service.tracing import open_tracing
 
 
 class Context:
     def __init__(self, generator: Generator, texts: Texts, config: ApiConfig) -> None:
         self.generator = generator
         self.operations = generator.operations
+        self.tracing = open_tracing(config.otlp_traces_endpoint)
         self.texts = texts
         self.config = config
         self.metrics = Metrics(config.served_model_names[0], generator.status)

@@ -23,6 +23,7 @@ from penstock.service.generation import GenerationSpec, Generator, TokenDelta
 from penstock.service.metrics import Metrics, RequestMetrics
 from penstock.service.text.events import OutputEvent, ToolCallDelta, ToolCallStart
 from penstock.service.text.pipeline import OutputPipeline
+from penstock.service.tracing import NO_TRACING, RequestTrace
 
 NO_EVENTS: list[OutputEvent] = []
 
@@ -119,8 +120,16 @@ def _raise_failure(delta: TokenDelta) -> None:
 class Run:
     """Raises what `Generator.submit` raises; then nothing has been left behind."""
 
-    def __init__(self, jobs: Sequence[Job], generator: Generator, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        generator: Generator,
+        metrics: Metrics,
+        trace: RequestTrace = NO_TRACING,
+    ) -> None:
         self.jobs = jobs
+        self._generator = generator
+        self._trace = trace
         self.metrics = metrics.start_request(
             num_prompt_tokens=[len(job.spec.prompt_ids) for job in jobs],
             n=jobs[0].spec.n,
@@ -136,9 +145,11 @@ class Run:
                 for k in range(job.spec.n)
             ]
             self._open = len(self.choices)
+            trace.accepted()
             self._stream = merged_stream(generator, [job.spec for job in jobs])
         except BaseException:
             self.metrics.close("error")
+            trace.end([], "error")
             raise
 
     @property
@@ -188,6 +199,11 @@ class Run:
         if self._open:
             self._stream.cancel()
         self.metrics.close(reason, sum(self._cached_tokens))
+        if self._trace is not NO_TRACING:
+            explain = self._generator.operations.explain
+            found = [explain(job.spec.request_id) for job in self.jobs]
+            ended = reason if self._open else "stop"
+            self._trace.end([one for one in found if one is not None], ended)
 
     def usage(self) -> Usage:
         prompt = sum(len(job.spec.prompt_ids) for job in self.jobs)
