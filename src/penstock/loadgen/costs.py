@@ -1,0 +1,104 @@
+"""What an instance of some hardware costs and holds, for planning: from our file or the user's."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from penstock.protocol.errors import ConfigError
+from penstock.protocol.instance import CostModel
+
+_TERMS = ("base_s", "per_token_s", "per_row_s", "per_context_token_s", "per_attention_s")
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceModel:
+    """One instance as a cost model with limits."""
+
+    name: str
+    cost: CostModel
+    #: KV that fits, and bytes of it a token (for transfers).
+    kv_tokens: int
+    kv_bytes_per_token: int
+    step_tokens: int = 2048
+    max_running: int = 256
+
+    def step_s(self, new_tokens: int, rows: int, reads: int, products: int) -> float:
+        """`reads`: context tokens summed over rows; `products`: new times context tokens."""
+        c = self.cost
+        return (
+            c.base_s
+            + c.per_token_s * new_tokens
+            + c.per_row_s * rows
+            + c.per_context_token_s * reads
+            + c.per_attention_s * products
+        )
+
+    def prefill_s(self, num_tokens: int) -> float:
+        """A prompt on an idle instance."""
+        total_s = 0.0
+        for start in range(0, num_tokens, self.step_tokens):
+            end = min(start + self.step_tokens, num_tokens)
+            total_s += self.step_s(end - start, 1, end, (end - start) * end)
+        return total_s
+
+
+def known_hardware() -> dict[str, dict[str, Any]]:
+    """`gpu:model:dtype:tpN` -> coefficients and limits."""
+    text = files("penstock.loadgen").joinpath("costs.json").read_text()
+    found: dict[str, dict[str, Any]] = json.loads(text)["costs"]
+    return found
+
+
+def hardware(name: str, step_tokens: int = 2048, max_running: int = 256) -> InstanceModel:
+    """`name` may leave out what there is only one of: h100:llama3.1-8b:bf16."""
+    known = known_hardware()
+    matches = [k for k in known if k == name or k.startswith(name + ":")]
+    if len(matches) != 1:
+        these = matches or list(known)
+        raise ConfigError(f"--hardware {name} is not one of: {', '.join(these)}")
+    return _model(matches[0], known[matches[0]], step_tokens, max_running)
+
+
+def from_file(path: Path, step_tokens: int = 2048, max_running: int = 256) -> InstanceModel:
+    """A JSON object with the coefficients (those of an instance's heartbeats or card will do),
+    kv_tokens and kv_bytes_per_token."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as exc:
+        raise ConfigError(f"--model-cost {path} cannot be read as JSON: {exc}") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"--model-cost {path} is not a JSON object")
+    return _model(str(path), found, step_tokens, max_running)
+
+
+def _model(name: str, found: dict[str, Any], step_tokens: int, max_running: int) -> InstanceModel:
+    values = {}
+    for term in (*_TERMS, "kv_tokens", "kv_bytes_per_token"):
+        value = found.get(term, 0.0)
+        numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not numeric or not math.isfinite(value) or value < 0:
+            raise ConfigError(f"{name}: {term} is {value!r}, not a number of at least 0")
+        values[term] = float(value)
+    for term in ("base_s", "per_token_s", "kv_tokens"):
+        if not values[term]:
+            raise ConfigError(f"{name} lacks {term}, which has to be more than 0")
+    cost = CostModel(
+        base_s=values["base_s"],
+        per_token_s=values["per_token_s"],
+        per_row_s=values["per_row_s"],
+        per_context_token_s=values["per_context_token_s"],
+        per_attention_s=values["per_attention_s"],
+    )
+    return InstanceModel(
+        name,
+        cost,
+        int(values["kv_tokens"]),
+        int(values["kv_bytes_per_token"]),
+        int(found.get("step_tokens", step_tokens)),
+        int(found.get("max_running", max_running)),
+    )
