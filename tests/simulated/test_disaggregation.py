@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import pytest
 
@@ -24,9 +25,9 @@ from penstock.service.core import ServiceCore, ServiceCoreConfig
 from penstock.service.generation import GenerationSpec
 from penstock.service.placement import PlacementConfig
 from penstock.service.policies.roles import RolesConfig
-from penstock.service.policies.routing import slo_aware
+from penstock.service.policies.routing import kv_aware, slo_aware
 from penstock.service.policies.view import Candidate, ClusterView, Decision, Policy, RouteRequest
-from penstock.simulator.world import NetworkFaults, World
+from penstock.simulator.world import VOCAB_SIZE, NetworkFaults, World
 from tests.simulated.test_smoke import check_outcomes, specs
 
 NAMES = ("a", "b", "c", "d", "e")
@@ -204,6 +205,92 @@ def test_cuts_and_zombies_end_in_the_right_tokens(seed: int) -> None:
     c.world.run(until_s=150.0)
     check_outcomes(c.world, requests, may_be_unavailable=True)
     c.check_nothing_is_left()
+
+
+@pytest.mark.parametrize("victim", ["a", "b"])
+@pytest.mark.parametrize("how", ["kill", "stop", "cut"])
+@pytest.mark.parametrize("at_s", [1.004, 1.012, 1.03, 1.3])
+def test_nobody_waits_longer_than_the_bound(victim: str, how: str, at_s: float) -> None:
+    """Nobody tells the service: it must hear the silence, whatever the request was at."""
+    c = cluster(1, 3, prefill_on("a", "b"))
+    spec = GenerationSpec("r", list(range(1, 401)), SamplingParams(max_tokens=120, ignore_eos=True))
+    c.world.submit("s", spec, at_s=1.0)
+    faults: dict[str, Callable[[], None]] = {
+        "kill": lambda: c.world.kill(victim),
+        "stop": lambda: c.world.stop(victim, 30.0),
+        "cut": lambda: c.world.cut("s", victim, 30.0),
+    }
+    c.world.at(at_s, faults[how])
+    c.world.run(until_s=60.0)
+    outcome = c.world.outcomes["r"]
+    assert outcome.finish[0] == ["length"] and len(outcome.ids[0]) == 120
+    times = [1.0, *(float(line.split()[0]) for line in c.world.history if " reply r " in line)]
+    assert max(later - earlier for earlier, later in pairwise(times)) < 5.0
+    c.check_nothing_is_left()
+
+
+def prefill_on(first: str, decode: str) -> Policy:
+    """What is split goes there while both are; everything else to the last instance."""
+
+    def policy(view: ClusterView, request: RouteRequest) -> Decision:
+        apart = {first, decode} <= set(view.names) and not request.aggregated_because
+        name = first if apart else view.names[-1]
+        return Decision(
+            policy="told",
+            instance=name,
+            candidates=(Candidate(instance=name, predicted_ttft_s=0.0),),
+            reason="told",
+            decode=decode if apart and request.prefilled_on is None else None,
+        )
+
+    return policy
+
+
+def test_a_prefix_is_fetched_from_who_has_it() -> None:
+    """The policy finds blocks by the index, fetching looks faster than computing, and is."""
+    c = cluster(2, 2, kv_aware, num_blocks=400)
+    draw = random.Random(2)
+    shared = [draw.randrange(1, VOCAB_SIZE) for _ in range(480)]
+    requests = [
+        GenerationSpec(f"r{i}", [*shared, i + 1, 7], SamplingParams(max_tokens=100))
+        for i in range(24)
+    ]
+    c.world.submit("s", requests[0], at_s=0.5)
+    for spec in requests[1:]:
+        c.world.submit("s", spec, at_s=3.0)
+    c.world.run(until_s=40.0)
+    check_outcomes(c.world, requests)
+    c.check_nothing_is_left()
+    explained = [c.service.explain(r.request_id) for r in requests]
+    placements = [e.choices[0].placements[0] for e in explained if e is not None]
+    fetched = [p for p in placements if p.source is not None]
+    assert fetched and all(p.fetched is not None for p in fetched)
+    assert any((p.cached_tokens or 0) >= 480 for p in fetched)
+    assert len({p.instance for p in placements}) == 2
+
+
+def test_what_comes_too_late_anyway_is_refused_and_the_rest_is_in_time() -> None:
+    config = ServiceCoreConfig(ttft_slo_s=0.5)
+    c = cluster(3, 2, slo_aware, config=config)
+    draw = random.Random(3)
+    requests = [
+        GenerationSpec(
+            f"r{i}",
+            [draw.randrange(1, VOCAB_SIZE) for _ in range(600)],
+            SamplingParams(max_tokens=20, ignore_eos=True),
+        )
+        for i in range(120)
+    ]
+    for i, spec in enumerate(requests):
+        c.world.submit("s", spec, at_s=1.0 + 0.3 * i if i < 20 else 8.0)
+    c.world.run(until_s=60.0)
+    refused = [r for r in requests if c.world.outcomes[r.request_id].finish[0] == ["overloaded"]]
+    served = [r for r in requests if r not in refused]
+    assert len(served) > 20 and len(refused) > 20
+    c.check_nothing_is_left()
+    explained = [c.service.explain(r.request_id) for r in served]
+    late = [e for e in explained if e is not None and (e.choices[0].ttft_s or 9.0) > 0.5 * 1.5]
+    assert len(late) < 0.1 * len(served)  # predictions err, but not by much
 
 
 def test_cancels_in_the_middle_leave_nothing() -> None:
