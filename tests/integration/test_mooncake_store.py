@@ -10,12 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.helpers import mooncake_master
-
-mooncake_master.require()
 
 from penstock.engine.memory.tiers.store import StoreConfig, StoreTier, connect
 from penstock.protocol.kv import KEY_BYTES
+from tests.helpers import mooncake_master
+from tests.integration.test_tiers import ask, conversations, engine, stats
+
+mooncake_master.require()
 
 BLOCK_BYTES = 64 << 10
 
@@ -76,7 +77,9 @@ def test_what_one_process_stores_another_loads(
         mine = tier_at(port)
         assert load(mine, *range(40)) == [True] * 40
         assert load(mine, 0, 1, 99, 2) == [True, True, False, False]
-        assert load(tier_at(port, "another model"), 1) == [False]
+        stranger = tier_at(port, "another model")
+        assert load(stranger, 1) == [False]
+        stranger.close()
         mine.close()
     finally:
         other.communicate(timeout=60)
@@ -127,3 +130,18 @@ def test_the_master_dies_and_comes_back(
             time.sleep(0.2)
         assert load(tier, 3) == [True]
         tier.close()
+
+
+def test_what_one_engine_stored_another_finds_in_the_store(
+    master: tuple[subprocess.Popen[bytes], int],
+) -> None:
+    """Engines with small device pools; the second one has never seen the prompts."""
+    prompts = conversations(8)
+    url = f"mooncake://127.0.0.1:{master[1]}?segment_bytes={256 << 20}"
+    with engine(kv_store=url) as first, engine(kv_store=url) as second:
+        expected, _ = ask(first, prompts)
+        assert stats(first)["store"].stored > 30
+        tokens, cached = ask(second, prompts)
+        assert tokens == expected
+        loaded = stats(second)["store"].loaded
+        assert loaded > 30 and cached == 16 * loaded
