@@ -135,7 +135,7 @@ class _Parent:
             *config.arguments,
             *("--api-workers", "1", "--instances", "1", "--no-banner"),
             *("--registry", self._registry_url),
-            *("--api-worker", str(number), "--api-worker-folder", str(self._folder.path)),
+            *(f"--api-worker={number}", f"--api-worker-folder={self._folder.path}"),
         ]
         if uds:
             words += ["--inherited-socket", str(self._held.fileno())]
