@@ -55,6 +55,8 @@ class Membership:
         self._registry = registry
         self._connections = connections
         self._on_gone = on_gone
+        #: What the registry says, and which of it this service goes by.
+        self._listed: dict[str, bytes] = {}
         self._known: dict[str, InstanceEntry] = {}
         self._refused: set[str] = set()
         self._leaving: set[str] = set()
@@ -64,13 +66,16 @@ class Membership:
         async for event in self._registry.watch(INSTANCES):
             match event:
                 case Listing(entries=entries):
+                    self._listed = dict(entries)
                     for name in self._known.keys() - entries.keys():
                         self._gone(name)
                     for key, value in entries.items():
                         self._there(key, value)
                 case Put(key=key, value=value):
+                    self._listed[key] = value
                     self._there(key, value)
                 case Deleted(key=key):
+                    self._listed.pop(key, None)
                     self._gone(key)
 
     def _there(self, key: str, value: bytes) -> None:
@@ -79,9 +84,14 @@ class Membership:
         except msgspec.DecodeError as exc:
             log.warning("the entry of %s is not understood: %s", key, exc)
             return
-        self._leaving.discard(entry.name)
         known = self._known.get(entry.name)
-        if known == entry or (known is not None and entry.incarnation < known.incarnation):
+        if known is not None and entry.incarnation < known.incarnation:
+            # A late word of an older one; or the newer one is dead, and this host's clock has been
+            # put back meanwhile. Which it is, its silence tells.
+            self._leaving.add(entry.name)
+            return
+        self._leaving.discard(entry.name)
+        if known == entry:
             return
         reason = self._why_not(entry)
         if reason:
@@ -146,6 +156,8 @@ class Membership:
                     self._refused.discard(name)
                     del self._known[name]
                     self._connections.remove(name)
+                    if name in self._listed:
+                        self._there(name, self._listed[name])
                     self._reconsider()
 
     def _reconsider(self) -> None:
