@@ -24,10 +24,10 @@ from penstock.protocol.effects import Connect, Effect, Launch, Move, Reply, Send
 from penstock.protocol.errors import Overloaded
 from penstock.protocol.instance import InstanceCard
 from penstock.protocol.kv import KvLayout
+from penstock.service.cluster.finder import Finder
 from penstock.service.core import ServiceCore, ServiceCoreConfig
 from penstock.service.generation import GenerationSpec, TokenDelta
 from penstock.service.policies.routing import Policy, least_load
-from penstock.service.prospects import Finder
 from penstock.simulator.data_plane import DataFaults, SimulatedDataPlane
 from penstock.simulator.kv import KvMemory
 from penstock.simulator.runner import CostModelRunner, StepCost
