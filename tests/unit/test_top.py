@@ -163,6 +163,8 @@ def test_no_server(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["top", f"http://127.0.0.1:{free_port()}", "--once"]) == 1
     assert "no server answers" in capsys.readouterr().err
     assert main(["top", "nonsense"]) == 2
+    assert main(["top", "--once", "--uds", "/nowhere.sock"]) == 1
+    assert "unix:/nowhere.sock" in capsys.readouterr().err
 
 
 # --- in a terminal -------------------------------------------------------------------------------

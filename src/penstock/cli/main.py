@@ -20,6 +20,7 @@ COMMANDS = {
     "quantize": ("penstock.cli.quantize", "write a checkpoint in fewer bits"),
     "bench": ("penstock.cli.bench", "put a small load on a running server and measure it"),
     "top": ("penstock.cli.top", "watch the instances of a running service"),
+    "up": ("penstock.cli.up", "run a cluster on the nodes of a Ray cluster"),
     "advise": ("penstock.cli.advise", "say whether prefill and decode should be apart, and how"),
     "router": ("penstock.cli.router", "the service alone, over engines that run elsewhere"),
     "worker": ("penstock.cli.worker", "run one engine instance (started by `serve`)"),

@@ -52,7 +52,7 @@ def make_parser() -> Parser:
 def run(arguments: list[str]) -> int:
     options = make_parser().parse(arguments)
     key = getattr(options, "admin_key", None) or os.environ.get(KEY_VARIABLE)
-    url = options.url or "http://127.0.0.1:8000"
+    url = getattr(options, "url", None) or "http://127.0.0.1:8000"
     uds = getattr(options, "uds", None)
     with client.connect(url, key) if uds is None else client.connect_uds(Path(uds)) as http:
         http.timeout = _TIMEOUT
