@@ -105,13 +105,22 @@ class _Slot:
 class ContentRunner:
     """Executes batches in order, exactly as the contract of `batch.py` says."""
 
-    def __init__(self, num_blocks: int, block_tokens: int) -> None:
+    def __init__(self, num_blocks: int, block_tokens: int, num_windows: int = 0) -> None:
         self.block_tokens = block_tokens
-        self.kv: list[list[int | None]] = [[None] * block_tokens for _ in range(num_blocks)]
+        self.num_blocks = num_blocks
+        num_ids = num_blocks + num_windows
+        self.kv: list[list[int | None]] = [[None] * block_tokens for _ in range(num_ids)]
         self.slots: dict[int, _Slot] = {}
 
-    def execute(self, batch: Batch, fail: bool = False, bad_row: int | None = None) -> StepResult:
-        """With `fail` the bookkeeping is done and the computing writes garbage."""
+    def execute(
+        self,
+        batch: Batch,
+        fail: bool = False,
+        bad_row: int | None = None,
+        stale: int | None = None,
+    ) -> StepResult:
+        """With `fail` the bookkeeping is done and the computing writes garbage. `stale`: this
+        window shows something else by now."""
         for slot in batch.freed_slots:
             self.slots.pop(slot, None)
         for new in batch.admitted:
@@ -123,7 +132,22 @@ class ContentRunner:
         rows = [self._row(row, fail or i == bad_row) for i, row in enumerate(batch.rows)]
         if fail:
             return StepResult(batch.step, [], error=EngineFailed("boom").info())
+        if stale is not None:
+            return self._with_stale(batch, rows, stale)
         return StepResult(batch.step, rows)
+
+    def _with_stale(self, batch: Batch, rows: list[RowResult], window: int) -> StepResult:
+        """Who has read the window must not be believed, now or later."""
+        self.kv[window] = [POISON] * self.block_tokens
+        found = []
+        for row, result in zip(batch.rows, rows):
+            slot = self.slots[row.slot]
+            read = [slot.blocks[i] for i in range(-(-row.start // self.block_tokens))]
+            if window in read:
+                slot.ids[row.start + row.num_tokens :] = [POISON] if row.samples else []
+                result = RowResult(row.slot, [POISON] * row.samples, stale=True)
+            found.append(result)
+        return StepResult(batch.step, found, stale_windows=(window,))
 
     def _row(self, row: BatchRow, bad: bool) -> RowResult:
         slot = self.slots[row.slot]
@@ -137,6 +161,7 @@ class ContentRunner:
             block, offset = divmod(position, self.block_tokens)
             cell = self.kv[slot.blocks[block]]
             if position >= row.start:
+                assert slot.blocks[block] < self.num_blocks, "a row writes to a window"
                 cell[offset] = POISON if bad or poisoned else prefix
             elif cell[offset] == POISON:
                 poisoned = True
@@ -163,10 +188,12 @@ class ContentRunner:
 class Harness:
     """A scheduler and its runner, with up to `depth` batches in flight."""
 
-    def __init__(self, num_blocks: int = 64, depth: int = 1, **config: object) -> None:
+    def __init__(
+        self, num_blocks: int = 64, depth: int = 1, num_windows: int = 0, **config: object
+    ) -> None:
         self.config = SchedulerConfig(eos_token_ids=(EOS,), **config)  # type: ignore[arg-type]
-        self.scheduler = Scheduler(self.config, num_blocks)
-        self.runner = ContentRunner(num_blocks, self.config.block_tokens)
+        self.scheduler = Scheduler(self.config, num_blocks, num_windows)
+        self.runner = ContentRunner(num_blocks, self.config.block_tokens, num_windows)
         self.depth = depth
         self.in_flight: deque[Batch] = deque()
         self.updates: list[SequenceUpdate] = []
@@ -178,9 +205,11 @@ class Harness:
             self.in_flight.append(batch)
         return batch
 
-    def land(self, fail: bool = False, bad_row: int | None = None) -> list[SequenceUpdate]:
+    def land(
+        self, fail: bool = False, bad_row: int | None = None, stale: int | None = None
+    ) -> list[SequenceUpdate]:
         batch = self.in_flight.popleft()
-        updates = self.scheduler.apply(self.runner.execute(batch, fail, bad_row))
+        updates = self.scheduler.apply(self.runner.execute(batch, fail, bad_row, stale))
         self.updates += updates
         self.scheduler.check()
         return updates
