@@ -63,7 +63,7 @@ class Asked:
     #: they estimate its tokens.
     prompt_bytes: int
     #: 16 bytes for each whole chunk of it; equal keys, equal prefixes.
-    keys: bytes
+    keys: list[bytes]
     #: None: the request sets no limit.
     max_tokens: int | None
     #: May be sent to another engine after this one has begun to work on it.
@@ -101,7 +101,7 @@ def read(method: str, path: str, content_type: bytes, body: bytes) -> Asked:
         model=model,
         stream=fields.stream is True,
         prompt_bytes=_text_bytes(text),
-        keys=prefix_keys(model or "", text) if generates else b"",
+        keys=prefix_keys(model or "", text) if generates else [],
         max_tokens=_limit(fields),
         repeatable=repeatable,
         generates=generates,
@@ -109,14 +109,14 @@ def read(method: str, path: str, content_type: bytes, body: bytes) -> Asked:
     )
 
 
-def prefix_keys(model: str, text: bytes) -> bytes:
+def prefix_keys(model: str, text: bytes) -> list[bytes]:
     """The last chunk of a text, which is not whole (or ends with its closing bracket), has none."""
     parent = hashlib.sha256(model.encode()).digest()[:KEY_BYTES]
     keys: list[bytes] = []
     for start in range(0, min(len(text), _MAX_CHUNKS * CHUNK_BYTES) - CHUNK_BYTES, CHUNK_BYTES):
         parent = hashlib.sha256(parent + text[start : start + CHUNK_BYTES]).digest()[:KEY_BYTES]
         keys.append(parent)
-    return b"".join(keys)
+    return keys
 
 
 def _text_bytes(text: bytes) -> int:

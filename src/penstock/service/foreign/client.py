@@ -50,9 +50,13 @@ class Request:
     id: str = ""
     parts: list[bytes] = field(default_factory=list)
     size_bytes: int = 0
+    _by_name: dict[bytes, bytes] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._by_name = dict(self.headers)
 
     def header(self, name: bytes) -> bytes | None:
-        return next((value for key, value in self.headers if key == name), None)
+        return self._by_name.get(name)
 
 
 class Answering(Protocol):

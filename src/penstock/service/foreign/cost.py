@@ -35,6 +35,7 @@ class CostFit:
         self._cov = [[1.0 if i == j else 0.0 for j in range(3)] for i in range(3)]
         self._residual_s = 0.0
         self._num_observed = 0
+        self._model: CostModel | None = None
 
     def first_token(self, work_tokens: float, rows: float, seconds: float) -> None:
         """It came `seconds` after its request, with `work_tokens` to compute until then (its own
@@ -55,14 +56,16 @@ class CostFit:
         self._observe((1.0, tokens / total, rows), seconds / total)
 
     def model(self) -> CostModel:
-        base, token, row = (w * s for w, s in zip(self._weights, _SCALE))
-        return CostModel(
-            base_s=max(0.0, base),
-            per_token_s=max(0.0, token),
-            per_row_s=max(0.0, row),
-            residual_s=self._residual_s,
-            num_steps=self._num_observed,
-        )
+        if self._model is None:
+            base, token, row = (max(0.0, w * s) for w, s in zip(self._weights, _SCALE))
+            self._model = CostModel(
+                base_s=base,
+                per_token_s=token,
+                per_row_s=row,
+                residual_s=self._residual_s,
+                num_steps=self._num_observed,
+            )
+        return self._model
 
     def _observe(self, features: _Vector, seconds: float) -> None:
         x = [f * s for f, s in zip(features, _SCALE)]
@@ -73,6 +76,7 @@ class CostFit:
             if self._num_observed >= _SETTLED:  # one that was held up says little about the next
                 error = min(max(error, -limit_s), limit_s)
         self._num_observed += 1
+        self._model = None
         cov_x = [sum(c * v for c, v in zip(row, x)) for row in self._cov]
         denominator = _FORGET + sum(v * c for v, c in zip(x, cov_x))
         gain = [c / denominator for c in cov_x]

@@ -16,8 +16,8 @@ from penstock.service.foreign.asked import Asked
 from penstock.service.foreign.attempt import HOP_BY_HOP, RETRIED, Attempt
 from penstock.service.foreign.client import Client, Request
 from penstock.service.foreign.engine import Engine
+from penstock.service.foreign.fleet import Choice
 from penstock.service.foreign.upstream import UpstreamError
-from penstock.service.policies.routing import Decision
 
 if TYPE_CHECKING:
     from penstock.service.foreign.router import Router
@@ -103,11 +103,11 @@ class Exchange:
         fleet = self.router.fleet
         while True:
             try:
-                decision = fleet.choose(self.asked, avoid=self._tried)
+                choice = fleet.choose(self.asked, avoid=self._tried)
             except PenstockError as exc:
                 return self._give_up(exc)
-            engine = fleet.by_name[decision.instance]
-            error = await self._try(engine, decision)
+            engine = choice.engine
+            error = await self._try(choice)
             attempt = self.attempt
             self.attempt = None
             if self.gone_away:
@@ -151,9 +151,10 @@ class Exchange:
             )
         raise error
 
-    async def _try(self, engine: Engine, decision: Decision) -> UpstreamError | None:
+    async def _try(self, choice: Choice) -> UpstreamError | None:
         """None: the answer is whole, and what was held of it is in `self.attempt`."""
-        self._place(engine, decision)
+        engine = choice.engine
+        self._place(choice)
         engine.breaker.begin()
         fresh = False
         while True:
@@ -208,22 +209,20 @@ class Exchange:
 
     # --- what engines are charged with ---------------------------------------------------------
 
-    def _place(self, engine: Engine, decision: Decision) -> None:
-        fleet, now_s = self.router.fleet, self.clock()
-        self._hit_tokens = fleet.hit_tokens(self.asked, engine, self.num_tokens)
+    def _place(self, choice: Choice) -> None:
+        engine, decision, now_s = choice.engine, choice.decision, self.clock()
+        self._hit_tokens = choice.hit_tokens
         self._work_tokens = max(1, self.num_tokens - self._hit_tokens)
         self._ahead_tokens, self._rows = engine.queued_tokens, engine.running
         self.started = False
         engine.placed(self._work_tokens)
-        keys = self.asked.keys
-        if keys:
-            engine.sent.sent([keys[i : i + 16] for i in range(0, len(keys), 16)])
+        engine.sent.sent(self.asked.keys)
         placement = PlacementRecord(
             attempt=len(self._tried) + 1,
             instance=engine.name,
             at_s=0.0,
             because="new" if not self._tried else "moved: the engine before failed or refused",
-            decision=fleet.explained(decision),
+            decision=decision,
             num_tokens=self.num_tokens,
             predicted_ttft_s=decision.predicted_ttft_s or None,
             predicted_cached_tokens=self._hit_tokens,

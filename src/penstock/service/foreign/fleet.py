@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from penstock.service.policies.routing import (
     ClusterView,
     Decision,
     Floats,
+    Ints,
     RouteRequest,
     policy_named,
 )
@@ -30,7 +32,29 @@ log = logging.getLogger(__name__)
 
 _STORED_RESPONSES = 16_384
 _ANY_ROLE = ROLES.index("any")
-_COLUMNS = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    engine: Engine
+    decision: Decision
+    #: Of the prompt, and of it believed to be in the engine's cache; both estimated.
+    num_tokens: int
+    hit_tokens: int
+
+
+@lru_cache
+def _same_for_all(size: int) -> tuple[Ints, Floats, Floats, Ints]:
+    """Roles, step tokens, room without end, and a host each: nothing of it is known."""
+    arrays = (
+        np.full(size, _ANY_ROLE),
+        np.full(size, float(STEP_TOKENS)),
+        np.full(size, np.inf),
+        np.arange(size),
+    )
+    for array in arrays:
+        array.flags.writeable = False
+    return arrays
 
 
 class Fleet:
@@ -52,12 +76,12 @@ class Fleet:
 
     # --- choosing ------------------------------------------------------------------------------
 
-    def choose(self, asked: Asked, avoid: Iterable[Engine] = ()) -> Decision:
+    def choose(self, asked: Asked, avoid: Iterable[Engine] = ()) -> Choice:
         """Raises `ModelNotFound`, or `EngineUnavailable` or `Overloaded` where nobody takes it."""
         now_s = self.clock()
         engines = self._candidates(asked, avoid, now_s)
         num_tokens = self.tokens_of(asked)
-        hits = None if self._blind else self._hits(asked, engines, num_tokens)
+        hits = self._hits(asked, engines, num_tokens)
         expected = int(self.output_tokens)
         if asked.max_tokens is not None:
             expected = min(expected, asked.max_tokens)
@@ -66,20 +90,17 @@ class Fleet:
             expected_output_tokens=expected,
             ttft_slo_s=self.config.ttft_slo_s,
             tpot_slo_s=self.config.tpot_slo_s,
-            device_hits=hits,
+            device_hits=None if self._blind else hits,
             aggregated_because="engines of others do not hand over",
             number=self._number,
         )
         self._number += 1
-        return self._policy(self._view(engines), request)
+        decision = self._policy(self._view(engines), request)
+        place = next(i for i, e in enumerate(engines) if e.name == decision.instance)
+        return Choice(engines[place], decision, num_tokens, int(hits[place]))
 
     def tokens_of(self, asked: Asked) -> int:
         return max(1, round(asked.prompt_bytes / self.bytes_per_token.of(asked.model)))
-
-    def hit_tokens(self, asked: Asked, engine: Engine, num_tokens: int) -> int:
-        if not asked.keys:
-            return 0
-        return int(self._hits(asked, [engine], num_tokens)[0])
 
     def explained(self, decision: Decision) -> Decision:
         """With what is a guess in it named."""
@@ -125,7 +146,9 @@ class Fleet:
         return EngineUnavailable(f"no engine takes requests ({states})", retry_after_s=1.0)
 
     def _hits(self, asked: Asked, engines: Sequence[Engine], num_tokens: int) -> Floats:
-        keys = [asked.keys[i : i + 16] for i in range(0, len(asked.keys), 16)]
+        keys = asked.keys
+        if not keys:
+            return np.zeros(len(engines))
         per_chunk = CHUNK_BYTES / self.bytes_per_token.of(asked.model)
         found = [e.sent.leading(keys) if self.audit.trusts(e.name) else 0 for e in engines]
         tokens: Floats = np.minimum(np.array(found, np.float64) * per_chunk, num_tokens)
@@ -133,10 +156,10 @@ class Fleet:
 
     def _view(self, engines: Sequence[Engine]) -> ClusterView:
         rows = np.array([self._row(e) for e in engines], np.float64).T
-        size = len(engines)
+        roles, step_tokens, no_end, hosts = _same_for_all(len(engines))
         return ClusterView(
             names=tuple(e.name for e in engines),
-            roles=np.full(size, _ANY_ROLE),
+            roles=roles,
             queued_tokens=rows[0],
             queued=rows[1],
             running=rows[2],
@@ -151,11 +174,11 @@ class Fleet:
             num_steps=rows[9],
             ttft_ratio=rows[10],
             ttft_error=rows[11],
-            step_tokens=np.full(size, float(STEP_TOKENS)),
-            max_running=np.full(size, np.inf),
-            free_blocks=np.full(size, np.inf),
-            total_blocks=np.full(size, np.inf),
-            hosts=np.arange(size),
+            step_tokens=step_tokens,
+            max_running=no_end,
+            free_blocks=no_end,
+            total_blocks=no_end,
+            hosts=hosts,
         )
 
     @staticmethod

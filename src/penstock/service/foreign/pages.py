@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -15,7 +16,7 @@ from penstock.service.api.admin import ExplainedPrompt, ExplainResponse, LiveRes
 from penstock.service.api.context import bare_id
 from penstock.service.api.errors import MethodNotAllowed
 from penstock.service.api.responses import HealthResponse, InstanceHealth, VersionResponse
-from penstock.service.explain import Explanation, Record
+from penstock.service.explain import Explanation, Record, SequenceExplanation
 from penstock.service.explain_text import in_words
 from penstock.service.foreign.client import Client, Request
 from penstock.service.foreign.engine import Engine
@@ -109,7 +110,7 @@ class Pages:
     def _explain(self, client: Client, request: Request) -> None:
         wanted = request.path.split("/")[3]
         record, live = self._record(wanted)
-        choice = record.explain(record.output_tokens, record.last_token_s)
+        choice = self._with_notes(record.explain(record.output_tokens, record.last_token_s))
         found = Explanation(record.request_id, live, (choice,))
         prompt = ExplainedPrompt(prompt=0, live=live, choices=[choice], in_words=in_words(found))
         _json(client, request, ExplainResponse(id=wanted, live=live, prompts=[prompt]))
@@ -123,6 +124,15 @@ class Pages:
             raise NotHere(f"there is no engine {name[:200]!r} here")
         engine.state = "draining"
         _json(client, request, {"instance": name, "asked": "drain", "role": None}, 202)
+
+    def _with_notes(self, found: SequenceExplanation) -> SequenceExplanation:
+        """Decisions say what in them is estimated."""
+        explained = self._router.fleet.explained
+        placements = tuple(
+            replace(p, decision=explained(p.decision)) if p.decision is not None else p
+            for p in found.placements
+        )
+        return replace(found, placements=placements)
 
     # --- inside --------------------------------------------------------------------------------
 

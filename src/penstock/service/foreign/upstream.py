@@ -59,6 +59,7 @@ class Upstream(asyncio.Protocol):
         self._head_bytes = 0
         self._has_head = False
         self._ended = False
+        self._keep = False
         self._answers = 0
         self._transport: asyncio.Transport | None = None
         self.idle_since_s = 0.0
@@ -127,7 +128,7 @@ class Upstream(asyncio.Protocol):
             parts, self._parts = self._parts, []
             self._sink.on_body(parts[0] if len(parts) == 1 else b"".join(parts))
         if self._ended:
-            self._finish(keep=self._parser.should_keep_alive())
+            self._finish(keep=self._keep)
 
     # --- httptools -----------------------------------------------------------------------------
 
@@ -155,6 +156,7 @@ class Upstream(asyncio.Protocol):
             self._headers = []
             return
         self._ended = True
+        self._keep = self._parser.should_keep_alive()  # known here only
 
     # --- inside --------------------------------------------------------------------------------
 
