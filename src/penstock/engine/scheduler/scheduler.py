@@ -33,6 +33,7 @@ from __future__ import annotations
 from bisect import insort
 from collections import deque
 from collections.abc import Iterator
+from itertools import chain, islice
 
 from penstock.engine.scheduler.batch import Batch, BatchRow, BlockMap, RowResult, StepResult
 from penstock.engine.scheduler.block_pool import BlockPool, Generations, Holders
@@ -449,6 +450,16 @@ class Scheduler:
     def room_for_imports(self) -> int:
         """Blocks that running sequences can spare."""
         return self.pool.num_available - sum(map(self._num_missing, self._running))
+
+    def num_lacking(self, seq: Sequence) -> int:
+        """Blocks that `seq`, which waits, would take from what is available if it came in now."""
+        hits = self._match(seq)
+        return self._num_blocks(seq.num_tokens) - len(hits) + self.pool.num_reusable_in(hits)
+
+    def next_waiting(self, count: int) -> list[Sequence]:
+        """Who comes next, in order."""
+        in_order = chain.from_iterable(queue.in_order() for queue in self._queues.values())
+        return list(islice((s for s in in_order if s.service not in self._paused), count))
 
     def will_store(self, key: bytes, index: int) -> bool:
         """Is anybody here about to have `key` as its block `index`, running or waiting?"""

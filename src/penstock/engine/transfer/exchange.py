@@ -95,24 +95,12 @@ class Exchange:
     # --- what comes in -------------------------------------------------------------------------
 
     def on_submit(self, seq: Sequence, now: float) -> list[Effect]:
-        """A sequence has been queued: bring what can be had of its prefix."""
-        source = seq.submit.kv_source
+        """A sequence has been queued: bring what others have of its prefix. What tiers have comes
+        when its turn is near (`poll`)."""
         earlier = self._of(seq.key)
-        if not seq.public or not (source or earlier or self.tiers.enabled):
+        if not seq.public or not (seq.submit.kv_source or earlier):
             return []
-        block_tokens = self._card.layout.block_tokens
-        want = Want(
-            seq.key,
-            seq.attempt,
-            seq.keys[: seq.max_reusable_blocks(block_tokens)],
-            source,
-            self.config.submit_wait_s,
-            now,
-            sequence=seq,
-            tell=source is not None,
-        )
-        self.tiers.touch(want.keys)
-        self._add(want, now)
+        self._add(self._want_of(seq, now), now)
         for older in earlier:  # what it was announced with; it has the blocks now
             older.lease_until_s = 0.0
             self._holds.withdraw(older.key)
@@ -197,6 +185,8 @@ class Exchange:
             if want.over or (want.done and want.sequence is None and now >= want.lease_until_s):
                 self._drop(want, number)
         self._receiving.poll(now)
+        if self.tiers.enabled:
+            self._load_for_next(now)
         if len(self.offers):
             self._effects += self.offers.poll(now)
         self._effects += self._spill.poll(self._receiving.next_number)
@@ -238,6 +228,38 @@ class Exchange:
         self.tiers.check()
 
     # --- wants ---------------------------------------------------------------------------------
+
+    def _want_of(self, seq: Sequence, now: float) -> Want:
+        source = seq.submit.kv_source
+        return Want(
+            seq.key,
+            seq.attempt,
+            seq.keys[: seq.max_reusable_blocks(self._card.layout.block_tokens)],
+            source,
+            self.config.submit_wait_s,
+            now,
+            sequence=seq,
+            tell=source is not None,
+        )
+
+    def _load_for_next(self, now: float) -> None:
+        """Load from tiers what those lack that come next, newcomers and preempted ones, up to the
+        first that would find no room: what is loaded for one of them takes it from nobody before.
+        """
+        wanting = {want.key for want in self._wants.values() if not want.done}
+        room = self._scheduler.room_for_imports()
+        for seq in self._scheduler.next_waiting(self.config.load_ahead_seqs):
+            room -= self._scheduler.num_lacking(seq)
+            if room < 0:
+                break
+            if not seq.public or seq.key in wanting:
+                continue
+            want = self._want_of(seq, now)
+            missing = want.keys[len(self._scheduler.pool.match(want.keys)) :]
+            if self.tiers.match(missing[:1]) and not self._scheduler.claims.owner(missing[0]):
+                want.tell = False
+                want.asked_source = True
+                self._add(want, now)
 
     def _of(self, key: tuple[str, str]) -> list[Want]:
         return [want for want in self._wants.values() if want.key == key]

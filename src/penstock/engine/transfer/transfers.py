@@ -33,6 +33,8 @@ class ExchangeConfig:
     blocks_a_job: int = 128
     #: Stores to slower tiers that run at once, and how far ahead of eviction they look, in blocks.
     max_stores: int = 2
+    #: For how many of those that come next tiers are asked.
+    load_ahead_seqs: int = 8
     store_ahead_blocks: int = 256
 
 
