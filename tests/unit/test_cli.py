@@ -188,7 +188,7 @@ OTHERWISE: dict[str, Any] = {
     "graph_mode": "piecewise", "kv_memory": "plain", "num_threads": 2, "cpu_bind": "0-1",
     "host_share": 0.5,
     "trace": "t.json", "kv_host_cache_bytes": 1 << 20, "kv_disk_cache_bytes": 1 << 20,
-    "kv_disk_path": "d", "kv_store": "mooncake://m:1",
+    "kv_disk_path": "d", "kv_store": "mooncake://m:1", "kv_transfer": "tcp",
 }  # fmt: skip
 #: Settings that make sense together alone.
 PAIRS = {"kv_disk_path": "kv_disk_cache_bytes", "kv_disk_cache_bytes": "kv_disk_path"}

@@ -130,6 +130,12 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         metavar="URL",
         help="share KV with other instances in a Mooncake Store, mooncake://master:50051",
     )
+    add(
+        "--kv-transfer",
+        metavar="MEANS",
+        help="how KV comes from other instances, best first, of map, mooncake and tcp (map,tcp); "
+        "off: it does not",
+    )
     add("--enable-prefix-caching", action=boolean, help="share the KV of common prefixes (on)")
     add(
         "--quantization",

@@ -25,6 +25,9 @@ QUANTIZATIONS = (
     "awq_marlin", "gptq_marlin", "compressed_tensors", "finegrained_fp8",
 )  # fmt: skip
 
+#: How blocks may come from a peer, in the words of `transfer.jobs.Means`.
+KV_TRANSFER_MEANS = ("map", "mooncake", "tcp")
+
 #: On a CPU decode is bound by memory bandwidth up to a few dozen rows and by arithmetic after that:
 #: more rows would add latency and no throughput. A GPU's ridge lies higher. vLLM has 256 for both.
 DEFAULT_MAX_NUM_SEQS = {"cpu": 64, "cuda": 256}
@@ -107,6 +110,12 @@ class EngineConfig:
         tiers = (self.kv_host_cache_bytes, self.kv_disk_cache_bytes, self.kv_store)
         if not self.enable_prefix_caching and any(tier is not None for tier in tiers):
             raise ConfigError("host, disk and store keep the prefix cache, which is switched off")
+        means = [part.strip() for part in self.kv_transfer.split(",")]
+        if self.kv_transfer != "off" and not {*means} <= {*KV_TRANSFER_MEANS}:
+            raise ConfigError(
+                f"kv_transfer {self.kv_transfer!r}: name some of {', '.join(KV_TRANSFER_MEANS)}, "
+                "or off"
+            )
         if self.quantization not in QUANTIZATIONS:
             raise ConfigError(
                 f"quantization {self.quantization!r} is none of {', '.join(QUANTIZATIONS)}"

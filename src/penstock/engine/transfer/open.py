@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any, cast
 
 from penstock.engine.config import EngineConfig
 from penstock.engine.memory.base import KvMemory
@@ -58,18 +58,11 @@ class Transfer:
     host: str = ""
 
 
-def parse_means(text: str) -> tuple[Means, ...]:
-    """`--kv-transfer`: "map,tcp", or "off". Raises `ConfigError`."""
-    if text == "off":
+def _means(config: EngineConfig) -> tuple[Means, ...]:
+    if config.kv_transfer == "off":
         return ()
-    known: tuple[Means, ...] = get_args(Means)
-    names = [part.strip() for part in text.split(",")]
-    for name in names:
-        if name not in known:
-            raise ConfigError(f"--kv-transfer {text}: {name!r} is none of {', '.join(known)}, off")
-    return tuple(sorted(known, key=lambda m: names.index(m) if m in names else len(names)))[
-        : len(set(names))
-    ]
+    words = (word.strip() for word in config.kv_transfer.split(","))
+    return tuple(dict.fromkeys(cast(Means, word) for word in words))
 
 
 def open_transfer(
@@ -84,7 +77,7 @@ def open_transfer(
 ) -> Transfer:
     """`address` is where the instance will listen. Where that is inside the process (or nowhere),
     there are no peers. Raises `ConfigError` for what cannot work here."""
-    means = parse_means(config.kv_transfer)
+    means = _means(config)
     if address is None or address.startswith("memory://"):
         means = ()
     wanted = TierConfig(
