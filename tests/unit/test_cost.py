@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 
+from penstock.engine import cost
 from penstock.engine.cost import CostFitter
 from penstock.engine.scheduler.batch import Batch, BatchRow
 
@@ -63,3 +65,32 @@ def test_many_equal_steps_keep_it_sane() -> None:
     other = Batch(0, [BatchRow(i, 100, 1, True) for i in range(8)])
     predicted = fitter.predict(other)
     assert predicted is not None and 0 <= predicted < 1.0
+
+
+def test_no_coefficient_is_negative_and_no_other_choice_is_better() -> None:
+    """The conditions of Karush, Kuhn and Tucker, which hold at the minimum and nowhere else."""
+    draw = np.random.default_rng(3)
+    for _ in range(200):
+        rows = draw.random((12, 5))
+        right = draw.normal(0.5, 1.0, 12)
+        gram, moment = rows.T @ rows, rows.T @ right
+        found = cost._non_negative(gram, moment)
+        slope = gram @ found - moment
+        assert (found >= 0.0).all()
+        assert slope[found > 0.0] == pytest.approx(0.0, abs=1e-3)
+        assert (slope[found == 0.0] >= -1e-3).all()
+
+
+def test_few_unlike_steps_predict_no_nonsense() -> None:
+    """A warm-up (a short prompt, a few decodes) and then a long prompt: more work takes longer."""
+    fitter = CostFitter()
+    for _ in range(2):
+        fitter.observe(Batch(0, [BatchRow(0, 0, 32, True)]), 0.004)
+        for i in range(3):
+            fitter.observe(Batch(0, [BatchRow(0, 32 + i, 1, True)]), 0.0021 - 0.0001 * i)
+    short = fitter.predict(Batch(0, [BatchRow(0, 0, 32, True)]))
+    long = fitter.predict(Batch(0, [BatchRow(0, 0, 400, True)]))
+    assert short is not None and long is not None
+    assert long > short > 0.0
+    model = fitter.model()
+    assert min(model.base_s, model.per_token_s, model.per_row_s, model.per_context_token_s) >= 0.0
