@@ -162,3 +162,16 @@ async def test_garbage_in_the_registry_harms_nobody(world: World) -> None:
     await world.registry.put(f"{INSTANCES}x", b"{not json")
     await world.put("a")
     await world.calls(("connect", "a", "tcp://127.0.0.1:97"))
+
+
+async def test_those_that_somebody_starts_again_are_waited_for(world: World) -> None:
+    await world.membership.close()
+    world.membership = Membership(world.registry, world.driver, they_return=True)
+    await world.put("a")
+    await world.calls(("connect", "a", "tcp://127.0.0.1:97"))
+    await world.delete("a")
+    world.driver.alive.discard("a")
+    await asyncio.sleep(0.1)
+    assert world.driver.calls == []
+    await world.put("a", incarnation=2)
+    await world.calls(("replace", "a", "tcp://127.0.0.1:97"))

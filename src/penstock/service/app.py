@@ -124,11 +124,17 @@ class _Service:
         if registry is None:
             self._cluster = Alone(self.driver, core.name)
             return
+        self.driver.nobody = "no worker has registered"
         if self._config.cluster.offers_registry:
             self._registry_server = RegistryServer(self._config.cluster.registry_address)
             log.info("the registry of this cluster is at %s", registry)
         self._cluster = AmongOthers(
-            registry, self.driver, name=core.name, incarnation=core.incarnation, url=self._url()
+            registry,
+            self.driver,
+            name=core.name,
+            incarnation=core.incarnation,
+            url=self._url(),
+            they_return=self._config.cluster.engines_return,
         )
 
     def _attached(self, name: str) -> None:
@@ -144,8 +150,9 @@ class _Service:
     def _silent(self, name: str) -> None:
         """Perhaps it only has to attach anew. If it does not answer that either, it hangs, and its
         successor goes on with what it had; until then its requests wait."""
-        if name in self._fleet:
+        if name in self._fleet or self._config.cluster.engines_return:
             self.driver.core.expect(name, True)
+        if name in self._fleet:
             self._fleet.kill_unless(name, lambda: self.driver.is_active(name), _ANSWER_S)
 
     def _engine_ended(self, name: str, starts_again: bool) -> None:

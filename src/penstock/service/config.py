@@ -60,6 +60,13 @@ class ClusterConfig:
             raise ConfigError(f"--pd {self.pd}: at least one instance of each kind is needed")
 
     @property
+    def engines_return(self) -> bool:
+        """The engines are those of our parent, which starts again those that die."""
+        return self.api_worker_folder is not None and (self.registry or "").startswith(
+            f"penstock+ipc://{self.api_worker_folder}/"
+        )
+
+    @property
     def static_split(self) -> tuple[int, int] | None:
         if not self.pd.startswith("static="):
             return None

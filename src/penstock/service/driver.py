@@ -102,6 +102,8 @@ class ServiceDriver:
         self._timer: asyncio.TimerHandle | None = None
         self._active: set[str] = set()
         self._closing = False
+        #: What /health says where there is no instance at all.
+        self.nobody = "none started"
         #: What /admin says of this service beyond what the core knows.
         self.facts: dict[str, object] = {}
         self.operations = CoreOperations(core, self._carry_out, self._loop.time)
@@ -290,7 +292,7 @@ class ServiceDriver:
             reason = "the server is shutting down"
         elif not ready:
             states = ", ".join(f"{i.name}: {i.state}" for i in self.core.instances.values())
-            reason = f"no engine has produced a token yet ({states or 'none started'})"
+            reason = f"no engine has produced a token yet ({states or self.nobody})"
         refusals = [i.refusal for i in self.core.instances.values() if i.refusal]
         placement = self.core.placement
         return ServiceStatus(

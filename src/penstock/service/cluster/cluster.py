@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import Callable
 from typing import Protocol
 
 import msgspec
@@ -49,7 +48,7 @@ class AmongOthers:
         name: str,
         incarnation: int,
         url: str,
-        on_gone: Callable[[str], None] = lambda _: None,
+        they_return: bool = False,
     ) -> None:
         self._service = service
         self._routers: dict[str, bytes] = {}
@@ -63,7 +62,7 @@ class AmongOthers:
             version=__version__,
         )
         service.facts |= {"routers": [name], "leader": None}
-        self._membership = Membership(registry, service, on_gone)
+        self._membership = Membership(registry, service, they_return=they_return)
         self._registration = registry.register(ROUTERS + name, msgspec.json.encode(entry))
         self._campaign = registry.campaign(name.encode(), service.lead)
         self._tasks = [

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
 from typing import Protocol
 
 import msgspec
@@ -49,18 +48,20 @@ class Membership:
         self,
         registry: Registry,
         connections: Connections,
-        on_gone: Callable[[str], None] = lambda _: None,
+        *,
+        they_return: bool = False,
     ) -> None:
-        """`on_gone`: the entry of that name has ended, though nobody took it away."""
+        """`they_return`: somebody starts these instances again, so none of them is removed."""
         self._registry = registry
         self._connections = connections
-        self._on_gone = on_gone
         #: What the registry says, and which of it this service goes by.
         self._listed: dict[str, bytes] = {}
         self._known: dict[str, InstanceEntry] = {}
         self._refused: set[str] = set()
         self._leaving: set[str] = set()
-        self._tasks = [asyncio.ensure_future(t) for t in (self._follow(), self._look())]
+        self._tasks = [asyncio.ensure_future(self._follow())]
+        if not they_return:
+            self._tasks.append(asyncio.ensure_future(self._look()))
 
     async def _follow(self) -> None:
         async for event in self._registry.watch(INSTANCES):
@@ -144,7 +145,6 @@ class Membership:
     def _gone(self, name: str) -> None:
         if name in self._known:
             self._leaving.add(name)
-            self._on_gone(name)
 
     async def _look(self) -> None:
         while True:
