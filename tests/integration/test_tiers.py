@@ -101,6 +101,20 @@ def test_hits_come_from_host_and_disk_and_change_no_token(
         assert all(s.not_loaded == s.not_stored == 0 for s in stats(llm).values())
 
 
+def test_a_burst_that_waits_for_room_has_its_hits_too(
+    undisturbed: tuple[list[list[int]], list[list[int]]], a_block: int
+) -> None:
+    """When all come at once there is room for two: the others' blocks are loaded as their turn
+    comes, not when they arrive."""
+    prompts, expected = undisturbed
+    asked = [{"prompt_token_ids": prompt} for prompt in prompts]
+    with engine(kv_host_cache_bytes=200 * a_block) as llm:
+        ask(llm, prompts)
+        outs = llm.generate(asked, GREEDY, use_tqdm=False)
+        assert [list(out.outputs[0].token_ids) for out in outs] == expected
+        assert sum(out.num_cached_tokens for out in outs) > 0.3 * sum(map(len, prompts))
+
+
 def test_a_device_pool_alone_has_no_such_hits(
     undisturbed: tuple[list[list[int]], list[list[int]]],
 ) -> None:
