@@ -50,7 +50,8 @@ def add_cluster_flags(parser: Parser) -> None:
     add(
         "--policy",
         metavar="NAME",
-        help="round-robin, least-load, kv-aware or slo-aware (slo-aware; kv-aware with --pd off)",
+        help="round-robin, least-load, kv-aware, slo-aware, or split: always prefill and decode "
+        "apart (slo-aware; kv-aware with --pd off, split with --pd static)",
     )
     add(
         "--slo",

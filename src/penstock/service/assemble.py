@@ -72,6 +72,8 @@ def build_app(generator: Generator, config: ServeConfig) -> FastAPI:
 
 
 def policy_name(cluster: ClusterConfig) -> str:
+    if cluster.static_split is not None:
+        return cluster.policy or "split"
     return cluster.policy or ("kv-aware" if cluster.pd == "off" else "slo-aware")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from penstock.protocol.errors import ConfigError
 from penstock.service.policies.kv_aware import kv_aware
 from penstock.service.policies.simple import least_load, round_robin
-from penstock.service.policies.slo_aware import slo_aware
+from penstock.service.policies.slo_aware import slo_aware, split
 from penstock.service.policies.view import (
     ROLES,
     Candidate,
@@ -34,6 +34,7 @@ __all__ = [
     "policy_named",
     "round_robin",
     "slo_aware",
+    "split",
 ]
 
 #: What `--policy` may name.
@@ -42,6 +43,7 @@ POLICIES: dict[str, Policy] = {
     "least-load": least_load,
     "kv-aware": kv_aware,
     "slo-aware": slo_aware,
+    "split": split,
 }
 
 

@@ -14,7 +14,7 @@ then the cheaper one. Roles are soft: a pool without an instance is all instance
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -34,15 +34,27 @@ from penstock.service.policies.view import (
 
 
 def slo_aware(view: ClusterView, request: RouteRequest) -> Decision:
+    return _decide(view, request, always_apart=False)
+
+
+def split(view: ClusterView, request: RouteRequest) -> Decision:
+    """The same, but always apart where there are pools for it: what a fixed split of prefill and
+    decode means in other systems."""
+    return replace(_decide(view, request, always_apart=True), policy="split")
+
+
+def _decide(view: ClusterView, request: RouteRequest, always_apart: bool) -> Decision:
     assert view.names, "a decision needs at least one candidate"
     stakes = _Stakes.of(look(view, request), request)
     if request.prefilled_on is not None:
-        return _after_prefill(stakes, request.prefilled_on)
+        return _after_prefill(stakes, request.prefilled_on, may_stay=not always_apart)
     together = _together(stakes)
     why = request.aggregated_because or _why_not_split(view)
     if why:
         return _decision(stakes, together, f"prefill and decode together, since {why}")
     apart = _apart(stakes)
+    if always_apart:
+        return _decision(stakes, apart, "always apart")
     best, other = sorted((together, apart), key=lambda plan: (plan.broken, plan.cost_s))
     return _decision(stakes, best, _compare(best, other))
 
@@ -71,15 +83,20 @@ class _Stakes:
     def of(cls, o: Outlook, request: RouteRequest) -> _Stakes:
         view, s, q, n = o.view, o.speeds, o.queues, request.num_tokens
         ttft_slo_s = np.inf if request.ttft_slo_s is None else request.ttft_slo_s
-        never: Bools = np.zeros(len(view.names), dtype=np.bool_)
-        over = holds_up = never
+        over = holds_up = np.zeros(len(view.names), dtype=np.bool_)
+        mixed_s = q.prompt_step_s + q.room * s.token_s
         if request.tpot_slo_s is not None:
             over = o.tpot_s > request.tpot_slo_s
             holds_up = q.prompt_step_s + np.minimum(q.room, n) * s.token_s > request.tpot_slo_s
             holds_up &= view.running > 0.0
             if view.prefill_share is not None:
-                full = q.prompt_step_s + q.room * s.token_s > request.tpot_slo_s
-                over |= full & (view.prefill_share > _SEEN_BY_P99) & _FOR_PROMPTS[view.roles]
+                prompts = (view.prefill_share > _SEEN_BY_P99) & _FOR_PROMPTS[view.roles]
+                over |= prompts & (mixed_s > request.tpot_slo_s)
+        # After the queue comes the prompt. (Some of that may be waiting for blocks, which holds
+        # nobody up, but is never more than computing them.) Its steps would have been there for
+        # the others without it; how much longer they are is what it costs them.
+        prompt_s = o.ttft_s / s.ratio - q.queue_s
+        longer_s = np.maximum(prompt_s - np.ceil(prompt_s / mixed_s) * q.step_s, 0.0)
         return cls(
             o,
             request,
@@ -87,9 +104,7 @@ class _Stakes:
             o.ttft_s > ttft_slo_s,
             over,
             holds_up,
-            # What comes after the queue. Some of it may be waiting for blocks, which holds nobody
-            # up; never more than computing them would.
-            view.running * (o.ttft_s - s.ratio * q.queue_s),
+            view.running * longer_s,
             view.running * (s.decode_s + n * s.read_s),
         )
 
@@ -189,7 +204,10 @@ def _apart(k: _Stakes) -> _Plan:
     transfer_s = k.transfer_s(p, d)
     own_s = float(o.ttft_s[p]) + transfer_s + k.output * float(o.tpot_s[d])
     others_s = float(k.prompt_delays_s[p]) + k.output * float(k.token_delays_s[d])
-    broken = int(k.late[p]) + int(k.over[d]) + int(k.holds_up[p])
+    over = bool(k.over[d])
+    if k.request.tpot_slo_s is not None:
+        over |= transfer_s > k.output * (k.request.tpot_slo_s - float(o.tpot_s[d]))
+    broken = int(k.late[p]) + int(over) + int(k.holds_up[p])
     return _Plan(p, d, broken, own_s, others_s, transfer_s, o.ttft_s)
 
 
@@ -221,7 +239,7 @@ def _decode_place(k: _Stakes, *, besides: int | None) -> int:
     return _least(k.look.tpot_s, members if members.any() else others)
 
 
-def _after_prefill(k: _Stakes, prefilled_on: str) -> Decision:
+def _after_prefill(k: _Stakes, prefilled_on: str, may_stay: bool) -> Decision:
     """The second level with the KV at hand: stay where the prefill was if the TPOT holds there (or
     nowhere) and going costs more; else go."""
     o, n = k.look, k.request.num_tokens
@@ -236,7 +254,7 @@ def _after_prefill(k: _Stakes, prefilled_on: str) -> Decision:
     else:
         transfer_s = k.transfer_s(p, d)
         stay_s, go_s = k.decode_cost_s(p), transfer_s + k.decode_cost_s(d)
-        stays = (bool(k.over[p]), stay_s) <= (bool(k.over[d]), go_s)
+        stays = may_stay and (bool(k.over[p]), stay_s) <= (bool(k.over[d]), go_s)
         chosen = p if stays or d == p else d
         reason = (
             f"{names[chosen]} goes on with what {names[p]} prefilled: {1e3 * stay_s:.1f} ms to the "
