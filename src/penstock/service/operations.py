@@ -8,9 +8,9 @@ from typing import Protocol
 
 import msgspec
 
-from penstock.protocol.effects import Effect, Send
+from penstock.protocol.effects import Effect
 from penstock.protocol.errors import PenstockError, UnsupportedFeature
-from penstock.protocol.instance import Assign, Role
+from penstock.protocol.instance import Role
 from penstock.service.core import ServiceCore
 from penstock.service.explain import Explanation
 from penstock.service.journal import Entry
@@ -108,9 +108,7 @@ class CoreOperations:
 
     def assign(self, name: str, role: Role) -> None:
         self._require(name)
-        # One more than what it has been told last; who leads goes on from there.
-        epoch = self._core.instances[name].epoch + 1
-        self._carry_out([Send(name, Assign(role, epoch))])
+        self._carry_out(self._core.assign(name, role, self._clock()))
 
     def _require(self, name: str) -> None:
         if name not in self._core.instances:

@@ -71,7 +71,7 @@ class InstanceReport(msgspec.Struct, kw_only=True):
     #: Times of requests that this service has sent there, of late.
     ttft_s: Summary | None = None
     tpot_s: Summary | None = None
-    #: Actual over predicted TTFT of late; 1 is a perfect prediction.
+    #: Actual over predicted TTFT since the start; 1 is a perfect prediction.
     ttft_ratio: float | None = None
     role_changes: int = 0
     cost: CostModel | None = None

@@ -7,6 +7,8 @@ nothing.
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +41,8 @@ class RayCluster:
         except ImportError as exc:
             raise ConfigError(f"`up` needs Ray: pip install '{PROJECT}[ray]'") from exc
         self._ray = ray
+        address = address or os.environ.get("RAY_ADDRESS")
+        _require_listener(address)
         try:
             ray.init(address=address or "auto", namespace=NAMESPACE, log_to_driver=False,
                      logging_level="error")  # fmt: skip
@@ -188,6 +192,20 @@ class RayCluster:
             self._ray.get(actor.stop.remote(_STOP_S), timeout=_STOP_S + 10)
         finally:
             self._ray.kill(actor, no_restart=True)
+
+
+def _require_listener(address: str | None) -> None:
+    """Ray itself would go on trying for minutes. Raises `ConfigError`."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=5.0).close()
+    except OSError as exc:
+        raise ConfigError(
+            f"no Ray cluster at {address} ({exc.strerror or exc}): `ray start --head` there, or "
+            "give another --ray-address"
+        ) from exc
 
 
 class _Actor(Keeper):
