@@ -25,7 +25,7 @@ class Spill:
     ) -> None:
         self._pool = scheduler.pool
         self._tiers = tiers
-        self._ahead_blocks = min(ahead_blocks, max(1, self._pool.num_blocks // 4))
+        self._ahead_blocks = min(ahead_blocks, max(1, self._pool.num_blocks // 2))
         self._max_stores = max_stores
         self._jobs: dict[int, tuple[StorePlan, list[int]]] = {}
         self._users: Counter[int] = Counter()  # stores that read a block
