@@ -54,11 +54,15 @@ class Processes:
         self._folder = folder
         self._started: list[Command] = []
 
-    def start(self, *arguments: str, env: dict[str, str] | None = None) -> Command:
+    def start(
+        self, *arguments: str, env: dict[str, str] | None = None, namespace: str | None = None
+    ) -> Command:
+        """`namespace`: of the network, in place of ours."""
+        inside = ["ip", "netns", "exec", namespace] if namespace else []
         log_file = self._folder / f"{len(self._started)}-{arguments[0]}.log"
         with log_file.open("wb") as out:
             process = subprocess.Popen(
-                penstock(*arguments),
+                [*inside, *penstock(*arguments)],
                 env=environment(**(env or {})),
                 stdin=subprocess.DEVNULL,
                 stdout=out,
