@@ -146,12 +146,16 @@ def test_jumps_over_decodes_are_what_single_steps_would_have_been() -> None:
 
 
 def test_a_split_request_pays_for_its_transfer() -> None:
-    transfer = TransferCosts(copy_s=0.25, copy_token_s=1e-3)
-    setup = replace(SETUP, roles=("prefill", "decode"), transfer=transfer, tpot_slo_s=0.005)
-    live = [TraceRequest(0.1 * n, 2000, 20) for n in range(10)]
-    done = Replay(MODEL, setup).run(live)
-    assert done.num_split > 0
-    assert done.tpot_s.max() * 19 > 0.25 + 0.256
+    """Long prompts end with 10 tokens: what they wait between the first two is the transfer."""
+    roles = ("prefill", "decode", "decode")
+    ends = []
+    for once_s in (0.0, 0.02):
+        transfer = TransferCosts(copy_s=once_s, copy_token_s=0.0)
+        setup = replace(SETUP, roles=roles, transfer=transfer, tpot_slo_s=0.006)
+        done = Replay(MODEL, setup).run(bursts())
+        assert done.num_split > 0
+        ends.append(np.sort(done.tpot_s)[-5:].mean() * 9)
+    assert ends[1] > ends[0] + 0.01
 
 
 def test_nobody_is_lost_when_there_is_little_room() -> None:

@@ -96,7 +96,9 @@ class _Stakes:
         # nobody up, but is never more than computing them.) Its steps would have been there for
         # the others without it; how much longer they are is what it costs them.
         prompt_s = o.ttft_s / s.ratio - q.queue_s
-        longer_s = np.maximum(prompt_s - np.ceil(prompt_s / mixed_s) * q.step_s, 0.0)
+        longer_s = np.maximum(
+            prompt_s - np.ceil(prompt_s / np.maximum(mixed_s, 1e-9)) * q.step_s, 0.0
+        )
         return cls(
             o,
             request,
