@@ -36,6 +36,8 @@ class HandService:
     fetched: dict[str, Fetched] = field(default_factory=dict)
     refused: list[Refused] = field(default_factory=list)
     loads: dict[str, Load] = field(default_factory=dict)
+    #: Everything else.
+    heard: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.world.add_node(self.name, self)
@@ -57,6 +59,8 @@ class HandService:
             case Load():
                 self.loads[message.instance] = message
                 return [Send(peer, Credit(0))]
+            case _:
+                self.heard.append(message)
         return []
 
     def on_timer(self, now: float) -> list[Effect]:
