@@ -68,9 +68,8 @@ class Engine:
         self.rows: list[tuple[float, TokenRow]] = []
         self.others: list[Message] = []
         attach = encode(Attach(SERVICE, 1, PROTOCOL_VERSION))
-        while not self.endpoint.send(name, attach):
-            assert self.process.poll() is None, f"{name} did not start"
-            time.sleep(0.05)
+        self.until(lambda: self.endpoint.send(name, attach))
+        ENGINES.append(self)
         self.until(lambda: any(isinstance(m, Attached) for m in self.others))
         self.card: InstanceCard = next(m.card for m in self.others if isinstance(m, Attached))
 
@@ -89,7 +88,8 @@ class Engine:
         end_s = time.monotonic() + timeout_s
         while not condition():
             assert time.monotonic() < end_s and self.process.poll() is None, self.name
-            self.poll()
+            for engine in ENGINES:  # who is silent for seconds is taken for dead
+                engine.poll()
             time.sleep(20e-6)
 
     def submit(self, request_id: str, prompt: list[int], **changes: Any) -> float:
@@ -121,9 +121,13 @@ class Engine:
         return KvSource(self.name, self.card.incarnation, control, num_tokens // 16)
 
     def close(self) -> None:
+        ENGINES.remove(self)
         self.endpoint.close()
         self.process.kill()
         self.process.wait()
+
+
+ENGINES: list[Engine] = []
 
 
 def greedy(max_tokens: int) -> SamplingParams:
@@ -148,7 +152,9 @@ def measure(prefill: Engine, decode_at: Engine, tokens: int, rounds: int) -> dic
     for number in range(rounds + 1):  # the first warms up
         if number == 1:
             found.clear()
-        prompts = [[rng.randrange(3, 150_000) for _ in range(tokens)] for _ in range(2)]
+        prompts = [
+            [rng.randrange(3, prefill.card.vocab_size) for _ in range(tokens)] for _ in range(2)
+        ]
         name = f"{decode_at.name}-{number}"
         # Nobody has seen it: both here, which also leaves it in P's cache.
         sent_s = prefill.submit(f"{name}-agg", prompts[0])
@@ -188,7 +194,7 @@ def measure(prefill: Engine, decode_at: Engine, tokens: int, rounds: int) -> dic
 def hand_over(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        model = make_model(folder)
+        model = make_model(folder) if options.model == "0.6b" else options.model
         all_means = ",".join(options.means)
         serves_tcp = "tcp" in options.means or "mooncake" in options.means
         prefill = Engine(folder, model, "P", all_means, options.tokens)
@@ -284,6 +290,7 @@ def rates(options: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--model", default="0.6b", help="or `toy`, to try it out")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--means", nargs="+", default=["map", "tcp"])
     parser.add_argument("--rates", action="store_true")

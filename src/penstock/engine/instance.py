@@ -59,6 +59,8 @@ _eventfd_write.argtypes = [ctypes.c_int, ctypes.c_uint64]
 
 #: Frames taken in before finished steps get their turn again.
 _FRAMES_A_TURN = 256
+#: How soon what waits for a connection to a peer is tried again.
+_RETRY_S = 0.001
 #: Python's default of 5 ms is a step's length with a small model.
 _SWITCH_INTERVAL_S = 0.0005
 #: What an engine in a thread gets to finish its step.
@@ -121,6 +123,8 @@ class InstanceDriver:
     def _turn(self) -> None:
         busy = self._done or self._moved
         wait_s = 0.0 if busy else max(0.0, self._timer_s - self._clock())
+        if self._peers.send_waiting():
+            wait_s = min(wait_s, _RETRY_S)
         ready = [fd for fd, _ in self._poller.poll(wait_s * 1000)]
         if self._wake in ready:
             os.eventfd_read(self._wake)

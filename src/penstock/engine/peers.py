@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import select
+from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from penstock.protocol.errors import ConfigError
 from penstock.protocol.transport.base import Endpoint
@@ -15,6 +16,9 @@ log = logging.getLogger(__name__)
 
 #: Transfers renew their leases far more often than this.
 _UNUSED_S = 60.0
+#: A connection takes a moment to stand. What is sent meanwhile waits, for so long and so much.
+_STANDING_S = 1.0
+_MAX_WAITING = 256
 
 
 @dataclass(slots=True)
@@ -22,6 +26,8 @@ class _Connection:
     endpoint: Endpoint
     address: str
     used_s: float
+    began_s: float
+    waiting: deque[bytes] = field(default_factory=deque)
 
 
 class Peers:
@@ -45,7 +51,8 @@ class Peers:
         except ConfigError as exc:
             log.warning("no connection to %s: %s", peer, exc)
             return
-        self._connections[peer] = _Connection(endpoint, address, self._clock())
+        now = self._clock()
+        self._connections[peer] = _Connection(endpoint, address, now, now)
         self._by_fd[endpoint.fileno()] = peer
         self._poller.register(endpoint.fileno(), select.POLLIN)
 
@@ -55,7 +62,23 @@ class Peers:
         if held is None:
             return None
         held.used_s = self._clock()
-        return held.endpoint.send(peer, frame)
+        if not held.waiting and held.endpoint.send(peer, frame):
+            return True
+        if held.used_s - held.began_s > _STANDING_S or len(held.waiting) >= _MAX_WAITING:
+            return False
+        held.waiting.append(frame)
+        return True
+
+    def send_waiting(self) -> bool:
+        """To be called soon again while it says True: frames wait for their connection."""
+        again = False
+        for peer, held in self._connections.items():
+            while held.waiting and held.endpoint.send(peer, held.waiting[0]):
+                held.waiting.popleft()
+            if self._clock() - held.began_s > _STANDING_S:
+                held.waiting.clear()
+            again |= bool(held.waiting)
+        return again
 
     def receive(self, fds: list[int], limit: int) -> Iterator[tuple[str, bytes]]:
         """Frames of those that the poller has named."""
