@@ -145,6 +145,23 @@ def test_workers_and_a_router_find_each_other_and_one_worker_is_killed(
     started.until(lambda: router.active() == {"w0", "w1"})
 
 
+def test_prefill_here_and_decode_there_says_what_one_instance_says(
+    started: Processes, model: str
+) -> None:
+    whole = started.server("serve", model, *SERVED, *FLAGS)
+    split = started.server(
+        "serve", model, *SERVED, *FLAGS, "--instances", "2", "--pd", "static=1:1"
+    )
+    started.until(lambda: len(whole.active()) == 1 and len(split.active()) == 2)
+
+    def roles() -> list[str]:
+        return sorted(i["role"] for i in split.get("/admin/cluster")["instances"])
+
+    started.until(lambda: roles() == ["decode", "prefill"])
+    assert Streams(split).finished() == Streams(whole).finished()
+    assert split.get("/admin/cluster")["totals"]["handovers"] > 0
+
+
 @pytest.fixture
 def etcd(tmp_path: Path) -> Iterator[Etcd]:
     (tmp_path / "etcd").mkdir()
@@ -164,13 +181,25 @@ def test_two_routers_one_leads_and_the_other_takes_over(
         )
     leader = routers[0].get("/admin/cluster")["leader"]
     first, other = sorted(routers, key=lambda r: r.get("/admin/cluster")["service"] != leader)
+
+    def other_leads() -> bool:
+        seen = other.get("/admin/cluster")
+        return bool(seen["leader"] == seen["service"])
+
     streams = Streams(other)
     streams.all_begun()
-    first.kill()
-    started.until(
-        lambda: other.get("/admin/cluster")["leader"] == other.get("/admin/cluster")["service"]
-    )
+    first.process.send_signal(signal.SIGSTOP)
+    started.until(other_leads)
     assert all(streams.finished()), "other routers notice nothing"
+    # A leader that slept through its lease stands down when it wakes.
+    first.process.send_signal(signal.SIGCONT)
+    started.until(lambda: "this service follows" in first.log)
+    assert other_leads()
+    other.kill()
+    started.until(lambda: first.log.count("this service leads") == 2)
+    terms = [int(line.split()[-1]) for line in first.log.splitlines() if "leads, in term" in line]
+    assert terms[0] < terms[1] - 1, "the other one's term lies between"
+    assert all(Streams(first).finished())
 
 
 def test_etcd_is_gone_for_longer_than_every_lease_and_nobody_notices(
