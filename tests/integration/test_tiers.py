@@ -87,7 +87,7 @@ def test_hits_come_from_host_and_disk_and_change_no_token(
 ) -> None:
     prompts, expected = undisturbed
     with engine(
-        kv_host_cache_bytes=40 * a_block,
+        kv_host_cache_bytes=64 * a_block,
         kv_disk_cache_bytes=120 * a_block,
         kv_disk_path=tmp_path,
     ) as llm:
@@ -97,7 +97,7 @@ def test_hits_come_from_host_and_disk_and_change_no_token(
             tokens, cached = ask(llm, prompts)
             assert tokens == expected
             assert cached > 0.8 * sum(map(len, prompts)), "most of it is in some tier"
-        assert loaded(llm)["host"] > 20 and loaded(llm)["disk"] > 20
+        assert loaded(llm)["host"] > 10 and loaded(llm)["disk"] > 10
         assert all(s.not_loaded == s.not_stored == 0 for s in stats(llm).values())
 
 
