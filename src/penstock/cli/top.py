@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import select
@@ -41,6 +42,7 @@ def make_parser() -> Parser:
     )
     add = parser.add_argument
     add("url", nargs="?", metavar="URL", help="of the service (http://127.0.0.1:8000)")
+    add("--url", dest="url_flag", help=argparse.SUPPRESS)  # as chat has it
     add("--uds", metavar="PATH", help="its Unix socket instead")
     add("--admin-key", metavar="KEY", help=f"the service's key for /admin; else ${KEY_VARIABLE}")
     add("--interval", type=seconds, metavar="SECONDS", help="between two looks (1)")
@@ -52,7 +54,8 @@ def make_parser() -> Parser:
 def run(arguments: list[str]) -> int:
     options = make_parser().parse(arguments)
     key = getattr(options, "admin_key", None) or os.environ.get(KEY_VARIABLE)
-    url = getattr(options, "url", None) or "http://127.0.0.1:8000"
+    said = getattr(options, "url", None) or getattr(options, "url_flag", None)
+    url = said or "http://127.0.0.1:8000"
     uds = getattr(options, "uds", None)
     with client.connect(url, key) if uds is None else client.connect_uds(Path(uds)) as http:
         http.timeout = _TIMEOUT
