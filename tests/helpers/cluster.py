@@ -1,4 +1,4 @@
-"""Clusters of real processes under load, for tests and benchmarks of what happens when one fails."""
+"""Clusters of real processes under load: for tests of what happens when one of them fails."""
 
 from __future__ import annotations
 
@@ -42,6 +42,8 @@ class Answer:
     times_s: list[float] = field(default_factory=list)
     reset: bool = False
     request_id: str = ""
+    #: By time.monotonic().
+    started_s: float = 0.0
 
     @property
     def outcome(self) -> tuple[str, list[str], bool]:
@@ -57,7 +59,7 @@ async def ask(
 ) -> Answer:
     """One streamed completion; `answer` can be looked at while it grows."""
     answer = answer or Answer()
-    started_s = time.monotonic()
+    answer.started_s = started_s = time.monotonic()
     try:
         async with client.stream("POST", f"{url}/v1/completions", json=data) as response:
             if response.status_code != 200:
