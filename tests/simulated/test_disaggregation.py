@@ -142,7 +142,7 @@ def test_every_request_split_comes_out_as_it_would_have(seed: int) -> None:
     assert c.service.placement.num_handovers > 20
     assert c.service.placement.num_resumed == 0
     whole_tokens, found_tokens = handed_over(c, requests)
-    assert found_tokens >= 0.8 * whole_tokens  # what was computed came along
+    assert found_tokens >= 0.98 * whole_tokens  # what was computed came along
 
 
 def handed_over(c: Cluster, requests: list[GenerationSpec]) -> tuple[int, int]:

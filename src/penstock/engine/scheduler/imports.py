@@ -44,6 +44,8 @@ class Hold:
     soft: bool = False
     released: bool = False
     trusted: bool = True  # false after a cache reset, or when a part of the chain has gone
+    #: So many leading blocks may be windows: they are held, and not offered to anybody.
+    foreign: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -85,9 +87,11 @@ class Holds:
             hold.blocks.append(block)
         return hold
 
-    def pin(self, keys: Sequence[bytes]) -> Hold:
-        """The same for blocks of our own alone, to be offered to a peer (`pin_more`)."""
+    def pin(self, keys: Sequence[bytes], first: int = 0) -> Hold:
+        """The same for what is to be offered to a peer (`pin_more`): blocks of our own alone, from
+        `first` on, which is what the peer lacks."""
         hold = self._new(Hold, list(keys), soft=False)
+        hold.foreign = first
         self.pin_more(hold)
         return hold
 
@@ -98,7 +102,7 @@ class Holds:
             return 0
         budget = self._max_blocks - self.num_held
         for block in self._pool.match(hold.keys)[before : before + max(0, budget)]:
-            if self._pool.is_window(block):
+            if self._pool.is_window(block) and len(hold.blocks) >= hold.foreign:
                 break
             self._pool.share(block)
             hold.blocks.append(block)

@@ -39,8 +39,9 @@ from penstock.engine.scheduler.batch import Batch, BatchRow, BlockMap, RowResult
 from penstock.engine.scheduler.block_pool import BlockPool, Generations, Holders
 from penstock.engine.scheduler.books import check_sequences, counts_of
 from penstock.engine.scheduler.config import SchedulerConfig
-from penstock.engine.scheduler.imports import Holds, Import, WindowReturns
+from penstock.engine.scheduler.imports import Hold, Holds, Import, WindowReturns
 from penstock.engine.scheduler.queue import WaitingQueue
+from penstock.engine.scheduler.room import Room
 from penstock.engine.scheduler.sequence import CLASSES, Key, Sequence, SequenceUpdate, State
 from penstock.engine.scheduler.step import Claims, InFlight, Plan, SchedulerStats, Slots
 from penstock.engine.scheduler.validation import validate
@@ -80,8 +81,16 @@ class Scheduler:
         self.claims = Claims()
         #: Blocks held by no sequence; kept by `transfer/exchange.py`.
         self.holds = Holds(self.pool, self.claims)
+        #: What sequences with windows had when they ended: the cache does not keep it, and who goes
+        #: on with one elsewhere may be about to ask for it. `transfer/exchange.py` lets go of it;
+        #: without one nothing is left (None).
+        self.left_behind: list[Hold] | None = None
         self._returns = WindowReturns(self.pool)
         self._slots = Slots(config.max_num_seqs)
+        self._room = Room(
+            self.pool, self.holds, self.claims, self._slots,
+            self._running, self._paused, config.block_tokens,
+        )  # fmt: skip
         self._in_flight: deque[InFlight] = deque()
         self._arrivals = 0
         self._steps = 0
@@ -154,6 +163,10 @@ class Scheduler:
     def _finish(self, seq: Sequence) -> None:
         queue = self._queues[seq.request_class]
         if seq.state is State.RUNNING:
+            has_windows = any(map(self.pool.is_window, seq.blocks[:1]))
+            if seq.public and has_windows and self.left_behind is not None:
+                keys = seq.keys[: seq.num_keyed_blocks]
+                self.left_behind.append(self.holds.hold(keys, soft=True))
             self._leave_slot(seq, keep=seq.public)
         else:
             queue.take_out(seq)
@@ -198,11 +211,11 @@ class Scheduler:
         num_tokens = self._chunk(seq.num_to_compute, plan)
         if seq.state is not State.RUNNING or not num_tokens:
             return
-        missing = self._num_blocks(seq.num_computed + num_tokens) - len(seq.blocks)
+        missing = self._room.num_blocks(seq.num_computed + num_tokens) - len(seq.blocks)
         while missing > self.pool.num_available:
             if self.holds.make_room():
                 continue
-            victim = max(self._running, key=self._victim_rank)
+            victim = max(self._running, key=self._room.victim_rank)
             self._preempt(victim, plan)
             if victim is seq:
                 return
@@ -221,7 +234,7 @@ class Scheduler:
             # After a preemption the last ids may still be in flight: it returns with them.
             if not plan.budget or seq.num_placeholders:
                 break
-            if self._awaits(seq):
+            if self._room.awaits(seq):
                 continue
             hits = self._find_room(seq, plan)
             if hits is None:
@@ -229,7 +242,7 @@ class Scheduler:
             self._admit(seq, hits, queue)
             admitted.append(seq)
             num_tokens = self._chunk(seq.num_to_compute, plan)
-            self._allocate(seq, self._num_blocks(seq.num_computed + num_tokens) - len(hits))
+            self._allocate(seq, self._room.num_blocks(seq.num_computed + num_tokens) - len(hits))
             plan.add(seq, num_tokens)
         for seq in admitted:
             queue.take_out(seq)
@@ -261,24 +274,11 @@ class Scheduler:
 
     # ---- room -----------------------------------------------------------------------------
 
-    def _match(self, seq: Sequence) -> list[int]:
-        return self.pool.match(seq.keys[: seq.max_reusable_blocks(self._config.block_tokens)])
-
-    def _awaits(self, seq: Sequence) -> bool:
-        """Will somebody store the next block that `seq` lacks? Then waiting is cheaper than
-        computing it twice; this is how the choices of a request come to share their prompt."""
-        num_hits = len(self._match(seq))
-        if not seq.public or num_hits >= seq.max_reusable_blocks(self._config.block_tokens):
-            return False
-        return num_hits < len(seq.keys) and self.claims.is_worth_waiting(
-            seq.keys[num_hits], seq, self._paused
-        )
-
     def _find_room(self, seq: Sequence, plan: Plan) -> list[int] | None:
         """Make room for `seq`; returns the cached blocks it begins with, which it holds from now
         on, or None if it cannot come in. When nothing runs whose end could be waited for, blocks
         of nobody's are given up for it."""
-        while (victims := self._victims_for(seq, hits := self._match(seq))) is None:
+        while (victims := self._room.victims_for(seq, hits := self._room.match(seq))) is None:
             if self._running:
                 return None
             if not self.holds.make_room():
@@ -289,31 +289,6 @@ class Scheduler:
         for victim in victims:
             self._preempt(victim, plan)
         return hits
-
-    def _victims_for(self, seq: Sequence, hits: list[int]) -> list[Sequence] | None:
-        """Who must be preempted so that there is a slot, and blocks for all known tokens of `seq`,
-        given the cached ones in `hits`. None: it does not fit.
-
-        What running prompts still need is spoken for; so is what has been promised, while anything
-        runs. Only who is of a lower class, or paused, may be preempted, and only if that suffices:
-        nobody loses blocks in vain.
-        """
-        short = self._num_blocks(seq.num_tokens) - len(hits) + self.pool.num_reusable_in(hits)
-        short += sum(map(self._num_missing, self._running)) - self.pool.num_available
-        if self._running:
-            short += self.holds.promised(besides=seq.key)
-        if short <= 0 and len(self._slots):
-            return []
-        victims = [s for s in self._running if s.service in self._paused or s.rank[0] > seq.rank[0]]
-        if short > sum(len(s.blocks) + self._num_missing(s) for s in victims):
-            return None  # an upper bound, and cheap: a blocked head is looked at in every step
-        victims.sort(key=self._victim_rank, reverse=True)
-        freed = self.pool.freed_by((s.blocks for s in victims), besides=hits)
-        for count, (victim, num_freed) in enumerate(zip(victims, freed), start=1):
-            short -= self._num_missing(victim)
-            if num_freed >= short:
-                return victims[:count]
-        return None
 
     def _preempt(self, seq: Sequence, plan: Plan) -> None:
         """Take slot and blocks away. Confirmed whole blocks stay in the cache, so that the return
@@ -346,18 +321,8 @@ class Scheduler:
                 self._prefix_hit_tokens += seq.cached_tokens
                 self._prefix_query_tokens += seq.num_prompt_tokens
 
-    def _victim_rank(self, seq: Sequence) -> tuple[bool, tuple[int, int, int]]:
-        return seq.service in self._paused, seq.rank
-
     def _chunk(self, num_to_compute: int, plan: Plan) -> int:
         return min(num_to_compute, plan.budget, self._config.max_chunk_tokens or plan.budget)
-
-    def _num_blocks(self, num_tokens: int) -> int:
-        return -(-num_tokens // self._config.block_tokens)
-
-    def _num_missing(self, seq: Sequence) -> int:
-        """Blocks that a running sequence needs for what it has to compute, and does not hold."""
-        return self._num_blocks(seq.num_computed + seq.num_to_compute) - len(seq.blocks)
 
     def _allocate(self, seq: Sequence, num_blocks: int) -> None:
         for _ in range(num_blocks):
@@ -449,12 +414,11 @@ class Scheduler:
 
     def room_for_imports(self) -> int:
         """Blocks that running sequences can spare."""
-        return self.pool.num_available - sum(map(self._num_missing, self._running))
+        return self._room.spare()
 
     def num_lacking(self, seq: Sequence) -> int:
         """Blocks that `seq`, which waits, would take from what is available if it came in now."""
-        hits = self._match(seq)
-        return self._num_blocks(seq.num_tokens) - len(hits) + self.pool.num_reusable_in(hits)
+        return self._room.num_lacking(seq)
 
     def next_waiting(self, count: int) -> list[Sequence]:
         """Who comes next, in order."""
@@ -521,7 +485,7 @@ class Scheduler:
         assert slots == list(range(self._config.max_num_seqs)), "a slot is lost or taken twice"
         check_sequences(self._running, list(self._waiting()), self.live(), self._in_flight)
         for seq in self._running:
-            assert len(seq.blocks) == self._num_blocks(seq.num_computed), "blocks held"
+            assert len(seq.blocks) == self._room.num_blocks(seq.num_computed), "blocks held"
         for owner in self.claims.owners():
             running = isinstance(owner, Sequence) and owner.state is State.RUNNING
             assert running or (isinstance(owner, Import) and owner.claiming), "a claim for ever"

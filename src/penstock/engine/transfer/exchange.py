@@ -29,9 +29,12 @@ held without an end.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Mapping
+from itertools import islice
 
 from penstock.engine.memory.tiers.index import NO_TIERS, TierIndex
+from penstock.engine.scheduler.imports import Hold
 from penstock.engine.scheduler.scheduler import Scheduler
 from penstock.engine.scheduler.sequence import Sequence
 from penstock.engine.transfer.jobs import Moved
@@ -81,6 +84,7 @@ class Exchange:
         self._card = card
         self._scheduler = scheduler
         self._holds = scheduler.holds
+        scheduler.left_behind = []
         self._receiving = Receiving(card, scheduler, self.config, means or {}, tiers, self)
         self._spill = Spill(
             scheduler,
@@ -90,6 +94,8 @@ class Exchange:
         )
         self._ways = (self._receiving.load, self._receiving.ask)  # in the order of trying
         self._wants: dict[int, Want] = {}
+        #: With the time until which they are kept.
+        self._left: deque[tuple[float, Hold]] = deque()
         self._effects: list[Effect] = []
 
     # --- what comes in -------------------------------------------------------------------------
@@ -184,6 +190,7 @@ class Exchange:
         for number, want in list(self._wants.items()):
             if want.over or (want.done and want.sequence is None and now >= want.lease_until_s):
                 self._drop(want, number)
+        self._let_go_of_what_is_left(now)
         self._receiving.poll(now)
         if self.tiers.enabled:
             self._load_for_next(now)
@@ -195,7 +202,16 @@ class Exchange:
     def next_s(self) -> float:
         """When `poll` should be called at the latest."""
         leases_s = [w.lease_until_s for w in self._wants.values() if w.done and w.sequence is None]
+        leases_s += [at_s for at_s, _ in islice(self._left, 1)]
         return min(self.offers.next_s(), self._receiving.next_s(), *leases_s)
+
+    def _let_go_of_what_is_left(self, now: float) -> None:
+        """Blocks behind windows outlive their sequence for a moment, for who goes on with it."""
+        for hold in self._scheduler.left_behind or ():
+            self._left.append((now + self.config.linger_s, hold))
+        self._scheduler.left_behind = []
+        while self._left and (self._left[0][1].released or now >= self._left[0][0]):
+            self._holds.release(self._left.popleft()[1])
 
     @property
     def serves_peers(self) -> bool:
@@ -217,12 +233,20 @@ class Exchange:
     @property
     def idle(self) -> bool:
         """Nothing is wanted, under way, borrowed, lent or being stored."""
-        return not (self._wants or len(self._receiving) or len(self.offers) or len(self._spill))
+        return not (
+            self._wants
+            or len(self._receiving)
+            or len(self.offers)
+            or len(self._spill)
+            or self._left
+        )
 
     def check(self) -> None:
         """Assert that what the books hold is what the scheduler's holds say, each once."""
         wanted = [w.hold for w in self._wants.values() if w.hold and not w.hold.released]
+        left = [*(self._scheduler.left_behind or ()), *(hold for _, hold in self._left)]
         num_holds = len(wanted) + self._receiving.num_holds() + len(self.offers)
+        num_holds += sum(not hold.released for hold in left)
         assert len(self._holds) == num_holds, "a hold is lost"
         self._receiving.check()
         self.tiers.check()

@@ -72,7 +72,8 @@ class Offers:
     def on_pull(self, peer: str, pull: Pull, now: float) -> list[Effect]:
         offer = self._offers.get((peer, pull.transfer))
         if offer is not None:
-            offer.num_told = min(pull.first_index, len(offer.hold.keys))
+            wanted = max(pull.first_index, offer.hold.foreign)
+            offer.num_told = min(wanted, len(offer.hold.keys))
             self._renew(offer, now)
             return self._tell(offer, now)
         refusal = self._refusal(pull)
@@ -85,7 +86,7 @@ class Offers:
             peer,
             pull,
             self._means_for(pull),
-            self._scheduler.holds.pin(keys),
+            self._scheduler.holds.pin(keys, pull.first_index),
             wait_until_s=now + pull.wait_s,
             lease_until_s=now + min(pull.lease_s, self._max_lease_s),
             num_told=min(pull.first_index, len(keys)),

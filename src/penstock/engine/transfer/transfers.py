@@ -21,6 +21,8 @@ class ExchangeConfig:
     retry_s: float = 0.5
     #: How often an owner says that it lives while its peer waits.
     speak_s: float = 0.5
+    #: How long what a sequence had behind windows outlives it.
+    linger_s: float = 1.0
     #: How long a `Submit` with a source waits for blocks that are still being computed there.
     submit_wait_s: float = 2.0
     #: Of offers made to us; renewed three times within it.

@@ -85,7 +85,7 @@ class IndexFinder:
         self.index = index or KvIndex()
         self.audit = HitAudit()
         self._guesses = ApproximateIndex()
-        #: Those of which a snapshot has been had since they attached.
+        #: Whether a snapshot has been had, and no events have been missed since.
         self._told: dict[str, bool] = {}
 
     def attached(self, card: InstanceCard) -> bool:
@@ -96,7 +96,10 @@ class IndexFinder:
         return True
 
     def events(self, instance: str, events: KvEvents) -> bool:
-        return self.index.apply(instance, events)
+        if self.index.apply(instance, events):
+            return True
+        self._told[instance] = False
+        return False
 
     def snapshot(self, instance: str, snapshot: Snapshot) -> None:
         tiers = {"device": snapshot.keys, **snapshot.tier_keys}
