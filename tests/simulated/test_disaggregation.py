@@ -403,6 +403,14 @@ def test_two_routers_over_one_cluster() -> None:
     assert len(other.journal) > 0  # it died with them
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(100, 130))
+def test_many_more_storms(seed: int) -> None:
+    test_kills_and_losses_end_in_the_right_tokens(seed)
+    test_cuts_and_zombies_end_in_the_right_tokens(seed)
+    test_roles_that_change_all_the_time_lose_nothing(seed)
+
+
 def test_one_seed_one_history_with_everything_on() -> None:
     def history() -> list[str]:
         c = cluster(8, 3, always_apart, NetworkFaults(duplicate=0.1, loss=0.005))
