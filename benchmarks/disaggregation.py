@@ -1,6 +1,6 @@
 """Prefill apart from decode against both together, with the production cores on a virtual clock.
 
-    python -m benchmarks.disaggregation [--instances 2] [--seconds 30] [--json FILE]
+    python -m benchmarks.disaggregation [--instances 2] [--seconds 20] [--json FILE]
 
 Scheduler, hand-over, policies and roles are those that serve; steps take the time that a cost model
 fitted to measured kernels says (Llama 3.1 8B in bf16 on an H100), blocks the time of a 100 Gbit
@@ -58,7 +58,7 @@ class Scenario:
 SCENARIOS = (
     Scenario("bursts of long prompts over steady decoding", 8.0, burst=6),
     Scenario("light chat, short prompts", 1.0),
-    Scenario("heavy chat, short prompts", 20.0),
+    Scenario("heavier chat, short prompts", 12.0),
     Scenario("bursts, and a link a hundredth as fast", 8.0, burst=6, link=0.01),
     Scenario("bursts, and an SLO that full steps keep", 8.0, burst=6, tpot_slo_s=0.2),
 )
@@ -129,8 +129,8 @@ def run(scenario: Scenario, setup: str, instances: int, seconds: float) -> Resul
             longs.append(_submit(world, draw, f"l{number}", scenario, at_s, long=True))
             at_s, number = at_s + 0.01, number + 1
         at_s += scenario.every_s
-    end_s = WARM_UP_S + seconds + 30.0
-    while world.now < end_s:
+    end_s = WARM_UP_S + seconds + 15.0
+    while world.now < end_s and not (world.now > WARM_UP_S + seconds and len(core.journal) == 0):
         world.run(world.now + 1.0)
         world.history.clear()
     return _result(scenario, setup, chats, longs, core.placement.num_handovers, core.roles)
@@ -196,12 +196,12 @@ def _result(scenario, setup, chats, longs, handovers, roles) -> Result:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--instances", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=30.0, help="of virtual time, measured")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of virtual time, measured")
     parser.add_argument("--json", type=Path, help="also write the results there")
     flags = parser.parse_args()
     count = flags.instances
-    split = count // 2
-    setups = ["least-load", "together", f"1:{count - 1}", f"{split}:{count - split}", "auto"]
+    half = count // 2
+    setups = ["least-load", "together", f"1:{count - 1}", f"{half}:{count - half}", "auto"]
     began = time.perf_counter()
     results = []
     for scenario in SCENARIOS:
