@@ -460,3 +460,13 @@ def test_a_new_process_is_told_again_what_it_was() -> None:
     bench.wait(0.75)
     ((_, assign),) = bench.taken(Assign)
     assert assign == Assign("prefill", 1 << 32 | 2)  # nothing of its old work is left to hand over
+
+
+def test_what_was_fetched_ahead_is_what_the_record_says() -> None:
+    bench = Bench("p", "d")
+    bench.split()
+    ahead = Fetched("d", 1, "r/0", 1, 2, 2, 8192, 0.1, "map")
+    bench.say("d", ahead)
+    bench.hand_over()
+    bench.say("d", Fetched("d", 1, "r/0", 2, 0, 0, 0, 0.0, ""))  # nothing was left to fetch
+    assert bench.sequence().placements[1].fetched == ahead

@@ -164,7 +164,8 @@ class Record:
         """`fetched.attempt` is the present placement's, or the next one's if it was ahead."""
         present = self.present
         if present is not None and present.instance == fetched.instance:
-            present.fetched, present.fetched_at_s = fetched, now
+            if present.fetched is None or fetched.num_wanted:  # else all had come ahead
+                present.fetched, present.fetched_at_s = fetched, now
         else:
             self._ahead, self._ahead_at_s = fetched, now
 
