@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -43,6 +44,7 @@ def head(tmp_path: Path) -> Iterator[str]:
             process.wait(30)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
+        shutil.rmtree(f"/tmp/ray-{os.getpid()}", ignore_errors=True)
 
 
 def wait_for(what: Callable[[], object], timeout_s: float = 120.0) -> None:
