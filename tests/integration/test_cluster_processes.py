@@ -238,6 +238,16 @@ def test_api_workers_share_the_port_and_one_is_killed(started: Processes, model:
     before = Streams(server).finished()
     text = httpx.get(f"{server.url}/metrics").text
     assert 'api_worker="0"' in text and 'api_worker="1"' in text
+    # Whichever worker served it, each can explain it: these connections are anybody's.
+    answered = [
+        client(server).completions.create(model="m", prompt=[5, 6, 7], max_tokens=2).id
+        for _ in range(4)
+    ]
+    for request_id in answered:
+        explained = httpx.get(f"{server.url}/admin/requests/{request_id}/explain")
+        assert explained.status_code == 200, explained.text
+        assert explained.json()["id"] == request_id
+    assert httpx.get(f"{server.url}/admin/requests/nobodys/explain").status_code == 404
     families = [line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")]
     assert len(families) == len(set(families))
     server.child("--api-worker=0").kill()

@@ -18,7 +18,7 @@ from penstock.protocol import secret
 from penstock.protocol.errors import ConfigError
 from penstock.service.assemble import build_core, policy_name
 from penstock.service.config import ServeConfig
-from penstock.service.merged_metrics import merge
+from penstock.service.siblings import merge
 
 
 @pytest.fixture(autouse=True)

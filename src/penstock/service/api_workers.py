@@ -28,7 +28,7 @@ from penstock.service.cluster.folders import SocketFolder
 from penstock.service.cluster.supervisor import Process
 from penstock.service.config import RestartPolicy, ServeConfig
 from penstock.service.listener import bound, url_of
-from penstock.service.merged_metrics import ready_file
+from penstock.service.siblings import ready_file
 
 log = logging.getLogger(__name__)
 

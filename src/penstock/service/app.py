@@ -9,7 +9,6 @@ import signal
 import socket
 import ssl
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -23,8 +22,7 @@ from penstock.service.config import ServeConfig
 from penstock.service.connection import Connection
 from penstock.service.driver import ServiceDriver
 from penstock.service.listener import bound, private_listener, url_of
-from penstock.service.merged_metrics import MergedMetrics, ready_file, socket_of
-from penstock.service.shared_explain import SharedExplain
+from penstock.service.siblings import Siblings, ready_file, socket_of
 from penstock.trace import open_trace
 
 log = logging.getLogger(__name__)
@@ -111,9 +109,8 @@ class _Service:
             return app
         assert cluster.api_worker_folder is not None
         folder, number = cluster.api_worker_folder, cluster.api_worker
-        own = socket_of(folder, number)
-        self._listeners.append(private_listener(own))
-        return MergedMetrics(SharedExplain(app, Path(folder), Path(own)), folder, number)
+        self._listeners.append(private_listener(socket_of(folder, number)))
+        return Siblings(app, folder, number)
 
     # --- engines -------------------------------------------------------------------------------
 
