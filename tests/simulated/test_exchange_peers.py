@@ -73,6 +73,9 @@ class Bench:
     ("change", "code"),
     [
         ({"owner_incarnation": 9}, "stale_incarnation"),
+        ({"first_index": -1}, "protocol_error"),
+        ({"lease_s": float("nan")}, "protocol_error"),
+        ({"wait_s": -1.0}, "protocol_error"),
         ({"model_digest": "other"}, "other_model"),
         ({"layout_digest": "other"}, "other_layout"),
         ({"means": {"mooncake": ""}}, "no_means"),

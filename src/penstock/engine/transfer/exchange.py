@@ -121,6 +121,11 @@ class Exchange:
             return []  # delivered twice, or overtaken
         for older in earlier:
             self._cancel(older)
+        if not fetch.lease_s >= 0:  # NaN, too
+            reason = "a lease is not negative"
+            return [
+                Send(peer, Refused("fetch", reason, key[1], fetch.attempt, code="protocol_error"))
+            ]
         keys = split_keys(fetch.keys)
         num_blocks = -(-fetch.num_tokens // self._card.layout.block_tokens)
         num_missing = max(0, num_blocks - len(self._scheduler.pool.match(keys)))

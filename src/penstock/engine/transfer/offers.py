@@ -71,7 +71,7 @@ class Offers:
 
     def on_pull(self, peer: str, pull: Pull, now: float) -> list[Effect]:
         offer = self._offers.get((peer, pull.transfer))
-        if offer is not None:
+        if offer is not None and pull.first_index >= 0:
             wanted = max(pull.first_index, offer.hold.foreign)
             offer.num_told = min(wanted, len(offer.hold.keys))
             self._renew(offer, now)
@@ -108,6 +108,9 @@ class Offers:
 
     def _refusal(self, pull: Pull) -> tuple[str, str] | None:
         card = self._card
+        # The comparisons are false for NaN, which would make a lease without an end.
+        if pull.first_index < 0 or not (pull.wait_s >= 0 and pull.lease_s >= 0):
+            return "protocol_error", "a pull needs an index and times that are not negative"
         if pull.owner_incarnation != card.incarnation:
             return "stale_incarnation", f"{card.name} has been started again since"
         if pull.model_digest != card.model_digest:
