@@ -174,7 +174,7 @@ def _last_token_s(choice: SequenceExplanation) -> float:
 
 def _stretches(p: PlacementRecord, end_s: float) -> list[tuple[str, float, float, dict[str, Any]]]:
     """(name, begin, length, attributes) of what one placement spent its time with."""
-    because = {"penstock.because": p.because}
+    because: dict[str, Any] = {"penstock.because": p.because}
     if p.actual_ttft_s is None:  # it never began
         return [("queue", p.at_s, max(0.0, end_s - p.at_s), because)]
     left_s = p.actual_ttft_s

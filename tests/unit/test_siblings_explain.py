@@ -12,7 +12,7 @@ import uvicorn
 from starlette.types import Receive, Scope, Send
 from tests.helpers.asgi_call import AsgiCall
 
-from penstock.service.shared_explain import SharedExplain
+from penstock.service.siblings import Siblings
 
 
 class Knows:
@@ -36,7 +36,7 @@ def sibling(tmp_path: Path) -> Iterator[Knows]:
     app = Knows("theirs")
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(tmp_path / "api-1.sock"))
-    inner = SharedExplain(app, tmp_path, tmp_path / "api-1.sock")
+    inner = Siblings(app, str(tmp_path), 1)
     settings = uvicorn.Config(inner, log_level="error", lifespan="off")
     server = uvicorn.Server(settings)
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
@@ -47,7 +47,7 @@ def sibling(tmp_path: Path) -> Iterator[Knows]:
 
 
 async def ask(folder: Path, path: str, key: str = "k") -> tuple[int, bytes]:
-    shared = SharedExplain(Knows("ours"), folder, folder / "api-0.sock")
+    shared = Siblings(Knows("ours"), str(folder), 0)
     call = await AsgiCall(
         shared, "GET", path, headers={"authorization": f"Bearer {key}"}
     ).finished()
