@@ -88,6 +88,7 @@ class Client(asyncio.Protocol):
         self._in_head = True
         self._target = b""
         self._headers: Headers = []
+        self._fields_bytes = 0
         self._paused = False
         self._closing = False
         #: When the router drops it, by the loop's clock; None while an answer is made.
@@ -195,13 +196,14 @@ class Client(asyncio.Protocol):
 
     def on_message_begin(self) -> None:
         self._in_head = True
-        self._target, self._headers = b"", []
+        self._target, self._headers, self._fields_bytes = b"", [], 0
 
     def on_url(self, url: bytes) -> None:
         self._target += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if self._in_head:
+            self._fields_bytes += len(name) + len(value)
             self._headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
@@ -218,6 +220,9 @@ class Client(asyncio.Protocol):
         )
         if parser.should_upgrade():
             request.refusal = InvalidRequest("upgrades are not supported")
+            request.keep_alive = False
+        if self._fields_bytes + len(self._target) > MAX_HEAD_BYTES:
+            request.refusal = InvalidRequest("the request's head is too large")
             request.keep_alive = False
         length = request.header(b"content-length")
         if length is not None and length.isdigit() and int(length) > self._config.max_body_bytes:
@@ -289,9 +294,10 @@ class Client(asyncio.Protocol):
                 b"HTTP/1.1 %b %b\r\ncontent-type: application/json\r\ncontent-length: %d\r\n"
                 b"connection: close\r\n\r\n%b" % (status, reason, len(body), body)
             )
+            self._close()
         else:
             self._lost()
-        self.transport.close()
+            self.transport.close()
 
     def _lost(self) -> None:
         answering, self._answering = self._answering, None

@@ -53,6 +53,7 @@ class Exchange:
         )
         self._tried: list[Engine] = []
         self._refused: Attempt | None = None
+        self._failure: PenstockError | None = None
         self._work_tokens = self._hit_tokens = 0
         self._ahead_tokens = 0.0
         self._rows = 0.0
@@ -126,11 +127,9 @@ class Exchange:
                 if attempt is not None and attempt.committed:
                     self._break_off(attempt, error)
                     return "error"
-                unavailable = EngineUnavailable(
-                    f"engine {engine.name} {error.what}", retry_after_s=1.0
-                )
+                self._failure = EngineUnavailable(f"engine {engine.name} {error.what}")
                 if not self._may_retry(attempt):
-                    return self._give_up(unavailable)
+                    return self._give_up(self._failure)
             engine.counts.retried += 1
 
     def _may_retry(self, attempt: Attempt | None) -> bool:
@@ -144,6 +143,7 @@ class Exchange:
         if self._refused is not None and not self.gone_away:
             self._refused.send_whole()
             return "error"
+        error = self._failure or error
         if self._tried and not isinstance(error, Overloaded):
             names = ", ".join(engine.name for engine in self._tried)
             error = EngineUnavailable(
