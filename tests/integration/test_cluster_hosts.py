@@ -7,12 +7,15 @@ import os
 import secrets
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from penstock.engine.transfer.server import BlockServer, Served
 from tests.helpers.checkpoints import make_checkpoint
 from tests.helpers.processes import Processes, processes
 from tests.helpers.server import free_port
@@ -101,3 +104,36 @@ def test_a_worker_on_another_host_is_found_cut_off_and_found_again(
     other_host.plug("up")
     started.until(lambda: router.active() == {"near", "far"})
     assert Streams(router).finished() == undisturbed
+
+
+_FETCH = """
+import ssl, sys
+import numpy as np
+from penstock.engine.transfer.tcp import Connection, Expected, TransferFailed
+from penstock.protocol.kv import BlockHandle
+endpoint, secret = sys.argv[1:]
+try:
+    connection = Connection(endpoint, Expected(7, 100_000), secret.encode())
+except TransferFailed as exc:
+    sys.exit(str(exc))
+into, came = np.zeros(100_000, np.uint8), [False]
+connection.fetch([(BlockHandle(0, 5, bytes(16)), into)], came)
+print(isinstance(connection._socket, ssl.SSLSocket), came[0], int(into.sum()))
+"""
+
+
+def test_blocks_travel_sealed_to_another_host_and_plain_within_one(other_host: OtherHost) -> None:
+    pool = np.random.default_rng(0).integers(0, 256, (1, 100_000)).astype(np.uint8)
+    served = Served(pool.__getitem__, np.full(1, 5, np.uint64), 7, 100_000)
+    server = BlockServer(served, other_host.here, SECRET.encode())
+
+    def fetched(*where: str, secret: str = SECRET) -> subprocess.CompletedProcess[str]:
+        command = [*where, sys.executable, "-c", _FETCH, server.endpoint, secret]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+    there = ("ip", "netns", "exec", other_host.namespace)
+    assert fetched(*there).stdout.split() == ["True", "True", str(pool.sum())]
+    assert fetched().stdout.split() == ["False", "True", str(pool.sum())]
+    assert "a cluster secret is needed" in fetched(*there, secret="").stderr
+    assert fetched(*there, secret="another one than ours").returncode == 1
+    server.close()

@@ -272,7 +272,7 @@ SECTIONS: dict[str, tuple[VllmFlag, ...]] = {
         --additional-config          | none  | every setting has a flag of its own
     """),
     "Cluster and observability": _rows("""
-        --kv-transfer-config         | other | --kv-transfer names the means: map, mooncake, tcp; who gives and who takes is the router's choice
+        --kv-transfer-config         | other | --kv-transfer names the means: map, tcp, and mooncake (without authentication); who gives and who takes is the router's choice
         --kv-events-config           | none  | instances always report their KV to the service
         --otlp-traces-endpoint       | same  | needs the extra penstock[otel]
         --collect-detailed-traces    | other | --trace writes a file for ui.perfetto.dev

@@ -337,9 +337,11 @@ class _Connections:
         """Whoever waits for a peer stops waiting."""
         with self._changes:
             self._closed = True
-            connections = [*self._busy, *(each for _, each in self._idle)]
+            for connection in self._busy:
+                connection.cut()
+            idle = [each for _, each in self._idle]
             self._idle.clear()
-        for connection in connections:
+        for connection in idle:
             connection.close()
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from penstock.engine.memory.windows import loads_before_are_done
-from penstock.engine.transfer import tcp
+from penstock.engine.transfer import seal, tcp
 from penstock.protocol.errors import ConfigError
 from penstock.protocol.transport.base import stays_here
 
@@ -51,14 +51,23 @@ class Served:
 
 class BlockServer:
     """Listens at once, at `host`; raises `ConfigError` for one that others can reach when there is
-    no secret, or where nothing can listen."""
+    no secret, or where nothing can listen. What leaves the host is sealed."""
 
-    def __init__(self, served: Served, host: str = "127.0.0.1", secret: bytes = b"") -> None:
-        if not secret and not stays_here(f"tcp://{host}:0"):
-            raise ConfigError(
-                f"{host} can be reached from other hosts: KV blocks are served there only with a "
-                "cluster secret"
-            )
+    def __init__(
+        self,
+        served: Served,
+        host: str = "127.0.0.1",
+        secret: bytes = b"",
+        is_sealed: Callable[[socket.socket], bool] = seal.leaves_host,
+    ) -> None:
+        if not stays_here(f"tcp://{host}:0"):
+            if not secret:
+                raise ConfigError(
+                    f"{host} can be reached from other hosts: KV blocks are served there only with "
+                    "a cluster secret"
+                )
+            seal.require()
+        self._is_sealed = is_sealed
         self._served = served
         self._secret = secret
         self._stop = threading.Event()
@@ -90,17 +99,22 @@ class BlockServer:
             open_now = dict(self._connections)
         for connection in open_now:
             with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
+                seal.cut(connection)
         for thread in open_now.values():
             thread.join()
 
     def _accept(self) -> None:
         while not self._stop.is_set():
             try:
-                connection, _ = self._listener.accept()
+                plain, _ = self._listener.accept()
             except OSError:
                 if self._stop.wait(0.1):  # else out of descriptors, or the peer was gone at once
                     return
+                continue
+            try:
+                connection = seal.wrap(plain, server=True) if self._is_sealed(plain) else plain
+            except OSError:  # the peer was gone at once
+                plain.close()
                 continue
             thread = threading.Thread(
                 target=self._serve, args=(connection,), name="kv-tcp-peer", daemon=True
@@ -127,17 +141,19 @@ class BlockServer:
 
     def _greet(self, connection: socket.socket) -> bool:
         progress = tcp.Progress.of(0)
+        binding = tcp.shake_hands(connection, progress)
         ours = os.urandom(32)
         tcp.send(connection, [memoryview(tcp.GREETING.pack(tcp.MAGIC, ours))], progress)
         greeting = tcp.receive(connection, tcp.GREETING.size + 32, progress)
         magic, theirs = tcp.GREETING.unpack(greeting[: tcp.GREETING.size])
         mac = greeting[tcp.GREETING.size :]
-        known = hmac.compare_digest(mac, tcp.proof(self._secret, b"receiver", ours, theirs))
+        expected = tcp.proof(self._secret, b"receiver", ours, theirs, binding)
+        known = hmac.compare_digest(mac, expected)
         if magic != tcp.MAGIC or not known:
             log.warning("a peer without the cluster's secret was turned away")
             return False
         served = self._served
-        answer = tcp.proof(self._secret, b"owner", ours, theirs) + tcp.WELCOME.pack(
+        answer = tcp.proof(self._secret, b"owner", ours, theirs, binding) + tcp.WELCOME.pack(
             served.incarnation, served.num_blocks, served.block_bytes
         )
         tcp.send(connection, [memoryview(answer)], progress)

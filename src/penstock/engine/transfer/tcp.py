@@ -1,8 +1,9 @@
-"""Blocks over plain TCP: a server straight from the pool, and a receiver straight into it.
+"""Blocks over TCP: a server straight from the pool, and a receiver straight into it.
 
-Frames, little-endian. Both sides greet with a nonce and prove with an HMAC over the two that they
-know the cluster's secret (one on the same host may go without); then the server says what its pool
-is. A request is 32 bytes; any number may be on their way, and they are answered in order:
+A connection that leaves the host is sealed first (`seal.py`). Frames, little-endian. Both sides
+greet with a nonce and prove with an HMAC over the two that they know the cluster's secret (one on
+the same host may go without); then the server says what its pool is. A request is 32 bytes; any
+number may be on their way, and they are answered in order:
 
     request   operation, block, generation, key
     head      the request's number, status, length
@@ -11,8 +12,7 @@ is. A request is 32 bytes; any number may be on their way, and they are answered
 
 The checksum is xxh3-64 with a seed made of (block, generation, key): bytes of another block, of
 another time, or of another question do not pass, whoever sent them. It finds what is spoilt, not
-what is forged: who has the secret is trusted, and a network that others can write to is not the
-place for this (see docs/design/transfer.md).
+what is forged: that is what the seal is for, and who has the secret is trusted.
 """
 
 from __future__ import annotations
@@ -22,15 +22,18 @@ import hashlib
 import hmac
 import os
 import socket
+import ssl
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from penstock.engine.transfer import seal
+from penstock.protocol.errors import ConfigError
 from penstock.protocol.kv import BlockHandle
 
 BLOCK, CHECKSUM = 1, 2
@@ -52,6 +55,8 @@ STALL_S = 2.0
 _SLOWEST_BYTES_S = 4 << 20
 #: Requests on their way: enough to keep the server busy, few enough to fit any socket's buffer.
 _AHEAD = 64
+#: A sealed write returns only when all of it is gone: in parts, for the sake of the bounds.
+_SEALED_PART_BYTES = 256 << 10
 _NUMBERS = 1 << 32
 
 Bytes = npt.NDArray[np.uint8]
@@ -71,9 +76,12 @@ def checksum_of(data: Bytes, block: int, generation: int, key: bytes) -> int:
     return xxhash.xxh3_64_intdigest(data.data, seed=seed)
 
 
-def proof(secret: bytes, role: bytes, server_nonce: bytes, client_nonce: bytes) -> bytes:
-    """That one knows the secret; for each role and connection another one."""
-    return hmac.digest(secret, role + server_nonce + client_nonce, hashlib.sha256)
+def proof(
+    secret: bytes, role: bytes, server_nonce: bytes, client_nonce: bytes, binding: bytes = b""
+) -> bytes:
+    """That one knows the secret; for each role and connection another one. `binding`: see
+    `seal.binding`."""
+    return hmac.digest(secret, role + server_nonce + client_nonce + binding, hashlib.sha256)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +128,10 @@ def send(connection: socket.socket, parts: list[memoryview], progress: Progress)
     while parts:
         progress.apply(connection)
         try:
-            sent = connection.sendmsg(parts)
+            if isinstance(connection, ssl.SSLSocket):
+                sent = connection.send(parts[0][:_SEALED_PART_BYTES])
+            else:
+                sent = connection.sendmsg(parts)
         except TimeoutError:
             raise TransferFailed(f"nothing was taken for {progress.stall_s:g} s") from None
         except OSError as exc:
@@ -129,6 +140,17 @@ def send(connection: socket.socket, parts: list[memoryview], progress: Progress)
             sent -= len(parts.pop(0))
         if parts:
             parts[0] = parts[0][sent:]
+
+
+def shake_hands(connection: socket.socket, progress: Progress) -> bytes:
+    """Where it is sealed; what proofs must cover then. Raises `TransferFailed`."""
+    try:
+        if isinstance(connection, ssl.SSLSocket):
+            progress.apply(connection)
+            connection.do_handshake()
+        return seal.binding(connection)
+    except (OSError, ValueError) as exc:
+        raise TransferFailed(f"the two sides cannot seal their connection: {exc}") from exc
 
 
 def parse_endpoint(endpoint: str) -> tuple[str, int]:
@@ -151,7 +173,13 @@ class Expected:
 class Connection:
     """To one peer's block server; for one thread at a time."""
 
-    def __init__(self, endpoint: str, expected: Expected, secret: bytes = b"") -> None:
+    def __init__(
+        self,
+        endpoint: str,
+        expected: Expected,
+        secret: bytes = b"",
+        is_sealed: Callable[[socket.socket], bool] = seal.leaves_host,
+    ) -> None:
         """Connect and greet. Raises `TransferFailed`."""
         self.endpoint = endpoint
         self._block_bytes = expected.block_bytes
@@ -163,21 +191,32 @@ class Connection:
             raise TransferFailed(f"{endpoint}: {exc.strerror or exc}") from exc
         try:
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if is_sealed(self._socket):
+                self._seal(secret)
             self._greet(expected, secret, progress)
         except BaseException:
             self._socket.close()
             raise
 
+    def _seal(self, secret: bytes) -> None:
+        if not secret:
+            raise TransferFailed(f"{self.endpoint} is on another host: a cluster secret is needed")
+        try:
+            self._socket = seal.wrap(self._socket, server=False)
+        except (OSError, ConfigError) as exc:
+            raise TransferFailed(f"{self.endpoint}: {exc}") from exc
+
     def _greet(self, expected: Expected, secret: bytes, progress: Progress) -> None:
+        binding = shake_hands(self._socket, progress)
         greeting = receive(self._socket, GREETING.size, progress)
         magic, theirs = GREETING.unpack(greeting)
         if magic != MAGIC:
             raise TransferFailed(f"{self.endpoint} is no block server")
         ours = os.urandom(_NONCE_BYTES)
-        answer = GREETING.pack(MAGIC, ours) + proof(secret, b"receiver", theirs, ours)
+        answer = GREETING.pack(MAGIC, ours) + proof(secret, b"receiver", theirs, ours, binding)
         send(self._socket, [memoryview(answer)], progress)
         mac = receive(self._socket, _MAC_BYTES, progress)
-        if not hmac.compare_digest(mac, proof(secret, b"owner", theirs, ours)):
+        if not hmac.compare_digest(mac, proof(secret, b"owner", theirs, ours, binding)):
             raise TransferFailed(f"{self.endpoint} does not know the cluster's secret")
         welcome = receive(self._socket, WELCOME.size, progress)
         incarnation, _, block_bytes = WELCOME.unpack(welcome)
@@ -230,17 +269,22 @@ class Connection:
 
     def is_quiet(self) -> bool:
         """Nothing has come that was not asked for, nor the end: it may be used again."""
+        if isinstance(self._socket, ssl.SSLSocket) and self._socket.pending():
+            return False
         self._socket.settimeout(0.0)
         try:
-            self._socket.recv(1, socket.MSG_PEEK)
+            socket.socket.recv(self._socket, 1, socket.MSG_PEEK)  # what is below a seal counts too
         except (BlockingIOError, InterruptedError):
             return True
         except OSError:
             return False
         return False
 
-    def close(self) -> None:
-        """From any thread: whoever waits for the peer stops waiting."""
+    def cut(self) -> None:
+        """From any thread: whoever waits for the peer stops waiting, and may then close it."""
         with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
+            seal.cut(self._socket)
+
+    def close(self) -> None:
+        self.cut()
         self._socket.close()
