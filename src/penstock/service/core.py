@@ -310,12 +310,12 @@ class ServiceCore:
 
     def _attached(self, instance: Instance, message: Attached, now: float) -> list[Effect]:
         effects: list[Effect] = []
-        if message.card.incarnation < instance.incarnation:
-            return []
+        if message.card.incarnation < instance.incarnation and instance.state != "lost":
+            return []  # of the past; once the newer one is silent, its host's clock was put back
         if reason := self._other_model(instance, message.card.model_digest):
             instance.refusal = reason
             return []
-        if instance.card is not None and message.card.incarnation > instance.incarnation:
+        if instance.card is not None and message.card.incarnation != instance.incarnation:
             # A new process under this name: whatever ran on the old one is gone.
             effects += self._give_up(instance, now)
         elif instance.card is not None:
