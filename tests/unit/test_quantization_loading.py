@@ -123,7 +123,7 @@ def test_progress_ends_at_one(untied: Path) -> None:
 
 def test_the_flag_reaches_the_worker() -> None:
     config = EngineConfig("toy", quantization="int4")
-    words = ["--address", "memory://x", *engine_arguments(config)]
+    words = ["--address", "ipc:///tmp/x", *engine_arguments(config)]
     assert worker_config(words).engine == config
     assert worker_config(["--address", "memory://x", "toy", "-q", "int8"]).engine == (
         EngineConfig("toy", quantization="int8")

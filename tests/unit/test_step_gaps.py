@@ -63,7 +63,7 @@ def test_metrics_have_gaps_and_maps_of_each_instance() -> None:
     maps = MapCounts(ahead=5, ahead_s=0.002, at_start=3, at_start_s=0.001)
     bench.finish(0.0)
     bench.finish(0.25, maps)
-    instance: dict[str, Any] = {"name": "engine-0", "load": bench.load()}
+    instance: dict[str, Any] = {"name": "engine-0", "state": "active", "load": bench.load()}
     status = ServiceStatus(
         live=True, ready=True, reason="", queue_depth=0, instances=[instance], num_resumed=0
     )

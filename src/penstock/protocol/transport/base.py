@@ -109,7 +109,7 @@ def check_address(address: str) -> None:
                 "stay here with ipc:///path or tcp://127.0.0.1:port"
             )
         return
-    raise ConfigError(f"{address}: {scheme!r} is not known, use ipc, tcp or memory")
+    raise ConfigError(f"{address}: {scheme!r} is not known, use ipc or tcp")
 
 
 def stays_here(address: str) -> bool:
