@@ -41,6 +41,9 @@ class Recorded:
     def drain(self, name: str) -> None:
         self._order("drain", name)
 
+    def start(self, name: str) -> None:
+        self._order("start", name)
+
     def assign(self, name: str, role: str) -> None:
         self._order("role", name, role)
 
@@ -231,10 +234,16 @@ async def test_explain_of_an_unknown_id(texts: Any, asked: str) -> None:
 
 async def test_orders(texts: Any) -> None:
     site = Site(texts)
-    assert (await site.call("POST", "/admin/instances/fake-0/drain")).status == 202
+    for order in ("drain", "start"):
+        call = await site.call("POST", f"/admin/instances/fake-0/{order}")
+        assert call.status == 202 and call.json()["asked"] == order
     call = await site.call("POST", "/admin/instances/fake-0/role", {"role": "decode"})
     assert call.status == 202 and call.json()["role"] == "decode"
-    assert site.operations.ordered == [("drain", "fake-0"), ("role", "fake-0", "decode")]
+    assert site.operations.ordered == [
+        ("drain", "fake-0"),
+        ("start", "fake-0"),
+        ("role", "fake-0", "decode"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -248,6 +257,8 @@ async def test_orders(texts: Any) -> None:
         ("/admin/instances/fake-0/role", b"not json", 400),
         ("/admin/instances/fake-0/role", b"x" * 100_000, 413),
         ("/admin/instances/fake-0/drain", {"now": True}, 400),
+        ("/admin/instances/other/start", b"", 404),
+        ("/admin/instances/fake-0/start", {"now": True}, 400),
     ],
 )
 async def test_orders_that_make_no_sense(texts: Any, path: str, body: Any, status: int) -> None:
@@ -264,3 +275,5 @@ async def test_what_a_service_cannot_do_is_said(texts: Any) -> None:
     site.app.state.context.operations = NO_OPERATIONS
     call = await site.call("POST", "/admin/instances/fake-0/drain")
     assert call.status == 400 and "cannot drain" in call.json()["error"]["message"]
+    call = await site.call("POST", "/admin/instances/fake-0/start")
+    assert call.status == 400 and "cannot start" in call.json()["error"]["message"]

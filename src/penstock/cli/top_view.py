@@ -21,6 +21,7 @@ _STATE_STYLES = {
     "suspect": "yellow",
     "lost": "bold red",
     "draining": "magenta",
+    "drained": "bright_black",
 }
 _ROLES = {
     "any": "any",

@@ -25,6 +25,7 @@ from penstock.registry.embedded import RegistryServer
 from penstock.registry.open import open_registry
 from penstock.service.cluster.fleet import Fleet
 from penstock.service.cluster.folders import SocketFolder
+from penstock.service.cluster.roster import FolderRoster
 from penstock.service.cluster.supervisor import Process
 from penstock.service.config import RestartPolicy, ServeConfig
 from penstock.service.listener import bound, url_of
@@ -113,6 +114,7 @@ class _Parent:
             config.restart,
             on_ended=lambda name, again: None,  # the workers see it themselves
             on_failed=self._fail,
+            roster=FolderRoster(self._folder.path),
         )
         self._workers = [self._worker(number) for number in range(config.cluster.api_workers)]
 
@@ -183,6 +185,7 @@ class _Parent:
 
     async def _watch_workers(self) -> None:
         while True:
+            self._fleet.follow_roster()
             for worker in self._workers:
                 if worker.running and worker.ready_file.exists():
                     worker.ready()

@@ -9,6 +9,7 @@ import signal
 import socket
 import ssl
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -18,6 +19,7 @@ from penstock.registry.embedded import RegistryServer
 from penstock.service.assemble import build_app, build_core, policy_name
 from penstock.service.cluster.cluster import Alone, AmongOthers
 from penstock.service.cluster.fleet import Fleet
+from penstock.service.cluster.roster import FolderRoster, LocalRoster, NobodyHere, Roster
 from penstock.service.config import ServeConfig
 from penstock.service.connection import Connection
 from penstock.service.driver import ServiceDriver
@@ -78,6 +80,7 @@ class _Service:
         self._failure: str | None = None
         self._registry_server: RegistryServer | None = None
         self._cluster: Alone | AmongOthers | None = None
+        roster = self._roster_of(config)
         # First: they take longest, and load while the rest is set up.
         self._fleet = Fleet(
             0 if config.engine_addresses or config.cluster.registry else config.cluster.instances,
@@ -85,6 +88,8 @@ class _Service:
             config.restart,
             on_ended=self._engine_ended,
             on_failed=self._fleet_failed,
+            on_drained=self._engine_drained,
+            roster=roster,
         )
         self._fleet.start()
         core = build_core(config)
@@ -94,6 +99,7 @@ class _Service:
             on_lost=self._silent,
             on_broken=lambda exc: self._fail(f"the service is broken: {exc}"),
             trace=open_trace(config.trace, "service"),
+            roster=roster,
         )
         self.driver.facts |= {
             "policy": policy_name(config.cluster),
@@ -102,6 +108,17 @@ class _Service:
         }
         self._listeners = [listener]
         self._server = _Server(_uvicorn_config(config, self._application()))
+
+    def _roster_of(self, config: ServeConfig) -> Roster:
+        cluster = config.cluster
+        if cluster.engines_return:
+            assert cluster.api_worker_folder is not None
+            return FolderRoster(Path(cluster.api_worker_folder))
+        if config.engine_addresses or cluster.registry:
+            return NobodyHere()
+        roster = LocalRoster()
+        roster.on_change = lambda: self._fleet.follow_roster()
+        return roster
 
     def _application(self) -> ASGIApp:
         app, cluster = build_app(self.driver, self._config), self._config.cluster
@@ -150,7 +167,8 @@ class _Service:
     def _silent(self, name: str) -> None:
         """Perhaps it only has to attach anew. If it does not answer that either, it hangs, and its
         successor goes on with what it had; until then its requests wait."""
-        if name in self._fleet or self._config.cluster.engines_return:
+        out = self.driver.core.instances[name].is_out
+        if not out and (name in self._fleet or self._config.cluster.engines_return):
             self.driver.core.expect(name, True)
         if name in self._fleet:
             self._fleet.kill_unless(name, lambda: self.driver.is_active(name), _ANSWER_S)
@@ -158,6 +176,9 @@ class _Service:
     def _engine_ended(self, name: str, starts_again: bool) -> None:
         if name in self.driver.core.instances:
             self.driver.instance_lost(name, starts_again)
+
+    def _engine_drained(self, name: str) -> None:
+        self.driver.instance_lost(name, False)
 
     def _fleet_failed(self, reason: str) -> None:
         # Where the end has been asked for already, it is no failure to start.

@@ -174,7 +174,7 @@ class ServiceCore:
         return []
 
     def assign(self, name: str, role: Role, now: float) -> list[Effect]:
-        """Change a role by hand. Raises `UnsupportedFeature` where another service leads, and
+        """Change a role by hand. Raises `NotLeading` where another service leads, and
         `InvalidRequest` where nobody would be left to prefill, or to decode."""
         return self.roles.assign(self.instances, name, role, now)
 
@@ -186,6 +186,17 @@ class ServiceCore:
         if instance.leaving_since_s is None:
             instance.leaving_since_s = now
         return self._empty(instance, now)
+
+    def take_out(self, name: str, now: float) -> list[Effect]:
+        """Empty `name` for good: once it is gone it is "drained" and nobody waits for it."""
+        self.instances[name].take_out()
+        self.expect(name, False)
+        return self.drain_instance(name, now)
+
+    def bring_back(self, name: str) -> None:
+        """The order of `take_out` does not hold any more: a process of this name is expected."""
+        self.instances[name].bring_back()
+        self.expect(name, True)
 
     def remove_instance(self, name: str, now: float) -> list[Effect]:
         """`name` is not a part of this cluster any more."""
@@ -403,7 +414,7 @@ class ServiceCore:
     def on_timer(self, now: float) -> list[Effect]:
         effects: list[Effect] = []
         self._forgive_own_pause(now)
-        for instance in self.instances.values():
+        for instance in (i for i in self.instances.values() if i.state != "drained"):
             effects += self._look_after(instance, now)
             effects += self._empty(instance, now)
         effects += self.placement.house(now)
@@ -470,7 +481,7 @@ class ServiceCore:
         return [Send(instance.name, attach)]
 
     def _give_up(self, instance: Instance, now: float) -> list[Effect]:
-        instance.state = "lost"
+        instance.state = "drained" if instance.is_out else "lost"
         self.prospects.finder.gone(instance.name)
         return self.placement.evacuate(instance, now)
 

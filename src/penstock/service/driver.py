@@ -13,6 +13,7 @@ from penstock.protocol.instance import InstanceCard
 from penstock.protocol.kv import Refused
 from penstock.protocol.transport.base import Endpoint
 from penstock.protocol.transport.open import connect
+from penstock.service.cluster.roster import NobodyHere, Roster
 from penstock.service.core import ServiceCore
 from penstock.service.generation import GenerationSpec, ServiceStatus, TokenDelta
 from penstock.service.operations import CoreOperations
@@ -84,6 +85,7 @@ class ServiceDriver:
         on_lost: Callable[[str], None] = lambda _: None,
         on_broken: Callable[[BaseException], None] = lambda _: None,
         trace: Trace = NO_TRACE,
+        roster: Roster | None = None,
     ) -> None:
         """Told by name: instances that take work, and instances that are lost (silence included).
 
@@ -106,7 +108,9 @@ class ServiceDriver:
         self.nobody = "none started"
         #: What /admin says of this service beyond what the core knows.
         self.facts: dict[str, object] = {}
-        self.operations = CoreOperations(core, self._carry_out, self._loop.time)
+        self.operations = CoreOperations(
+            core, self._carry_out, self._loop.time, roster or NobodyHere(), self._reconnect
+        )
 
     # --- instances -----------------------------------------------------------------------------
 
@@ -120,6 +124,12 @@ class ServiceDriver:
         self._open(name, address)
         self.core.instances[name].refusal = ""
         self.instance_lost(name, coming_back=True)
+
+    def _reconnect(self, name: str) -> None:
+        endpoint = self._endpoints.get(name)
+        if endpoint is not None:
+            self._close_endpoint(name)
+            self._open(name, endpoint.address)
 
     def refuse(self, name: str, reason: str) -> None:
         """It is there and not used; /health and /admin say why."""
@@ -203,6 +213,10 @@ class ServiceDriver:
             if instance.state == "active" and name not in self._active:
                 self._active.add(name)
                 self._on_active(name)
+            elif instance.state == "drained" and name in self._active:
+                self._active.discard(name)
+                log.info("%s is drained", name)
+                self._on_lost(name)
             elif instance.state == "lost" and name in self._active:
                 self._active.discard(name)
                 log.warning("%s is lost; its requests go on elsewhere or wait for it", name)
@@ -226,6 +240,7 @@ class ServiceDriver:
 
     def _on_timer(self) -> None:
         self._renew_connections()
+        self.operations.follow_roster()
         self._carry_out(self.core.on_timer(self._loop.time()))
         self._watch_states()
 

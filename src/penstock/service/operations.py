@@ -11,6 +11,8 @@ import msgspec
 from penstock.protocol.effects import Effect
 from penstock.protocol.errors import PenstockError, UnsupportedFeature
 from penstock.protocol.instance import Role
+from penstock.service.cluster.instances import Instance
+from penstock.service.cluster.roster import Roster
 from penstock.service.core import ServiceCore
 from penstock.service.explain import Explanation
 from penstock.service.journal import Entry
@@ -22,6 +24,14 @@ class NotHere(PenstockError):
     code = "not_found"
     type = "not_found_error"
     http_status = 404
+
+
+class Conflict(PenstockError):
+    """An order that does not fit what is."""
+
+    code = "conflict"
+    type = "invalid_request_error"
+    http_status = 409
 
 
 class LiveSequence(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,8 +62,13 @@ class Operations(Protocol):
         """The oldest `limit` sequences, and how many there are."""
 
     def drain(self, name: str) -> None:
-        """No new work for the instance; what it has goes on elsewhere or is finished. Raises
-        `NotHere`."""
+        """No new work for the instance; what it has goes on elsewhere or is finished, and its
+        process ends. One that was started here stays away until `start`. Raises `NotHere`, and
+        `Conflict` where no other would be left."""
+
+    def start(self, name: str) -> None:
+        """Take back a drained instance that was started here. Raises `NotHere`, `Conflict`, and
+        `UnsupportedFeature` for one that was started elsewhere."""
 
     def assign(self, name: str, role: Role) -> None:
         """Give the instance a role by hand. Raises `NotHere`, or says why it cannot be done."""
@@ -73,6 +88,9 @@ class NoOperations:
     def drain(self, name: str) -> None:
         raise UnsupportedFeature("this service cannot drain its instances")
 
+    def start(self, name: str) -> None:
+        raise UnsupportedFeature("this service cannot start instances")
+
     def assign(self, name: str, role: Role) -> None:
         raise UnsupportedFeature("this service cannot give its instances roles")
 
@@ -86,7 +104,12 @@ class CoreOperations:
         core: ServiceCore,
         carry_out: Callable[[list[Effect]], None],
         clock: Callable[[], float],
+        roster: Roster,
+        reconnect: Callable[[str], None],
     ) -> None:
+        """`reconnect(name)`: a new process listens where the old one did."""
+        self._roster = roster
+        self._reconnect = reconnect
         self._core = core
         self._carry_out = carry_out
         self._clock = clock
@@ -104,16 +127,57 @@ class CoreOperations:
 
     def drain(self, name: str) -> None:
         self._require(name)
-        self._carry_out(self._core.drain_instance(name, self._clock()))
+        if not self._roster.owns(name):
+            self._carry_out(self._core.drain_instance(name, self._clock()))
+            return
+        with self._roster.one_at_a_time():
+            if self._roster.is_out(name):
+                return
+            left = [i.name for i in self._core.instances.values() if i.takes_work]
+            if all(other == name or self._roster.is_out(other) for other in left):
+                raise Conflict(
+                    f"no other instance takes work: without {name} nothing would be served; start "
+                    "another one first, or stop the server"
+                )
+            self._roster.take_out(name)
+        self.follow_roster()
+
+    def start(self, name: str) -> None:
+        instance = self._require(name)
+        if not self._roster.owns(name):
+            raise UnsupportedFeature(
+                f"{name} was started elsewhere: start it there again (`penstock worker`), and it "
+                "will be used"
+            )
+        if not self._roster.is_out(name):
+            raise Conflict(f"{name} is {instance.state}: only what has been drained can be started")
+        if instance.state != "drained":
+            raise Conflict(f"{name} still drains: start it when it is drained")
+        self._roster.bring_back(name)
+        self.follow_roster()
+
+    def follow_roster(self) -> None:
+        """Do what has been ordered here or elsewhere; called a few times a second."""
+        for name, instance in self._core.instances.items():
+            if not self._roster.owns(name):
+                continue
+            if self._roster.is_out(name):
+                leaves = instance.state == "drained" or instance.leaving_since_s is not None
+                if not (instance.is_out and leaves):
+                    self._carry_out(self._core.take_out(name, self._clock()))
+            elif instance.is_out:
+                self._reconnect(name)
+                self._core.bring_back(name)
 
     def assign(self, name: str, role: Role) -> None:
         self._require(name)
         self._carry_out(self._core.assign(name, role, self._clock()))
 
-    def _require(self, name: str) -> None:
+    def _require(self, name: str) -> Instance:
         if name not in self._core.instances:
             known = ", ".join(self._core.instances) or "none"
             raise NotHere(f"there is no instance {name[:200]!r}: there is {known}")
+        return self._core.instances[name]
 
 
 def _live(entry: Entry, now: float) -> LiveSequence:

@@ -55,7 +55,7 @@ class RoleRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 class Done(msgspec.Struct, kw_only=True):
     instance: str
-    asked: Literal["drain", "role"]
+    asked: Literal["drain", "start", "role"]
     role: Role | None = None
 
 
@@ -97,10 +97,15 @@ class AdminEndpoints:
 
     async def drain(self, http: Request) -> Response:
         name: str = http.path_params["name"]
-        if await read_body(http.scope, http.receive, _MAX_BODY_BYTES) not in (b"", b"{}"):
-            raise InvalidRequest("draining takes no body")
+        await _no_body(http)
         self._context.operations.drain(name)
         return json_response(Done(instance=name, asked="drain"), 202)
+
+    async def start(self, http: Request) -> Response:
+        name: str = http.path_params["name"]
+        await _no_body(http)
+        self._context.operations.start(name)
+        return json_response(Done(instance=name, asked="start"), 202)
 
     async def role(self, http: Request) -> Response:
         name: str = http.path_params["name"]
@@ -108,6 +113,11 @@ class AdminEndpoints:
         wanted = decode(body, msgspec.json.Decoder(RoleRequest))
         self._context.operations.assign(name, wanted.role)
         return json_response(Done(instance=name, asked="role", role=wanted.role), 202)
+
+
+async def _no_body(http: Request) -> None:
+    if await read_body(http.scope, http.receive, _MAX_BODY_BYTES) not in (b"", b"{}"):
+        raise InvalidRequest("this order takes no body")
 
 
 def _explained(number: int, found: Explanation) -> ExplainedPrompt:

@@ -135,7 +135,11 @@ def _admin_table(context: Context) -> list[Api]:
         ),
         Api(
             "POST", "/admin/instances/{name}/drain", admin.drain,
-            "No new work for an instance; what it has goes on elsewhere", Done,
+            "No new work for an instance; what it has goes on elsewhere, and it ends", Done,
+        ),
+        Api(
+            "POST", "/admin/instances/{name}/start", admin.start,
+            "Start an instance again that has been drained", Done,
         ),
         Api(
             "POST", "/admin/instances/{name}/role", admin.role,

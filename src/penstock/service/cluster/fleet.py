@@ -5,13 +5,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+from penstock.service.cluster.roster import LocalRoster, Roster
 from penstock.service.cluster.supervisor import Worker
 from penstock.service.config import RestartPolicy
+
+#: How long an engine that is to go may be silent: it gives its memory back, and has time.
+_ENDS_WITHIN_S = 30.0
 
 
 class Fleet:
     """`on_ended(name, starts again)`: an engine's process has ended. `on_failed(reason)`: none is
-    left, and none will come back: the service is of no use any more."""
+    left, and none will come back: the service is of no use any more. `on_drained(name)`: the roster
+    has taken it out, and it has gone."""
 
     def __init__(
         self,
@@ -21,13 +26,16 @@ class Fleet:
         *,
         on_ended: Callable[[str, bool], None],
         on_failed: Callable[[str], None],
+        on_drained: Callable[[str], None] = lambda name: None,
+        roster: Roster | None = None,
     ) -> None:
+        self._roster = roster or LocalRoster()
         self._on_ended = on_ended
         self._on_failed = on_failed
         self._given_up: set[str] = set()
         self._was_ready = False
         self.workers = {
-            name: Worker(name, worker_args, policy, self._ended)
+            name: Worker(name, worker_args, policy, self._ended, self._roster, on_drained)
             for name in (f"engine-{number}" for number in range(num_engines))
         }
 
@@ -49,23 +57,34 @@ class Fleet:
         if again:
             return
         self._given_up.add(name)
-        if len(self._given_up) < len(self.workers):
+        if any(n not in self._given_up and not w.rests for n, w in self.workers.items()):
             return
         if self._was_ready:
             self._on_failed(f"engine {name} keeps failing; giving up")
         else:  # trying the same again will not help, and it has said why
             self._on_failed(f"the engine did not start (exit code {code}): its reason is above")
 
+    def follow_roster(self) -> None:
+        for worker in self.workers.values():
+            worker.follow_roster()
+
     def kill_unless(self, name: str, is_well: Callable[[], bool], after_s: float) -> None:
-        """Kill the process that now has this name, unless by then `is_well()`."""
+        """Kill the process that now has this name, unless by then `is_well()`. One that drains gets
+        more time to end by itself."""
         worker = self.workers[name]
         incarnation = worker.incarnation
 
-        def look() -> None:
-            if worker.incarnation == incarnation and not is_well():
+        loop = asyncio.get_running_loop()
+
+        def look(waited_s: float) -> None:
+            if worker.incarnation != incarnation or is_well():
+                return
+            if self._roster.is_out(name) and waited_s < _ENDS_WITHIN_S:
+                loop.call_later(_ENDS_WITHIN_S - waited_s, look, _ENDS_WITHIN_S)
+            else:
                 worker.kill()
 
-        asyncio.get_running_loop().call_later(after_s, look)
+        loop.call_later(after_s, look, after_s)
 
     async def stop(self, timeout_s: float) -> None:
         await asyncio.gather(*(worker.stop(timeout_s) for worker in self.workers.values()))

@@ -11,8 +11,9 @@ from penstock.service.journal import Entry, Reservation
 from penstock.service.policies.correction import PrefillShare, TransferFitter, TtftCorrection
 
 #: connecting: known, not attached yet · active: takes work · suspect: silent, takes no new work ·
-#: lost: its sequences have been placed elsewhere or wait for an instance
-InstanceState = Literal["connecting", "active", "suspect", "lost"]
+#: lost: its sequences have been placed elsewhere or wait for an instance · drained: the same, by an
+#: operator's order, and it stays so until he takes it back
+InstanceState = Literal["connecting", "active", "suspect", "lost", "drained"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,8 @@ class Instance:
     #: This service has been asked to empty it (`ServiceCore.drain_instance`); it will be told to
     #: drain once nobody needs the blocks it has. When that began.
     leaving_since_s: float | None = None
+    #: And it is to stay away after that.
+    is_out: bool = False
     #: As it says itself. In doubt: it has refused a plan for being older than its role.
     role: Role = "any"
     epoch: int = 0
@@ -129,6 +132,16 @@ class Instance:
         self.attach_tries = 0
         self.touched = True
         self.heard(now)
+
+    def take_out(self) -> None:
+        self.is_out = True
+        if self.state == "lost":
+            self.state = "drained"
+
+    def bring_back(self) -> None:
+        self.is_out, self.leaving_since_s = False, None
+        if self.state == "drained":
+            self.state, self.refusal = "connecting", ""
 
     def is_now(self, role: Role, epoch: int) -> bool:
         """It has said what it is. True if that is another role than before."""

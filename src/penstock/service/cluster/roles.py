@@ -19,6 +19,14 @@ from penstock.service.policies.forecast import Forecast, Work
 from penstock.service.policies.roles import RolePlan, RolesConfig, RoleState, decide_roles
 from penstock.service.policies.view import ClusterView
 
+
+class NotLeading(UnsupportedFeature):
+    """Another service decides on roles."""
+
+    code = "not_leading"
+    http_status = 409
+
+
 _FINAL: dict[Role, Role] = {"prefill_to_decode": "decode", "decode_to_prefill": "prefill"}
 _CANNOT_PREFILL: tuple[Role, ...] = ("decode", "prefill_to_decode", "encode")
 _CANNOT_DECODE: tuple[Role, ...] = ("prefill", "decode_to_prefill", "encode")
@@ -114,10 +122,10 @@ class RoleKeeper:
     def assign(
         self, instances: Mapping[str, Instance], name: str, role: Role, now: float
     ) -> list[Effect]:
-        """Raises `UnsupportedFeature` where another service leads, and `InvalidRequest` where
+        """Raises `NotLeading` where another service leads, and `InvalidRequest` where
         nobody would be left to prefill, or to decode."""
         if self.term is None:
-            raise UnsupportedFeature(
+            raise NotLeading(
                 "this service does not lead the cluster: ask the one that does (/admin/cluster)"
             )
         others = [self._will_be(i) for i in instances.values() if i.takes_work and i.name != name]

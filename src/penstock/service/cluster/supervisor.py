@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 from penstock.protocol.errors import StartupError
 from penstock.service.cluster.folders import SocketFolder
+from penstock.service.cluster.roster import Roster
 from penstock.service.config import RestartPolicy
 
 log = logging.getLogger(__name__)
@@ -70,6 +71,7 @@ class Process:
             self._has_ended(1)
 
     def _start(self) -> None:
+        self._restart = None
         self.incarnation += 1
         command = [sys.executable, "-m", "penstock.cli.main", *self.arguments()]
         # A session of its own: Ctrl-C in the terminal is for the service, which then drains it.
@@ -145,7 +147,8 @@ class Process:
 
 
 class Worker(Process):
-    """An engine."""
+    """An engine. Of one that the roster has taken out no process is started, and the end of the one
+    there was is no failure; `on_drained` is told of it."""
 
     kind = "engine"
 
@@ -155,9 +158,14 @@ class Worker(Process):
         worker_args: tuple[str, ...],
         policy: RestartPolicy,
         on_exit: Callable[[str, int, bool], None],
+        roster: Roster,
+        on_drained: Callable[[str], None],
     ) -> None:
         super().__init__(name, policy, on_exit)
         self._args = worker_args
+        self._roster = roster
+        self._on_drained = on_drained
+        self.rests = False
         self._folder = SocketFolder()
         self.address = f"ipc://{self._folder.path}/{name}.sock"
 
@@ -167,6 +175,29 @@ class Worker(Process):
             *("--incarnation", str(self.incarnation), "--parent-pid", str(os.getpid())),
             *self._args,
         ]
+
+    def _has_ended(self, code: int) -> None:
+        if self._roster.is_out(self.name):
+            log.info("%s %s is drained (%s)", self.kind, self.name, describe_exit(code))
+            self._rest()
+        else:
+            super()._has_ended(code)
+
+    def follow_roster(self) -> None:
+        """Start what has been brought back; do not start what has been taken out meanwhile."""
+        out = self._roster.is_out(self.name)
+        if out and self._restart is not None:
+            self._restart.cancel()
+            self._restart = None
+            self._rest()
+        elif not out and self.rests and not self._stopping:
+            self.rests = False
+            self.start()
+
+    def _rest(self) -> None:
+        self._failures = 0
+        self.rests = True
+        self._on_drained(self.name)
 
     async def stop(self, timeout_s: float) -> None:
         await super().stop(timeout_s)

@@ -1,0 +1,94 @@
+"""Operators' orders over HTTP, to real processes: out of service, back again, roles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.helpers.checkpoints import make_checkpoint
+from tests.helpers.processes import Command, Processes, processes
+from tests.integration.test_cluster_processes import FLAGS, SERVED, Streams
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    make_checkpoint(folder, "qwen3", num_hidden_layers=2, hidden_size=64)
+    return str(folder)
+
+
+@pytest.fixture
+def started(tmp_path: Path) -> Iterator[Processes]:
+    with processes(tmp_path) as started:
+        yield started
+
+
+def order(server: Command, name: str, what: str, **body: Any) -> httpx.Response:
+    url = f"{server.url}/admin/instances/{name}/{what}"
+    return httpx.post(url, json=body, timeout=10.0)
+
+
+def states(server: Command) -> dict[str, str]:
+    try:
+        return {i["name"]: i["state"] for i in server.get("/health")["instances"]}
+    except httpx.TransportError:
+        return {}
+
+
+BOTH = {"engine-0": "active", "engine-1": "active"}
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_an_engine_is_taken_out_for_good_and_brought_back(
+    started: Processes, model: str, num_workers: int
+) -> None:
+    flags = ("--instances", "2", "--api-workers", str(num_workers))
+    server = started.server("serve", model, *SERVED, *FLAGS, *flags)
+    started.until(lambda: all(states(server) == BOTH for _ in range(8)))
+    undisturbed = Streams(server).finished()
+    old = server.child("engine-1").pid
+
+    streams = Streams(server)
+    streams.all_begun()
+    answer = order(server, "engine-1", "drain")
+    assert (answer.status_code, answer.json()["asked"]) == (202, "drain")
+    assert streams.finished() == undisturbed
+    out = {"engine-0": "active", "engine-1": "drained"}
+    # Each look is a connection of its own, which any API worker may get.
+    started.until(lambda: all(states(server) == out for _ in range(8)))
+    assert server.get("/health")["status"] == "ok"
+    assert "engine-1 is drained" in server.log and "does not answer" not in server.log
+
+    for _ in range(4):
+        answer = order(server, "engine-0", "drain")
+        assert answer.status_code == 409 and "no other instance" in answer.text
+        answer = order(server, "engine-0", "start")
+        assert answer.status_code == 409 and "engine-0 is active" in answer.text
+    assert Streams(server).finished() == undisturbed
+
+    assert order(server, "engine-1", "start").status_code == 202
+    started.until(lambda: all(states(server) == BOTH for _ in range(8)))
+    assert server.child("engine-1").pid != old
+    assert Streams(server).finished() == undisturbed
+
+
+def test_a_worker_of_a_registry_drains_and_is_started_where_it_ran(
+    started: Processes, model: str, tmp_path: Path
+) -> None:
+    address = f"ipc://{tmp_path}/registry.sock"
+    router = started.server("router", model, *SERVED, "--registry-address", address)
+    url = address.replace("ipc://", "penstock+ipc://")
+    workers = {
+        name: started.start("worker", model, *FLAGS, "--registry", url, "--name", name)
+        for name in ("w0", "w1")
+    }
+    started.until(lambda: states(router) == {"w0": "active", "w1": "active"})
+    answer = order(router, "w1", "start")
+    assert answer.status_code == 400 and "was started elsewhere" in answer.text
+    assert order(router, "w1", "drain").status_code == 202
+    assert workers["w1"].process.wait(60) == 0
+    started.until(lambda: states(router) == {"w0": "active"})

@@ -1,0 +1,258 @@
+"""Engines that an operator takes out of service, and brings back."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.unit.test_service_core import Bench
+
+from penstock.protocol.effects import Effect
+from penstock.protocol.errors import UnsupportedFeature
+from penstock.protocol.instance import Attach, Drain
+from penstock.service.cluster.fleet import Fleet
+from penstock.service.cluster.roster import FolderRoster, LocalRoster, NobodyHere, Roster
+from penstock.service.config import RestartPolicy
+from penstock.service.operations import Conflict, CoreOperations, NotHere
+
+
+class Site:
+    """A service over instances that the roster owns."""
+
+    def __init__(self, *names: str, roster: Roster | None = None) -> None:
+        self.bench = Bench(*names)
+        self.roster = roster or LocalRoster()
+        self.reconnected: list[str] = []
+        self.operations = CoreOperations(
+            self.bench.core, self._take, lambda: self.bench.now, self.roster, self._reconnect
+        )
+
+    def _take(self, effects: list[Effect]) -> None:
+        self.bench._take(effects)
+
+    def _reconnect(self, name: str) -> None:
+        self.reconnected.append(name)
+
+    def state(self, name: str) -> str:
+        return self.bench.core.instances[name].state
+
+    def ends(self, name: str) -> None:
+        """Its process has ended, as the service that owns it, or its silence, tells."""
+        self._take(self.bench.core.on_instance_lost(name, self.bench.now))
+
+    def sent(self, name: str, kind: type) -> list[Any]:
+        return [m for to, m in self.bench.sent if to == name and isinstance(m, kind)]
+
+
+def test_drained_and_started_again() -> None:
+    site = Site("a", "b")
+    site.operations.drain("a")
+    assert site.sent("a", Drain) and not site.bench.core.instances["a"].takes_work
+    with pytest.raises(Conflict, match="still drains"):
+        site.operations.start("a")
+    site.ends("a")
+    assert site.state("a") == "drained" and site.bench.core.ready
+    site.operations.drain("a")  # says nothing new
+    # Nobody knocks there any more.
+    site.bench.sent.clear()
+    site.bench.now = 60.0
+    site._take(site.bench.core.on_timer(60.0))
+    assert site.state("a") == "drained" and not site.sent("a", Attach)
+    site.operations.start("a")
+    assert site.state("a") == "connecting" and site.reconnected == ["a"]
+    site._take(site.bench.core.on_timer(61.0))
+    assert site.sent("a", Attach)
+    site.bench.attached("a", incarnation=2)
+    assert site.state("a") == "active" and site.bench.core.instances["a"].takes_work
+    with pytest.raises(Conflict, match="a is active"):
+        site.operations.start("a")
+
+
+def test_the_last_one_stays() -> None:
+    site = Site("a", "b", "c")
+    for name in ("a", "b"):
+        site.operations.drain(name)
+    with pytest.raises(Conflict, match="no other instance takes work: without c"):
+        site.operations.drain("c")
+    assert site.bench.core.instances["c"].takes_work
+    site.ends("a")
+    site.operations.start("a")
+    with pytest.raises(Conflict):
+        site.operations.drain("c")  # a is not there yet
+    site.bench.attached("a", incarnation=2)
+    site.operations.drain("c")
+    for order in (site.operations.drain, site.operations.start):
+        with pytest.raises(NotHere):
+            order("nobody")
+
+
+def test_an_engine_that_was_gone_already_is_not_waited_for() -> None:
+    site = Site("a", "b")
+    site.ends("a")
+    assert site.state("a") == "lost"
+    site.operations.drain("a")
+    assert site.state("a") == "drained"
+
+
+def test_an_engine_that_comes_up_all_the_same_is_told_to_go() -> None:
+    site = Site("a", "b")
+    site.ends("a")
+    site.operations.drain("a")
+    site.bench.sent.clear()
+    site.bench.attached("a", incarnation=2)  # it was on its way when the order came
+    site.operations.follow_roster()
+    assert site.sent("a", Drain) and not site.bench.core.instances["a"].takes_work
+
+
+def test_engines_of_others_are_let_go_and_started_by_others() -> None:
+    site = Site("a", roster=NobodyHere())
+    site.operations.drain("a")
+    assert site.sent("a", Drain)
+    site.ends("a")
+    assert site.state("a") == "lost"  # a successor of this name is welcome
+    with pytest.raises(UnsupportedFeature, match="was started elsewhere"):
+        site.operations.start("a")
+
+
+def test_an_order_to_one_worker_is_known_to_all(tmp_path: Path) -> None:
+    first, second = (Site("a", "b", roster=FolderRoster(tmp_path)) for _ in range(2))
+    first.operations.drain("a")
+    with pytest.raises(Conflict):
+        second.operations.drain("b")
+    second.operations.follow_roster()
+    assert not second.bench.core.instances["a"].takes_work
+    for site in (first, second):
+        site.ends("a")
+        assert site.state("a") == "drained"
+    late = Site("a", "b", roster=FolderRoster(tmp_path))  # a worker that was started again
+    late.operations.follow_roster()
+    assert not late.bench.core.instances["a"].takes_work
+    second.operations.start("a")
+    first.operations.follow_roster()
+    assert first.state("a") == second.state("a") == "connecting"
+
+
+def test_of_orders_at_once_one_is_too_many(tmp_path: Path) -> None:
+    for number in range(10):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        refused: list[str] = []
+        barrier = threading.Barrier(3)
+
+        def order(name: str, folder: Path, refused: list[str], barrier: threading.Barrier) -> None:
+            site = Site("a", "b", "c", roster=FolderRoster(folder))
+            barrier.wait(10)
+            try:
+                site.operations.drain(name)
+            except Conflict:
+                refused.append(name)
+
+        threads = [
+            threading.Thread(target=order, args=(name, folder, refused, barrier)) for name in "abc"
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(10)
+        assert len(refused) == 1
+
+
+# --- processes ---------------------------------------------------------------------------------
+
+
+class Owner:
+    """A fleet of processes that wait, and end well when told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, script: str, num: int = 2) -> None:
+        from penstock.service.cluster import supervisor
+
+        popen = supervisor.subprocess.Popen
+
+        def start(command: list[str], **given: Any) -> Any:
+            return popen([sys.executable, "-c", script], **given)
+
+        monkeypatch.setattr(supervisor.subprocess, "Popen", start)
+        self.roster = LocalRoster()
+        self.ended: list[tuple[str, bool]] = []
+        self.failed: list[str] = []
+        self.drained: list[str] = []
+        self.fleet = Fleet(
+            num,
+            (),
+            RestartPolicy(),
+            on_ended=lambda name, again: self.ended.append((name, again)),
+            on_failed=self.failed.append,
+            on_drained=self.drained.append,
+            roster=self.roster,
+        )
+        self.roster.on_change = self.fleet.follow_roster
+        self.fleet.start()
+        for name in self.fleet.workers:
+            self.fleet.ready(name)
+
+    def pid(self, name: str) -> int | None:
+        return self.fleet.workers[name].pid
+
+
+async def until(what: Any) -> None:
+    for _ in range(1000):
+        if what():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("it did not happen")
+
+
+WAITS = "import signal, sys; signal.signal(signal.SIGUSR1, lambda *_: sys.exit(0)); signal.pause()"
+
+
+async def test_a_drained_process_is_not_started_again_until_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    owner = Owner(monkeypatch, "import sys; sys.stdin.read()")  # ends well at once
+    worker = owner.fleet.workers["engine-0"]
+    owner.roster.take_out("engine-0")
+    await until(lambda: owner.drained == ["engine-0"])
+    assert worker.rests and owner.failed == []
+    starts = worker.incarnation
+    await asyncio.sleep(0.1)
+    assert worker.incarnation == starts
+    owner.roster.bring_back("engine-0")
+    assert not worker.rests and worker.incarnation == starts + 1
+    await owner.fleet.stop(5.0)
+
+
+async def test_however_it_ends_a_drained_engine_is_no_failure(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    owner = Owner(monkeypatch, WAITS)
+    owner.roster.take_out("engine-1")
+    owner.fleet.workers["engine-1"].kill()
+    await until(lambda: owner.drained == ["engine-1"])
+    assert owner.failed == [] and owner.ended == []
+    await owner.fleet.stop(5.0)
+
+
+async def test_one_that_drains_in_silence_is_not_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    owner = Owner(monkeypatch, WAITS)
+    owner.roster.take_out("engine-0")
+    pids = {name: owner.pid(name) for name in owner.fleet.workers}
+    for name in pids:
+        owner.fleet.kill_unless(name, lambda: False, 0.05)
+    await until(lambda: owner.ended == [("engine-1", True)])
+    assert owner.pid("engine-0") == pids["engine-0"] and not owner.fleet.workers["engine-0"].rests
+    await owner.fleet.stop(5.0)
+
+
+async def test_one_that_does_not_end_is_ended_after_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    from penstock.service.cluster import fleet
+
+    monkeypatch.setattr(fleet, "_ENDS_WITHIN_S", 0.2)
+    owner = Owner(monkeypatch, WAITS)
+    owner.roster.take_out("engine-0")
+    owner.fleet.kill_unless("engine-0", lambda: False, 0.05)
+    await until(lambda: owner.drained == ["engine-0"])
+    await owner.fleet.stop(5.0)
