@@ -2,6 +2,8 @@
 stream, as engines have them.
 
     python -m benchmarks.mock_engine --port 9001 --step-ms 5
+
+With --port 0 it takes a free one. Once it listens it prints its port.
 """
 
 from __future__ import annotations
@@ -63,13 +65,13 @@ class Engine:
         self._left.pop(transport, None)
 
     def _step(self) -> None:
-        for transport, left in list(self._left.items()):
+        streams, self._left = self._left, {}
+        for transport, left in streams.items():
+            if transport.is_closing():
+                continue
+            transport.write(_CHUNK if left > 1 else _CHUNK + _DONE)
             if left > 1:
-                transport.write(_CHUNK)
                 self._left[transport] = left - 1
-            else:
-                transport.write(_CHUNK + _DONE)
-                del self._left[transport]
         if self._left:
             asyncio.get_running_loop().call_later(self._step_s, self._step)
 
@@ -124,6 +126,7 @@ async def serve(port: int, step_s: float) -> None:
     engine = Engine(step_s)
     loop = asyncio.get_running_loop()
     server = await loop.create_server(lambda: Connection(engine), "127.0.0.1", port, backlog=4096)
+    print(server.sockets[0].getsockname()[1], flush=True)
     await server.serve_forever()
 
 

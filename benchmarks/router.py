@@ -3,10 +3,11 @@
     python -m benchmarks.router [--smg ~/.venv/bin/smg] [--streams 64] [--tokens 100]
                                 [--requests 2000] [--api-workers 1 2] [--repeats 3]
 
-Routers run one at a time, pinned to the first core (to as many as they have workers); engines and
-the load share the last one. Requests a second and streamed tokens a second are on the wall clock,
-where the load generator may be the limit on few cores; CPU time of the router's processes (psutil)
-is what one core of it could do. `direct` is the load on an engine without a router.
+All routers stand ready and are measured in turn, `--repeats` times; a figure is the median of its
+rounds. Routers are pinned to the first core (to as many as they have workers); engines and the load
+share the last one. Requests and streamed tokens a second are on the wall clock, where the load
+generator may be the limit on few cores; CPU time of the router's processes is what one core of it
+could do. `direct` is the load on an engine without a router. Linux only (clocks of processes).
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ import asyncio
 import contextlib
 import json
 import os
+import signal
+import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,8 +34,17 @@ import psutil
 import uvloop
 
 from benchmarks.mock_engine import MODEL
+from penstock.cli.process import stop_with_parent
 
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen. "
+_EVENT = b"data: {"
+#: For a router to answer its first request, and for one round of load.
+_START_S = 60.0
+_ROUND_S = 60.0
+
+
+class LoadFailed(Exception):
+    """What was asked for did not come."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +62,14 @@ class Client(asyncio.Protocol):
         self._requests = requests
         self._done = done
         self._parser = httptools.HttpResponseParser(self)
-        self._events = 0
+        #: The end of what has come of a body: an event's beginning may be split between two reads.
+        self._tail = b""
+        self._error = b""
+        self.events = 0
+
+    @property
+    def left(self) -> int:
+        return len(self._requests) + (not self._done.done())
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._transport = transport
@@ -59,15 +79,22 @@ class Client(asyncio.Protocol):
         self._parser.feed_data(data)
 
     def on_body(self, body: bytes) -> None:
-        self._events += body.count(b"data: {")
+        seen = self._tail + body
+        self.events += seen.count(_EVENT)
+        self._tail = seen[1 - len(_EVENT) :]
+        if b'"error"' in body:
+            self._error = body
 
     def on_message_complete(self) -> None:
-        if self._parser.get_status_code() != 200:
-            self._fail(f"status {self._parser.get_status_code()}")
+        self._tail = b""
+        if self._parser.get_status_code() != 200 or self._error:
+            status = self._parser.get_status_code()
+            self._fail(f"status {status}: {self._error[-500:].decode(errors='replace')}")
+            self._transport.abort()
         elif self._requests:
             self._transport.write(self._requests.pop())
         elif not self._done.done():
-            self._done.set_result(self._events)
+            self._done.set_result(self.events)
             self._transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -75,7 +102,7 @@ class Client(asyncio.Protocol):
 
     def _fail(self, why: str) -> None:
         if not self._done.done():
-            self._done.set_exception(RuntimeError(why))
+            self._done.set_exception(LoadFailed(why))
 
 
 def request(number: int, load: Load, stream: bool) -> bytes:
@@ -96,18 +123,30 @@ def request(number: int, load: Load, stream: bool) -> bytes:
 
 
 async def drive(port: int, per_connection: list[list[bytes]]) -> int:
+    """Events that came. Raises `LoadFailed`, with what is missing."""
     loop = asyncio.get_running_loop()
-    waits = []
+    clients: list[Client] = []
+    waits: list[asyncio.Future[int]] = []
     for requests in per_connection:
         done: asyncio.Future[int] = loop.create_future()
-        await loop.create_connection(lambda r=requests, d=done: Client(r, d), "127.0.0.1", port)
+        client = Client(requests, done)
+        clients.append(client)
         waits.append(done)
-    return sum(await asyncio.gather(*waits))
+        await loop.create_connection(lambda c=client: c, "127.0.0.1", port)
+    await asyncio.wait(waits, timeout=_ROUND_S, return_when=asyncio.FIRST_EXCEPTION)
+    failed = [done for done in waits if done.done() and done.exception() is not None]
+    late = [client for client in clients if client.left]
+    if late and not failed:
+        raise LoadFailed(
+            f"after {_ROUND_S:g} s {len(late)} of {len(clients)} connections wait for "
+            f"{sum(c.left for c in late)} answers; {sum(c.events for c in clients)} events came"
+        )
+    return sum(done.result() for done in (*failed, *waits))
 
 
 def cpu_s(pids: list[int]) -> float:
-    times = [psutil.Process(pid).cpu_times() for pid in pids]
-    return sum(t.user + t.system for t in times)
+    """All threads of them, by the kernel's clocks of processes (clock_getcpuclockid(3))."""
+    return sum(time.clock_gettime((~pid << 3) | 2) for pid in pids)
 
 
 def measure(port: int, pid: int | None, load: Load) -> dict[str, float]:
@@ -126,7 +165,8 @@ def measure(port: int, pid: int | None, load: Load) -> dict[str, float]:
     before_s, started_s = cpu_s(pids), time.perf_counter()
     events = uvloop.run(drive(port, streams))
     expected = 2 * load.streams * load.tokens
-    assert events == expected, f"{events} events came of {expected}"
+    if events != expected:
+        raise LoadFailed(f"{events} events came of {expected}")
     result["tokens_per_s"] = events / (time.perf_counter() - started_s)
     result["cpu_us_per_token"] = 1e6 * (cpu_s(pids) - before_s) / events
     result["rss_mib"] = sum(psutil.Process(p).memory_info().rss for p in pids) / 2**20
@@ -137,53 +177,180 @@ def _family(pid: int) -> list[int]:
     return [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
 
 
+# --- processes -----------------------------------------------------------------------------------
+
+
+class Child:
+    """A process in a group of its own, which ends with us. What it says is kept in a file."""
+
+    def __init__(self, command: list[str], cores: list[int], folder: str) -> None:
+        self._said = Path(tempfile.mkstemp(dir=folder, suffix=".log")[1])
+        self._name = Path(command[0]).name if "-m" not in command else command[2]
+
+        def prepare() -> None:
+            os.sched_setaffinity(0, cores)
+            stop_with_parent()
+
+        with self._said.open("wb") as said:
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=said,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=prepare,
+            )
+
+    @property
+    def said(self) -> str:
+        return self._said.read_text(errors="replace")
+
+    def require(self) -> None:
+        """Raises `LoadFailed` if it has ended."""
+        if self.process.poll() is not None:
+            raise LoadFailed(f"{self._name} ended ({self.process.returncode}): {self.said[-2000:]}")
+
+    def stop(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(10)
+                break
+        with contextlib.suppress(ProcessLookupError):  # whoever it left behind
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+
 @contextlib.contextmanager
-def process(command: list[str], cores: list[int]) -> Iterator[subprocess.Popen[bytes]]:
-    child = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        preexec_fn=lambda: os.sched_setaffinity(0, cores),
-    )
+def started(command: list[str], cores: list[int], folder: str) -> Iterator[Child]:
+    child = Child(command, cores, folder)
     try:
         yield child
     finally:
-        child.terminate()
-        try:
-            child.wait(10)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
+        child.stop()
 
 
-def wait_for(port: int, timeout_s: float = 60.0) -> None:
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def port_said_by(child: Child) -> int:
+    deadline_s = time.monotonic() + _START_S
+    while time.monotonic() < deadline_s:
+        child.require()
+        if child.said.endswith("\n"):
+            return int(child.said)
+        time.sleep(0.05)
+    raise LoadFailed(f"a mock engine does not listen after {_START_S:g} s")
+
+
+def wait_for(child: Child, port: int) -> None:
     """Until an answer comes through."""
     body = {"model": MODEL, "messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
-    deadline_s = time.monotonic() + timeout_s
+    found = "nothing"
+    deadline_s = time.monotonic() + _START_S
     while time.monotonic() < deadline_s:
-        with contextlib.suppress(httpx.HTTPError):
+        child.require()
+        try:
             url = f"http://127.0.0.1:{port}/v1/chat/completions"
-            if httpx.post(url, json=body, timeout=2.0).status_code == 200:
+            answer = httpx.post(url, json=body, timeout=2.0)
+            if answer.status_code == 200:
                 return
+            found = f"{answer.status_code} {answer.text[:300]}"
+        except httpx.HTTPError as exc:
+            found = repr(exc)
         time.sleep(0.2)
-    raise SystemExit(f"nothing answers on port {port}")
+    raise LoadFailed(f"port {port} gives no answer after {_START_S:g} s ({found}): {child.said}")
 
 
-def routers(options: argparse.Namespace, engines: list[str]) -> dict[str, tuple[list[str], int]]:
-    """Command and number of cores, by name."""
-    port = str(options.port)
-    found: dict[str, tuple[list[str], int]] = {}
+@dataclass(frozen=True)
+class Rival:
+    name: str
+    command: list[str]
+    port: int
+    num_cores: int = 1
+
+
+def rivals(options: argparse.Namespace, engines: list[str]) -> list[Rival]:
+    found = []
     for workers in options.api_workers:
-        command = [sys.executable, "-m", "penstock.cli.main", "router", "--port", port]
+        port = free_port()
+        command = [sys.executable, "-m", "penstock.cli.main", "router", "--port", str(port)]
         command += ["--engines", ",".join(engines), "--policy", options.policy, "--no-banner"]
-        found[f"penstock x{workers}"] = ([*command, "--api-workers", str(workers)], workers)
+        command += ["--api-workers", str(workers)]
+        found.append(Rival(f"penstock x{workers}", command, port, workers))
     if options.smg is not None:
-        command = [str(options.smg), "launch", "--host", "127.0.0.1", "--port", port]
+        port = free_port()
+        command = [str(options.smg), "launch", "--host", "127.0.0.1", "--port", str(port)]
         command += ["--worker-urls", *engines, "--policy", options.smg_policy]
-        command += ["--prometheus-port", str(options.port + 1), "--log-level", "error"]
-        found["smg"] = (command, 1)
+        command += ["--prometheus-port", str(free_port()), "--log-level", "error"]
+        found.append(Rival("smg", command, port))
     return found
+
+
+# --- the comparison ------------------------------------------------------------------------------
+
+Table = dict[str, dict[str, float]]
+
+
+def compare(options: argparse.Namespace, load: Load) -> Table:
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, cores[-1:])
+    rounds: dict[str, list[dict[str, float]]] = {}
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        engine = [sys.executable, "-m", "benchmarks.mock_engine", "--port", "0"]
+        engine += ["--step-ms", str(options.step_ms)]
+        engines = [
+            stack.enter_context(started(engine, cores[-1:], folder)) for _ in range(options.engines)
+        ]
+        ports = [port_said_by(child) for child in engines]
+        urls = [f"http://127.0.0.1:{port}" for port in ports]
+        measured: list[tuple[str, int, Child | None]] = [("direct", ports[0], None)]
+        for rival in rivals(options, urls):
+            run = started(rival.command, cores[: rival.num_cores], folder)
+            child = stack.enter_context(run)
+            wait_for(child, rival.port)
+            measure(rival.port, None, Load(8, 10, 80, options.prompt_bytes))  # to warm it up
+            measured.append((rival.name, rival.port, child))
+        for _ in range(options.repeats):
+            for name, port, router in measured:
+                pid = None if router is None else router.process.pid
+                try:
+                    rounds.setdefault(name, []).append(measure(port, pid, load))
+                except LoadFailed as exc:
+                    for process in (*engines, *([] if router is None else [router])):
+                        process.require()
+                    said = "" if router is None else router.said[-2000:]
+                    raise LoadFailed(f"{name}: {exc}\n{said}") from exc
+    return {
+        name: {key: statistics.median(r[key] for r in of_it) for key in of_it[0]}
+        for name, of_it in rounds.items()
+    }
+
+
+def ratios(table: Table) -> Table:
+    """Of each router to smg (where it ran) and to the load without a router."""
+    found: Table = {}
+    for name, row in table.items():
+        for other in ("smg", "direct"):
+            if name in (other, "direct") or other not in table:
+                continue
+            keys = [k for k in row if table[other][k] > 0]
+            found[f"{name} / {other}"] = {key: row[key] / table[other][key] for key in keys}
+    return found
+
+
+def show(table: Table) -> None:
+    keys = list(next(iter(table.values())))
+    print(f"{'':22}" + "".join(f"{key:>20}" for key in keys))
+    for name, row in table.items():
+        print(f"{name:22}" + "".join(f"{row[key]:20,.1f}" for key in keys))
+    for name, row in ratios(table).items():
+        cells = (f"{row[key]:20.2f}" if key in row else f"{'':20}" for key in keys)
+        print(f"{name:22}" + "".join(cells))
 
 
 def main() -> None:
@@ -199,37 +366,20 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--prompt-bytes", type=int, default=2000)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--port", type=int, default=18500)
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     options = parser.parse_args()
+    if options.requests < options.streams:
+        parser.error("--requests: at least one for each of --streams")
     load = Load(options.streams, options.tokens, options.requests, options.prompt_bytes)
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, cores[-1:])
-    ports = [options.port + 10 + n for n in range(options.engines)]
-    urls = [f"http://127.0.0.1:{port}" for port in ports]
-    results: dict[str, list[dict[str, float]]] = {}
-    with contextlib.ExitStack() as stack:
-        for port in ports:
-            engine = [sys.executable, "-m", "benchmarks.mock_engine", "--port", str(port)]
-            stack.enter_context(process([*engine, "--step-ms", str(options.step_ms)], cores[-1:]))
-        for port in ports:
-            wait_for(port)
-        for _ in range(options.repeats):
-            results.setdefault("direct", []).append(measure(ports[0], None, load))
-            for name, (command, num_cores) in routers(options, urls).items():
-                with process(command, cores[:num_cores]) as router:
-                    wait_for(options.port)
-                    measure(options.port, router.pid, Load(8, 10, 80, options.prompt_bytes))
-                    results.setdefault(name, []).append(measure(options.port, router.pid, load))
-    table = {
-        name: {key: round(statistics.median(r[key] for r in rounds), 1) for key in rounds[0]}
-        for name, rounds in results.items()
-    }
-    if options.json:
-        print(json.dumps({"load": vars(load), "routers": table}, indent=2))
-        return
-    for name, row in table.items():
-        print(f"{name:14}" + "".join(f"  {key} {value:>9,.1f}" for key, value in row.items()))
+    try:
+        table = compare(options, load)
+    except LoadFailed as exc:
+        raise SystemExit(f"no figures: {exc}") from exc
+    show(table)
+    report = {"load": vars(load), "routers": table, "ratios": ratios(table)}
+    print(json.dumps(report))
+    if options.json is not None:
+        options.json.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

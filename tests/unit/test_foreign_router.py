@@ -21,7 +21,9 @@ from tests.helpers.mock_openai import (
 )
 
 from penstock.protocol.errors import ConfigError
+from penstock.service.foreign.attempt import Attempt
 from penstock.service.foreign.config import RouterConfig, engine_name
+from penstock.service.foreign.upstream import UpstreamError
 
 CHAT = "/v1/chat/completions"
 
@@ -412,6 +414,42 @@ async def test_a_kept_connection_that_the_engine_closed_costs_nothing() -> None:
         for _ in range(20):
             assert only(await raw_http.request(live.port, CHAT, chat())) == "a"
         assert live.router.fleet.engines[0].counts.failures == 0
+
+
+async def test_a_connection_for_a_health_check_is_no_requests() -> None:
+    """Even where the engine does not close it, as it was asked to."""
+    async with MockEngine() as engine, live_router(engine, health_every_s=60.0) as live:
+        for _ in range(5):
+            await live.look()
+            assert live.router.fleet.engines[0].pool.idle() is None
+
+
+async def test_a_finished_answer_lets_go_of_its_connection() -> None:
+    """A client that leaves, or pauses, at that moment must not do so to the next request."""
+    async with MockEngine() as engine, live_router(engine) as live:
+        finished: list[Attempt] = []
+
+        class Seen(set[Attempt]):
+            def add(self, attempt: Attempt) -> None:
+                finished.append(attempt)
+                super().add(attempt)
+
+        live.router.live = Seen()
+        assert only(await raw_http.request(live.port, CHAT, chat())) == "a"
+        release = asyncio.Event()
+
+        async def waits(exchange: Exchange) -> None:
+            await release.wait()
+            await answers(exchange)
+
+        engine.behave = waits
+        following = asyncio.create_task(raw_http.request(live.port, CHAT, chat()))
+        while len(finished) < 2:
+            await asyncio.sleep(0.01)
+        finished[0].abandon(UpstreamError("its client went away"))
+        release.set()
+        assert only(await following) == "a"
+        assert engine.num_left == 0 and len(engine.exchanges) == 2
 
 
 # --- clients that leave, or do not read ----------------------------------------------------------

@@ -60,7 +60,9 @@ class Attempt:
     def __init__(self, exchange: Exchange, engine: Engine, now_s: float) -> None:
         self.exchange = exchange
         self.engine = engine
+        #: While it waits for the answer here; afterwards it may be another request's.
         self.connection: Upstream | None = None
+        self.sent = False
         self.done: asyncio.Future[UpstreamError | None] = exchange.loop.create_future()
         self.begun_s = now_s
         #: Of the last byte, or of the request.
@@ -242,5 +244,6 @@ class Attempt:
         return None if details is None else details.cached_tokens
 
     def _set_done(self, error: UpstreamError | None) -> None:
+        self.connection = None
         if not self.done.done():
             self.done.set_result(error)

@@ -134,7 +134,7 @@ class Exchange:
 
     def _may_retry(self, attempt: Attempt | None) -> bool:
         """What was never sent may always go elsewhere."""
-        sent = attempt is not None and attempt.connection is not None
+        sent = attempt is not None and attempt.sent
         more = len(self._tried) <= self.config.max_retries
         return more and (self.asked.repeatable or not sent)
 
@@ -176,7 +176,7 @@ class Exchange:
             if attempt.done.done():  # meanwhile the client has left
                 connection.abandon()
                 return attempt.done.result()
-        attempt.connection = connection
+        attempt.connection, attempt.sent = connection, True
         self.router.live.add(attempt)
         try:
             connection.ask(

@@ -54,6 +54,7 @@ class Upstream(asyncio.Protocol):
         self._parser = httptools.HttpResponseParser(self)
         self._sink: Sink | None = None
         self._head_only = False
+        self._last = False
         self._headers: Headers = []
         self._parts: list[bytes] = []
         self._head_bytes = 0
@@ -66,11 +67,13 @@ class Upstream(asyncio.Protocol):
 
     # --- the router's side ---------------------------------------------------------------------
 
-    def ask(self, request: bytes, sink: Sink, head_only: bool = False) -> None:
-        """`head_only`: of the answer to HEAD, which has no body whatever its headers say."""
+    def ask(self, request: bytes, sink: Sink, head_only: bool = False, last: bool = False) -> None:
+        """`head_only`: of the answer to HEAD, which has no body whatever its headers say. `last`:
+        the request says `connection: close`; whatever the engine makes of it, so it is."""
         assert self._sink is None and self._transport is not None
         self._sink = sink
         self._head_only = head_only
+        self._last = last
         self._transport.write(request)
 
     def pause(self) -> None:
@@ -82,7 +85,8 @@ class Upstream(asyncio.Protocol):
             self._transport.resume_reading()
 
     def abandon(self) -> None:
-        """Nobody wants the answer any more: the engine sees a closed connection, and stops."""
+        """Nobody wants the answer any more: the engine sees a closed connection, and stops. Only
+        whoever waits for the answer may do so: after it, the connection is somebody else's."""
         self._sink = None
         if self._transport is not None:
             self._transport.abort()
@@ -167,7 +171,7 @@ class Upstream(asyncio.Protocol):
     def _finish(self, keep: bool) -> None:
         sink, self._sink = self._sink, None
         self._answers += 1
-        keep = keep and not self._head_only
+        keep = keep and not self._head_only and not self._last
         self._headers, self._has_head, self._ended, self._head_bytes = [], False, False, 0
         if keep:
             self._pool.give_back(self)

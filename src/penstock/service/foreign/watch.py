@@ -12,7 +12,7 @@ import msgspec
 from penstock.service.foreign.config import RouterConfig
 from penstock.service.foreign.engine import Engine
 from penstock.service.foreign.fleet import Fleet
-from penstock.service.foreign.upstream import Headers, Upstream, UpstreamError
+from penstock.service.foreign.upstream import Headers, UpstreamError
 
 log = logging.getLogger(__name__)
 
@@ -143,12 +143,13 @@ class Watch:
         try:
             async with asyncio.timeout(self._config.health_timeout_s):
                 connection = await engine.pool.connect()
-                connection.ask(self._request(engine, path), sink)
+                connection.ask(self._request(engine, path), sink, last=True)
                 error = await sink.done
         except TimeoutError:
             error = UpstreamError(f"did not answer within {self._config.health_timeout_s:g} s")
         finally:
-            _let_go(connection)
+            if connection is not None:
+                connection.abandon()  # ours alone: it is never kept for another request
         if error is not None:
             raise error
         return sink.status, bytes(sink.body)
@@ -158,8 +159,3 @@ class Watch:
         if self._config.engine_api_key is not None:
             lines.append(b"authorization: Bearer " + self._config.engine_api_key.encode())
         return b"\r\n".join([*lines, b"connection: close", b"", b""])
-
-
-def _let_go(connection: Upstream | None) -> None:
-    if connection is not None and connection.usable:
-        connection.abandon()
