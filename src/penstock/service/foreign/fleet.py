@@ -6,7 +6,6 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -18,12 +17,12 @@ from penstock.service.foreign.cost import STEP_TOKENS
 from penstock.service.foreign.engine import BytesPerToken, Engine
 from penstock.service.kv_index.approximate import NOTE, SentKeys
 from penstock.service.kv_index.audit import HitAudit
+from penstock.service.policies.predict import speeds
 from penstock.service.policies.routing import (
     ROLES,
     ClusterView,
     Decision,
     Floats,
-    Ints,
     RouteRequest,
     policy_named,
 )
@@ -32,6 +31,8 @@ log = logging.getLogger(__name__)
 
 _STORED_RESPONSES = 16_384
 _ANY_ROLE = ROLES.index("any")
+#: Costs are fitted with every answer; a decision is none the worse for those of a moment ago.
+_KNOWN_FOR_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,18 +44,37 @@ class Choice:
     hit_tokens: int
 
 
-@lru_cache
-def _same_for_all(size: int) -> tuple[Ints, Floats, Floats, Ints]:
-    """Roles, step tokens, room without end, and a host each: nothing of it is known."""
-    arrays = (
-        np.full(size, _ANY_ROLE),
-        np.full(size, float(STEP_TOKENS)),
-        np.full(size, np.inf),
-        np.arange(size),
+def _load(e: Engine) -> tuple[float, ...]:
+    mean = e.queued_tokens / e.queued if e.queued else 0.0
+    return (
+        e.queued_tokens + e.others_queued * mean,
+        e.queued + e.others_queued,
+        e.running + e.others_running,
+        e.running_tokens,
     )
-    for array in arrays:
-        array.flags.writeable = False
-    return arrays
+
+
+def _what_they_are_like(engines: Sequence[Engine]) -> dict[str, Any]:
+    """The fields of a `ClusterView` that requests do not change. Roles, room and hosts are not
+    known of servers of others: any role, room without end, a host each."""
+    size = len(engines)
+    costs = [e.cost.model() for e in engines]
+    no_end, nothing = np.full(size, np.inf), np.zeros(size)
+    known: dict[str, Any] = {
+        name: np.array([getattr(cost, name) for cost in costs], np.float64)
+        for name in ("base_s", "per_token_s", "per_row_s", "residual_s", "num_steps")
+    }
+    known |= {name: no_end for name in ("max_running", "free_blocks", "total_blocks")}
+    known |= {name: nothing for name in ("step_left_s", "per_context_token_s", "per_attention_s")}
+    known["ttft_ratio"] = np.array([e.ttft.ratio for e in engines])
+    known["ttft_error"] = np.array([e.ttft.error for e in engines])
+    known["step_tokens"] = np.full(size, float(STEP_TOKENS))
+    known["roles"], known["hosts"] = np.full(size, _ANY_ROLE), np.arange(size)
+    loads: dict[str, Any] = {
+        name: nothing for name in ("queued_tokens", "queued", "running", "running_tokens")
+    }
+    idle = ClusterView(names=tuple(e.name for e in engines), **loads, **known)
+    return known | {"speeds": speeds(idle)}
 
 
 class Fleet:
@@ -70,6 +90,9 @@ class Fleet:
         self._blind = config.policy in ("round-robin", "least-load")
         self._number = 0
         self._responses: OrderedDict[str, str] = OrderedDict()
+        self._known: dict[str, Any] = {}
+        self._known_names: tuple[str, ...] = ()
+        self._known_until_s = 0.0
         capacity = max(1, config.engine_cache_tokens * 4 // CHUNK_BYTES)
         for engine in self.engines:
             engine.sent = SentKeys(capacity)
@@ -95,7 +118,7 @@ class Fleet:
             number=self._number,
         )
         self._number += 1
-        decision = self._policy(self._view(engines), request)
+        decision = self._policy(self._view(engines, now_s), request)
         place = next(i for i, e in enumerate(engines) if e.name == decision.instance)
         return Choice(engines[place], decision, num_tokens, int(hits[place]))
 
@@ -154,50 +177,20 @@ class Fleet:
         tokens: Floats = np.minimum(np.array(found, np.float64) * per_chunk, num_tokens)
         return tokens
 
-    def _view(self, engines: Sequence[Engine]) -> ClusterView:
-        rows = np.array([self._row(e) for e in engines], np.float64).T
-        roles, step_tokens, no_end, hosts = _same_for_all(len(engines))
+    def _view(self, engines: Sequence[Engine], now_s: float) -> ClusterView:
+        """Loads as they are now; what engines are like as of `_KNOWN_FOR_S` ago at most."""
+        names = tuple(e.name for e in engines)
+        if names != self._known_names or now_s >= self._known_until_s:
+            self._known_names, self._known_until_s = names, now_s + _KNOWN_FOR_S
+            self._known = _what_they_are_like(engines)
+        loads = np.array([_load(e) for e in engines], np.float64).T
         return ClusterView(
-            names=tuple(e.name for e in engines),
-            roles=roles,
-            queued_tokens=rows[0],
-            queued=rows[1],
-            running=rows[2],
-            running_tokens=rows[3],
-            step_left_s=rows[4],
-            base_s=rows[5],
-            per_token_s=rows[6],
-            per_row_s=rows[7],
-            per_context_token_s=rows[4],
-            per_attention_s=rows[4],
-            residual_s=rows[8],
-            num_steps=rows[9],
-            ttft_ratio=rows[10],
-            ttft_error=rows[11],
-            step_tokens=step_tokens,
-            max_running=no_end,
-            free_blocks=no_end,
-            total_blocks=no_end,
-            hosts=hosts,
-        )
-
-    @staticmethod
-    def _row(e: Engine) -> tuple[float, ...]:
-        mean = e.queued_tokens / e.queued if e.queued else 0.0
-        cost = e.cost.model()
-        return (
-            e.queued_tokens + e.others_queued * mean,
-            e.queued + e.others_queued,
-            e.running + e.others_running,
-            e.running_tokens,
-            0.0,
-            cost.base_s,
-            cost.per_token_s,
-            cost.per_row_s,
-            cost.residual_s,
-            cost.num_steps,
-            e.ttft.ratio,
-            e.ttft.error,
+            names=names,
+            queued_tokens=loads[0],
+            queued=loads[1],
+            running=loads[2],
+            running_tokens=loads[3],
+            **self._known,
         )
 
     # --- what answers tell ---------------------------------------------------------------------

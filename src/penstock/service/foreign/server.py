@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import multiprocessing
 import os
@@ -76,6 +77,8 @@ async def serve(
     watch.start()
     ticking = asyncio.create_task(_tick(router))
     await _first_look(router)
+    gc.collect()
+    gc.freeze()  # modules and settings stay: no collection need look at them again
     server = await loop.create_server(router.connection, sock=listener, backlog=_BACKLOG)
     on_ready(url_of(_socket_of(config, False), listener))
     try:
