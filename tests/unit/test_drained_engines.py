@@ -41,7 +41,11 @@ class Site:
         return self.bench.core.instances[name].state
 
     def ends(self, name: str) -> None:
-        """Its process has ended, as the service that owns it, or its silence, tells."""
+        """Its process has ended, and whoever owned it says so."""
+        self.roster.gone(name)
+        self.operations.follow_roster()
+
+    def lost(self, name: str) -> None:
         self._take(self.bench.core.on_instance_lost(name, self.bench.now))
 
     def sent(self, name: str, kind: type) -> list[Any]:
@@ -90,18 +94,21 @@ def test_the_last_one_stays() -> None:
             order("nobody")
 
 
-def test_an_engine_that_was_gone_already_is_not_waited_for() -> None:
+def test_silence_is_no_end() -> None:
     site = Site("a", "b")
-    site.ends("a")
-    assert site.state("a") == "lost"
     site.operations.drain("a")
+    site.lost("a")
+    with pytest.raises(Conflict, match="still drains"):
+        site.operations.start("a")
+    site.ends("a")
     assert site.state("a") == "drained"
 
 
 def test_an_engine_that_comes_up_all_the_same_is_told_to_go() -> None:
     site = Site("a", "b")
-    site.ends("a")
+    site.lost("a")
     site.operations.drain("a")
+    assert site.state("a") == "lost"
     site.bench.sent.clear()
     site.bench.attached("a", incarnation=2)  # it was on its way when the order came
     site.operations.follow_roster()
@@ -112,7 +119,7 @@ def test_engines_of_others_are_let_go_and_started_by_others() -> None:
     site = Site("a", roster=NobodyHere())
     site.operations.drain("a")
     assert site.sent("a", Drain)
-    site.ends("a")
+    site.lost("a")
     assert site.state("a") == "lost"  # a successor of this name is welcome
     with pytest.raises(UnsupportedFeature, match="was started elsewhere"):
         site.operations.start("a")
@@ -125,12 +132,14 @@ def test_an_order_to_one_worker_is_known_to_all(tmp_path: Path) -> None:
         second.operations.drain("b")
     second.operations.follow_roster()
     assert not second.bench.core.instances["a"].takes_work
+    first.roster.gone("a")
     for site in (first, second):
-        site.ends("a")
+        site.operations.follow_roster()
         assert site.state("a") == "drained"
     late = Site("a", "b", roster=FolderRoster(tmp_path))  # a worker that was started again
-    late.operations.follow_roster()
-    assert not late.bench.core.instances["a"].takes_work
+    for _ in range(2):
+        late.operations.follow_roster()
+    assert late.state("a") == "drained"
     second.operations.start("a")
     first.operations.follow_roster()
     assert first.state("a") == second.state("a") == "connecting"
@@ -222,6 +231,19 @@ async def test_a_drained_process_is_not_started_again_until_told(
     assert worker.incarnation == starts
     owner.roster.bring_back("engine-0")
     assert not worker.rests and worker.incarnation == starts + 1
+    await owner.fleet.stop(5.0)
+
+
+async def test_one_that_waits_to_be_started_again_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    owner = Owner(monkeypatch, WAITS)
+    worker = owner.fleet.workers["engine-0"]
+    monkeypatch.setattr(worker, "_delay_s", lambda: 60.0)
+    worker.kill()
+    await until(lambda: owner.ended == [("engine-0", True)])
+    owner.roster.take_out("engine-0")
+    assert owner.drained == ["engine-0"] and owner.roster.has_gone("engine-0")
+    owner.roster.bring_back("engine-0")
+    assert worker.incarnation == 2 and not worker.rests
     await owner.fleet.stop(5.0)
 
 

@@ -178,7 +178,7 @@ class _Service:
             self.driver.instance_lost(name, starts_again)
 
     def _engine_drained(self, name: str) -> None:
-        self.driver.instance_lost(name, False)
+        self.driver.operations.follow_roster()
 
     def _fleet_failed(self, reason: str) -> None:
         # Where the end has been asked for already, it is no failure to start.

@@ -189,14 +189,14 @@ class ServiceCore:
 
     def take_out(self, name: str, now: float) -> list[Effect]:
         """Empty `name` for good: once it is gone it is "drained" and nobody waits for it."""
-        self.instances[name].take_out()
+        self.instances[name].is_out = True
         self.expect(name, False)
         return self.drain_instance(name, now)
 
-    def bring_back(self, name: str) -> None:
-        """The order of `take_out` does not hold any more: a process of this name is expected."""
-        self.instances[name].bring_back()
-        self.expect(name, True)
+    def on_drained(self, name: str, now: float) -> list[Effect]:
+        effects = self.on_instance_lost(name, now)
+        self.instances[name].state = "drained"
+        return effects
 
     def remove_instance(self, name: str, now: float) -> list[Effect]:
         """`name` is not a part of this cluster any more."""
@@ -481,7 +481,7 @@ class ServiceCore:
         return [Send(instance.name, attach)]
 
     def _give_up(self, instance: Instance, now: float) -> list[Effect]:
-        instance.state = "drained" if instance.is_out else "lost"
+        instance.state = "lost"
         self.prospects.finder.gone(instance.name)
         return self.placement.evacuate(instance, now)
 

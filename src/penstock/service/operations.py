@@ -151,7 +151,7 @@ class CoreOperations:
             )
         if not self._roster.is_out(name):
             raise Conflict(f"{name} is {instance.state}: only what has been drained can be started")
-        if instance.state != "drained":
+        if not self._roster.has_gone(name):
             raise Conflict(f"{name} still drains: start it when it is drained")
         self._roster.bring_back(name)
         self.follow_roster()
@@ -161,13 +161,15 @@ class CoreOperations:
         for name, instance in self._core.instances.items():
             if not self._roster.owns(name):
                 continue
-            if self._roster.is_out(name):
-                leaves = instance.state == "drained" or instance.leaving_since_s is not None
-                if not (instance.is_out and leaves):
-                    self._carry_out(self._core.take_out(name, self._clock()))
-            elif instance.is_out:
-                self._reconnect(name)
-                self._core.bring_back(name)
+            if not self._roster.is_out(name):
+                if instance.is_out:
+                    self._reconnect(name)
+                    instance.bring_back()
+                    self._core.expect(name, True)
+            elif not instance.is_out or instance.leaving_since_s is None:
+                self._carry_out(self._core.take_out(name, self._clock()))
+            elif self._roster.has_gone(name) and instance.state != "drained":
+                self._carry_out(self._core.on_drained(name, self._clock()))
 
     def assign(self, name: str, role: Role) -> None:
         self._require(name)

@@ -133,11 +133,6 @@ class Instance:
         self.touched = True
         self.heard(now)
 
-    def take_out(self) -> None:
-        self.is_out = True
-        if self.state == "lost":
-            self.state = "drained"
-
     def bring_back(self) -> None:
         self.is_out, self.leaving_since_s = False, None
         if self.state == "drained":

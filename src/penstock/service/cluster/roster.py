@@ -25,6 +25,12 @@ class Roster(Protocol):
 
     def bring_back(self, name: str) -> None: ...
 
+    def has_gone(self, name: str) -> bool:
+        """It is out, and its process has ended."""
+
+    def gone(self, name: str) -> None:
+        """Said by the owner of the process."""
+
     def one_at_a_time(self) -> contextlib.AbstractContextManager[None]:
         """Held by whoever looks at what others are before he takes one out."""
 
@@ -41,7 +47,8 @@ class NobodyHere:
     def take_out(self, name: str) -> None:
         raise AssertionError(f"{name} is not ours")
 
-    bring_back = take_out
+    bring_back = gone = take_out
+    has_gone = is_out
 
     def one_at_a_time(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
@@ -53,6 +60,7 @@ class LocalRoster:
     def __init__(self) -> None:
         self.on_change: Callable[[], None] = lambda: None
         self._out: set[str] = set()
+        self._gone: set[str] = set()
 
     def owns(self, name: str) -> bool:
         return True
@@ -66,7 +74,14 @@ class LocalRoster:
 
     def bring_back(self, name: str) -> None:
         self._out.discard(name)
+        self._gone.discard(name)
         self.on_change()
+
+    def has_gone(self, name: str) -> bool:
+        return name in self._gone
+
+    def gone(self, name: str) -> None:
+        self._gone.add(name)
 
     def one_at_a_time(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()  # it has one thread
@@ -88,7 +103,14 @@ class FolderRoster:
         self._mark(name).touch()
 
     def bring_back(self, name: str) -> None:
+        self._mark(name, "gone").unlink(missing_ok=True)
         self._mark(name).unlink(missing_ok=True)
+
+    def has_gone(self, name: str) -> bool:
+        return self._mark(name, "gone").exists()
+
+    def gone(self, name: str) -> None:
+        self._mark(name, "gone").touch()
 
     @contextlib.contextmanager
     def one_at_a_time(self) -> Iterator[None]:
@@ -99,5 +121,5 @@ class FolderRoster:
         finally:
             os.close(lock)
 
-    def _mark(self, name: str) -> Path:
-        return self._folder / f"{name}.out"
+    def _mark(self, name: str, what: str = "out") -> Path:
+        return self._folder / f"{name}.{what}"

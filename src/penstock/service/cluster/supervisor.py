@@ -197,6 +197,7 @@ class Worker(Process):
     def _rest(self) -> None:
         self._failures = 0
         self.rests = True
+        self._roster.gone(self.name)
         self._on_drained(self.name)
 
     async def stop(self, timeout_s: float) -> None:
