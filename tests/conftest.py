@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
+import signal
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
 
 # Before torch is imported: tiny models are slower on many threads, and the machine is shared.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -30,3 +36,71 @@ def _has_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+#: After a timeout: until whoever has swallowed it, or hangs while cleaning up, is told again.
+_AGAIN_S = 30.0
+_in_a_phase = False
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_timeout_set_timer(item: pytest.Item, settings: Any) -> Iterator[None]:
+    """A timeout is raised in whatever runs at that moment. That may be some background task of a
+    loop, which takes it to its grave while the test waits on: so it is raised again. And only where
+    pytest reports what is raised, for elsewhere it would end the whole run."""
+    result = yield
+    handler = signal.getsignal(signal.SIGALRM)
+    delay_s, interval_s = signal.getitimer(signal.ITIMER_REAL)
+    if not callable(handler) or not delay_s or interval_s:
+        return result  # the other method, which ends the process
+
+    def raise_where_it_is_seen(number: int, frame: FrameType | None) -> None:
+        if _in_a_phase:
+            handler(number, frame)
+
+    signal.signal(signal.SIGALRM, raise_where_it_is_seen)
+    signal.setitimer(signal.ITIMER_REAL, delay_s, _AGAIN_S)
+    return result
+
+
+@contextlib.contextmanager
+def _a_phase() -> Iterator[None]:
+    global _in_a_phase
+    _in_a_phase = True
+    try:
+        yield
+    finally:
+        _in_a_phase = False
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_setup() -> Iterator[None]:
+    with _a_phase():
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_call() -> Iterator[None]:
+    with _a_phase():
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_teardown() -> Iterator[None]:
+    with _a_phase():
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_makereport() -> Iterator[Any]:
+    """A failure's report parses sources. Were garbage collected in the middle, a task in it with an
+    exception that nobody has seen would have its traceback formatted, which parses too, and CPython
+    3.11's parser is not made for that: "AST constructor recursion depth mismatch" would end the
+    run (python/cpython#106905)."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        if enabled:
+            gc.enable()

@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 from tests.helpers.etcd import Etcd, running_etcd
 
 from penstock.protocol.errors import ConfigError
-from penstock.registry.base import Deleted, Event, Listing, Put, RegistryGone
+from penstock.registry.base import Deleted, Event, Listing, Put, RegistryGone, Store
 from penstock.registry.embedded import RegistryServer
+from penstock.registry.etcd import EtcdStore
 from penstock.registry.open import open_registry
 from penstock.registry.registry import Campaign, Registry
 
@@ -230,18 +232,102 @@ async def test_nothing_is_put_under_a_lease_that_has_ended(place: Place) -> None
     assert await store.acquire("/penstock/t/leader", b"a", lease, 1) is None
 
 
-async def _survives(url: str, stop: Callable[[], None], start: Callable[[], None]) -> None:
+async def test_a_connection_closed_under_a_call_cancels_nobody(tmp_path: Path) -> None:
+    """Who finds first that etcd is silent closes the connection that others still wait on."""
+    with running_etcd(tmp_path) as etcd:
+        store = open_registry(etcd.url)._store
+        lease = await store.grant(60.0)
+        with etcd.silent():
+            first = asyncio.ensure_future(store.get("a"))
+            await asyncio.sleep(0.5)
+            others = [store.keep_alive(lease), store.put("a", b"1"), store.grant(60.0)]
+            async with asyncio.timeout(PATIENCE_S):
+                ends = await asyncio.gather(first, *others, return_exceptions=True)
+        assert [type(end) for end in ends] == [RegistryGone] * 4
+        await _until_it_answers(store)
+        await store.close()
+
+
+async def test_a_lease_that_has_ended_is_no_reason_to_close_a_connection(etcd: Etcd) -> None:
+    store = open_registry(etcd.url)._store
+    assert isinstance(store, EtcdStore)
+    lease = await store.grant(60.0)
+    before = store._opened
+    await store.revoke(lease)
+    await store.revoke(lease)
+    assert not await store.put("a", b"1", lease)
+    assert await store.acquire("/penstock/u/leader", b"a", lease, 1) is None
+    assert store._opened is before
+    await store.close()
+
+
+async def test_what_hangs_at_etcd_hangs_nobody_here(etcd: Etcd) -> None:
+    """Calls that never end, and neither when they are cancelled, as aetcd's may not."""
+    store = open_registry(etcd.url)._store
+    assert isinstance(store, EtcdStore)
+    release = asyncio.Event()
+
+    async def stubborn(client: object) -> None:
+        while not release.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await release.wait()
+
+    async with asyncio.timeout(PATIENCE_S):
+        with pytest.raises(RegistryGone, match="no answer in time"):
+            await store._call(stubborn)
+        waiting = asyncio.ensure_future(store._call(stubborn))
+        await asyncio.sleep(0.1)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        await store.close()
+    release.set()
+
+
+async def _until_it_answers(store: Store) -> None:
+    async with asyncio.timeout(PATIENCE_S):
+        while True:
+            with contextlib.suppress(RegistryGone):
+                await store.get("a")
+                return
+
+
+async def test_silence_of_etcd_loses_nobody_however_often_it_comes(tmp_path: Path) -> None:
+    """Everything of one process goes over one connection; each outage breaks it in the middle of
+    other calls."""
+    with running_etcd(tmp_path) as etcd:
+        one, other = open_registry(etcd.url), open_registry(etcd.url)
+        seen = Seen(other, "instances/")
+        names = [f"i{n}" for n in range(5)]
+        held = [one.register(f"instances/{name}", b"1", ttl_s=2.0) for name in names]
+        leader = Candidate(one, "r0")
+        for _ in range(3):
+            await until(lambda: leader.leads and sorted(seen.known) == names)
+            with etcd.silent():
+                await until(lambda: not leader.leads)
+        await until(lambda: leader.leads and sorted(seen.known) == names)
+        terms = [t for t in leader.terms if t is not None]
+        assert terms == sorted(set(terms)) and len(terms) == 4
+        await asyncio.gather(*(h.close() for h in held), leader.campaign.close())
+        await seen.close()
+        await one.close()
+        await other.close()
+
+
+async def _survives(
+    url: str, stop: Callable[[], Awaitable[None]], start: Callable[[], Awaitable[None]]
+) -> None:
     """Who is registered, who watches and who leads, through an outage longer than all leases."""
     one, other = open_registry(url), open_registry(url)
     seen = Seen(other, "instances/")
     held = one.register("instances/a", b"1", ttl_s=2.0)
     leader = Candidate(one, "r0")
     await until(lambda: seen.known == {"a": b"1"} and leader.leads)
-    stop()
+    await stop()
     await until(lambda: not leader.leads)
     await asyncio.sleep(2.0)
     assert seen.known == {"a": b"1"}, "a registry that is gone has not said that anybody else is"
-    start()
+    await start()
     await until(lambda: leader.leads)
     late = other.register("instances/b", b"2", ttl_s=2.0)
     await until(lambda: seen.known == {"a": b"1", "b": b"2"})
@@ -256,17 +342,23 @@ async def _survives(url: str, stop: Callable[[], None], start: Callable[[], None
 
 async def test_etcd_is_killed_and_comes_back(tmp_path: Path) -> None:
     with running_etcd(tmp_path) as etcd:
-        await _survives(etcd.url, etcd.kill, etcd.start)
+        # In threads: the loop goes on meanwhile, as that of a process elsewhere would.
+        await _survives(
+            etcd.url, partial(asyncio.to_thread, etcd.kill), partial(asyncio.to_thread, etcd.start)
+        )
 
 
 async def test_the_embedded_registry_is_lost_with_all_it_knew(tmp_path: Path) -> None:
     address = f"ipc://{tmp_path}/r.sock"
     servers = [RegistryServer(address)]
-    await _survives(
-        f"penstock+{address}",
-        lambda: servers.pop().close(),
-        lambda: servers.append(RegistryServer(address)),
-    )
+
+    async def stop() -> None:
+        servers.pop().close()
+
+    async def start() -> None:
+        servers.append(RegistryServer(address))
+
+    await _survives(f"penstock+{address}", stop, start)
     servers.pop().close()
 
 

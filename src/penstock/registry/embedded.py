@@ -193,7 +193,8 @@ class EmbeddedStore:
             self._waiting.pop(number, None)
         # A connection whose handshake was refused is not tried again by ZeroMQ itself.
         reason = endpoint.trouble() or f"the registry at {self._address} does not answer"
-        self._drop()
+        if endpoint is self._endpoint:  # else another call has found that out already
+            self._drop()
         raise RegistryGone(reason)
 
     def _drop(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from penstock.protocol.errors import ConfigError
@@ -27,23 +27,36 @@ _OPTIONS = {
 }
 
 
+class _LeaseEnded(Exception):
+    """What etcd says of a lease that has ended: an answer, and no failure to answer."""
+
+
 class EtcdStore:
-    """`members` are host:port; the next one is taken when one does not answer."""
+    """`members` are host:port; the next one is taken when one does not answer.
+
+    One connection serves all calls and watches, and whoever finds it broken closes it under the
+    others. gRPC tells them so by a CancelledError that nobody here has asked for, and aetcd
+    swallows some that were asked for. So whatever aetcd does runs in a task of its own, and is
+    waited for from outside, for a limited time.
+    """
 
     def __init__(
         self, members: Sequence[str], user: str | None = None, password: str | None = None
     ) -> None:
         try:
             import aetcd
+            import grpc.aio
         except ImportError as exc:
             raise ConfigError(
                 "etcd as the registry needs a client for it: pip install 'penstock[etcd]'"
             ) from exc
         self._aetcd = aetcd
+        self._failures = (aetcd.exceptions.ClientError, grpc.aio.BaseError, TimeoutError, OSError)
         self._members = list(members)
         self._credentials = (user, password)
         self._opened: Any = None
-        self._client_lock = asyncio.Lock()
+        #: What goes on beside the calls: giving up connections and watches.
+        self._aside: set[asyncio.Future[None]] = set()
 
     def _client(self) -> Any:
         if self._opened is None:
@@ -55,16 +68,42 @@ class EtcdStore:
         return self._opened
 
     async def _call(self, act: Callable[[Any], Awaitable[_R]]) -> _R:
+        """Raises `RegistryGone` within two seconds, `_LeaseEnded`, or what the caller is cancelled
+        with, at once."""
         client = self._client()
+        call = asyncio.ensure_future(act(client))
+        call.add_done_callback(_look_at)
         try:
-            async with asyncio.timeout(_CALL_S + 0.5):
-                return await act(client)
-        except (self._aetcd.exceptions.ClientError, TimeoutError, OSError) as exc:
-            if client is self._opened:  # else somebody else has found that out already
-                self._opened = None
-                self._members.append(self._members.pop(0))
-                await _close(client)
-            raise RegistryGone(f"etcd does not answer: {exc or type(exc).__name__}") from exc
+            await asyncio.wait([call], timeout=_CALL_S + 0.5)
+        finally:
+            done = call.done()
+            call.cancel()
+        if not done or call.cancelled():
+            why: object = "the connection was closed" if done else "no answer in time"
+            self._give_up(client)
+            raise RegistryGone(f"etcd does not answer: {why}")
+        exc = call.exception()
+        if exc is None:
+            return call.result()
+        if "lease not found" in str(exc):
+            raise _LeaseEnded from exc
+        # (A client that is closed meanwhile fails in any way, with an AttributeError for one.)
+        if client is self._opened and not isinstance(exc, self._failures):
+            raise exc
+        self._give_up(client)
+        raise RegistryGone(f"etcd does not answer: {exc or type(exc).__name__}") from exc
+
+    def _give_up(self, client: Any) -> None:
+        """Nobody waits for it: closing what is broken may take its time."""
+        if client is self._opened:  # else somebody else has found that out already
+            self._opened = None
+            self._members.append(self._members.pop(0))
+            self._beside(_close(client))
+
+    def _beside(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._aside.add(task)
+        task.add_done_callback(self._aside.discard)
 
     async def grant(self, ttl_s: float) -> int:
         # Whole seconds, and no less than its own election timeout's worth.
@@ -78,17 +117,14 @@ class EtcdStore:
     async def revoke(self, lease: int) -> None:
         try:
             await self._call(lambda etcd: etcd.revoke_lease(lease))
-        except RegistryGone as exc:
-            if not _is_about_a_lease(exc):
-                raise
+        except _LeaseEnded:
+            log.debug("lease %d had ended already", lease)
 
     async def put(self, key: str, value: bytes, lease: int | None = None) -> bool:
         try:
             await self._call(lambda etcd: etcd.put(key.encode(), value, lease=lease or 0))
-        except RegistryGone as exc:
-            if _is_about_a_lease(exc):
-                return False
-            raise
+        except _LeaseEnded:
+            return False
         return True
 
     async def get(self, key: str) -> bytes | None:
@@ -121,10 +157,8 @@ class EtcdStore:
 
         try:
             succeeded, _ = await self._call(transact)
-        except RegistryGone as exc:
-            if _is_about_a_lease(exc):
-                return None
-            raise
+        except _LeaseEnded:
+            return None
         return new if succeeded else None
 
     async def _list(self, prefix: str) -> tuple[dict[str, bytes], int]:
@@ -135,38 +169,61 @@ class EtcdStore:
     async def watch(self, prefix: str) -> AsyncIterator[Event]:
         entries, revision = await self._list(prefix)
         yield Listing(entries)
-        stream = await self._call(
-            lambda etcd: etcd.watch_prefix(prefix.encode(), start_revision=revision + 1)
-        )
+
+        async def begin(etcd: Any) -> tuple[Any, Any]:
+            return etcd, await etcd.watch_prefix(prefix.encode(), start_revision=revision + 1)
+
+        client, stream = await self._call(begin)
+        changes = aiter(stream)
+        coming = _next(changes)
         try:
-            changes = aiter(stream)
-            coming: asyncio.Future[Any] = asyncio.ensure_future(anext(changes))
             while True:
                 done, _ = await asyncio.wait([coming], timeout=_RELIST_S)
+                if client is not self._opened:
+                    raise RegistryGone("the watch ended: its connection was given up")
                 if not done:
                     entries, _ = await self._list(prefix)
                     yield Listing(entries)
                     continue
                 try:
                     change = coming.result()
-                except (self._aetcd.exceptions.ClientError, StopAsyncIteration) as exc:
+                except (*self._failures, StopAsyncIteration) as exc:
                     raise RegistryGone(f"the watch ended: {exc}") from exc
-                coming = asyncio.ensure_future(anext(changes))
+                coming = _next(changes)
                 key = change.kv.key.decode()
                 put = change.kind == self._aetcd.rtypes.EventKind.PUT
                 yield Put(key, bytes(change.kv.value)) if put else Deleted(key)
         finally:
             coming.cancel()
+            if client is self._opened:
+                self._beside(_end(stream))
 
     async def close(self) -> None:
         if self._opened is not None:
-            client, self._opened = self._opened, None
-            await _close(client)
+            self._give_up(self._opened)
+        if self._aside:
+            await asyncio.wait(self._aside, timeout=_CALL_S)
 
 
-def _is_about_a_lease(exc: RegistryGone) -> bool:
-    """etcd says so of one that has ended; it is an answer, and no failure to answer."""
-    return "lease not found" in str(exc)
+def _next(changes: AsyncIterator[Any]) -> asyncio.Future[Any]:
+    coming: asyncio.Future[Any] = asyncio.ensure_future(anext(changes))
+    coming.add_done_callback(_look_at)
+    return coming
+
+
+def _look_at(done: asyncio.Future[Any]) -> None:
+    """Of what was abandoned, asyncio would say that nobody has looked at its exception."""
+    if not done.cancelled():
+        done.exception()
+
+
+async def _end(stream: Any) -> None:
+    """etcd need not send a watch that nobody reads any more."""
+    try:
+        async with asyncio.timeout(_CALL_S):
+            await stream.cancel()
+    except Exception as exc:  # of a connection that breaks meanwhile
+        log.debug("ending a watch of etcd: %s", exc)
 
 
 async def _close(client: Any) -> None:

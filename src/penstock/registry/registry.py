@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any
 
 from penstock.registry.base import LEADER, ROOT, Deleted, Event, Listing, Put, RegistryGone, Store
 
@@ -16,6 +17,8 @@ log = logging.getLogger(__name__)
 LEASE_S = 3.0
 #: Between two tries while the registry does not answer.
 _RETRY_S = 0.5
+#: A task of ours ends at once when told to; after this it is left behind, with a word.
+_CLOSE_S = 5.0
 #: Terms are at least the seconds since this moment: they grow even when a registry has lost all it
 #: knew, as an embedded one has after a restart. (2024-01-01; terms stay below 2**31 until 2092.)
 _TERMS_BEGIN_S = 1_704_067_200
@@ -113,7 +116,7 @@ class Registration:
         self._lease: int | None = None
         #: Set once it has stood for the first time.
         self.standing = asyncio.Event()
-        self._task = asyncio.ensure_future(self._keep())
+        self._task = _lasting(self._keep(), f"the registration of {key}")
 
     async def _keep(self) -> None:
         trouble = _Trouble(self._key)
@@ -162,8 +165,10 @@ class Campaign:
         self._on_change = on_change
         self._ttl_s = ttl_s
         self._lease: int | None = None
+        #: Of a leadership given up while the registry was gone: there it may still hold the key.
+        self._former: int | None = None
         self.term: int | None = None
-        self._task = asyncio.ensure_future(self._run())
+        self._task = _lasting(self._run(), f"the campaign for {key}")
 
     async def _run(self) -> None:
         trouble = _Trouble(self._key)
@@ -178,6 +183,7 @@ class Campaign:
 
     async def _win(self) -> None:
         """Returns as the leader."""
+        await self._end_former()
         while True:
             if self._lease is None or not await self._store.keep_alive(self._lease):
                 self._lease = await self._store.grant(self._ttl_s)
@@ -188,6 +194,12 @@ class Campaign:
                 self._change(term)
                 return
             await asyncio.sleep(self._ttl_s / 6)
+
+    async def _end_former(self) -> None:
+        """Nobody, this candidate included, should have to wait until it ends by itself."""
+        if self._former is not None:
+            await self._store.revoke(self._former)
+            self._former = None
 
     async def _renewed(self) -> bool:
         asked_s = time.monotonic()
@@ -211,7 +223,7 @@ class Campaign:
                         self._lease = None
                         return
                 except TimeoutError:
-                    self._lease = None
+                    self._former, self._lease = self._lease, None
                     return
                 except RegistryGone:
                     continue  # until the time is up
@@ -225,12 +237,26 @@ class Campaign:
 
     async def close(self) -> None:
         await _cancelled(self._task)
-        if self._lease is not None:
-            with contextlib.suppress(RegistryGone):
+        with contextlib.suppress(RegistryGone):  # they will end by themselves
+            await self._end_former()
+            if self._lease is not None:
                 await self._store.revoke(self._lease)
 
 
-async def _cancelled(task: asyncio.Future[None]) -> None:
+def _lasting(work: Coroutine[Any, Any, None], what: str) -> asyncio.Task[None]:
+    """A task that ends only when it is cancelled, or with a word in the log."""
+
+    def ended(task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and task.exception() is not None:
+            log.error("%s has failed", what, exc_info=task.exception())
+
+    task = asyncio.ensure_future(work)
+    task.add_done_callback(ended)
+    return task
+
+
+async def _cancelled(task: asyncio.Task[None]) -> None:
     task.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await task
+    await asyncio.wait([task], timeout=_CLOSE_S)
+    if not task.done():
+        log.error("%s does not end", task)
