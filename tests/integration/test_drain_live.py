@@ -92,3 +92,21 @@ def test_a_worker_of_a_registry_drains_and_is_started_where_it_ran(
     assert order(router, "w1", "drain").status_code == 202
     assert workers["w1"].process.wait(60) == 0
     started.until(lambda: states(router) == {"w0": "active"})
+
+
+def test_any_api_worker_passes_a_role_to_the_one_that_leads(started: Processes, model: str) -> None:
+    flags = ("--instances", "2", "--api-workers", "2", "--pd", "off")
+    server = started.server("serve", model, *SERVED, *FLAGS, *flags)
+    started.until(lambda: all(states(server) == BOTH for _ in range(8)))
+    started.until(lambda: len(server.get("/admin/cluster")["speaks_for"]) == 2)
+    assert all(Streams(server).finished())
+
+    def roles() -> list[str]:
+        return [i["role"] for i in server.get("/admin/cluster")["instances"]]
+
+    for role in ("decode", "any", "decode", "any", "prefill", "any"):
+        answer = order(server, "engine-1", "role", role=role)
+        assert answer.status_code == 202, answer.text
+        started.until(lambda role=role: roles() == ["any", role])  # type: ignore[misc]
+    totals = [server.get("/admin/cluster")["totals"] for _ in range(6)]
+    assert all(t["finished"] == {"length": 6} for t in totals)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 
 import msgspec
 
@@ -21,6 +22,32 @@ class Summary(msgspec.Struct, frozen=True):
     p99: float | None = None
     #: Share of them within the objective; None without one.
     within_slo: float | None = None
+
+
+def joined(parts: Iterable[Summary]) -> Summary:
+    """Of the values of several places. Percentiles cannot be joined exactly: the highest of the
+    parts is taken, which that of all values together does not exceed."""
+    found = [part for part in parts if part.count]
+    if not found:
+        return Summary(0)
+    count = sum(part.count for part in found)
+
+    def mean(values: Iterable[float | None]) -> float | None:
+        known = [(v, part.count) for v, part in zip(values, found) if v is not None]
+        weight = sum(n for _, n in known)
+        return sum(v * n for v, n in known) / weight if weight else None
+
+    def highest(values: Iterable[float | None]) -> float | None:
+        return max((v for v in values if v is not None), default=None)
+
+    return Summary(
+        count,
+        mean(p.mean for p in found),
+        highest(p.p50 for p in found),
+        highest(p.p90 for p in found),
+        highest(p.p99 for p in found),
+        mean(p.within_slo for p in found),
+    )
 
 
 class Recent:

@@ -6,7 +6,7 @@ knows in the same words and leaves the rest out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -15,7 +15,7 @@ from penstock import __version__
 from penstock.protocol.instance import CostModel, InstanceCard, Load
 from penstock.service.generation import ServiceStatus
 from penstock.service.metrics import Metrics
-from penstock.service.recent import Summary
+from penstock.service.recent import Summary, joined
 from penstock.service.tiers import TierUse, tiers_of
 
 
@@ -79,7 +79,7 @@ class InstanceReport(msgspec.Struct, kw_only=True):
 
 
 class Totals(msgspec.Struct, kw_only=True):
-    """Of this service, since its start; rates over the last ten seconds."""
+    """Of the services in `speaks_for`, since their start; rates over the last ten seconds."""
 
     waiting: int
     running: int
@@ -114,6 +114,9 @@ class ClusterReport(msgspec.Struct, kw_only=True):
     #: Services known to the registry, this one among them, and the one that assigns roles.
     routers: list[str]
     leader: str | None
+    #: The services whose requests totals and times are about: this one, and with --api-workers
+    #: those beside it.
+    speaks_for: list[str] = []
     slo: Slo
     ttft_s: Summary
     tpot_s: Summary
@@ -135,12 +138,57 @@ def cluster_report(status: ServiceStatus, metrics: Metrics) -> ClusterReport:
         policy=str(facts.get("policy", "")),
         routers=list(facts.get("routers", ())),
         leader=facts.get("leader"),
+        speaks_for=[str(facts.get("service", ""))],
         slo=slo,
         ttft_s=metrics.recent_ttft_s.summary(now_s, slo.ttft_s),
         tpot_s=metrics.recent_tpot_s.summary(now_s, slo.tpot_s),
         totals=_totals(status, metrics, now_s),
         instances=[instance_report(i) for i in status.instances],
     )
+
+
+def together(own: ClusterReport, others: Sequence[ClusterReport]) -> ClusterReport:
+    """What API workers say at the same time, as one: their requests added up, what instances say of
+    themselves taken once."""
+    reports = [own, *others]
+    totals = _sum_of([report.totals for report in reports])
+    instances = [
+        msgspec.structs.replace(
+            instance,
+            ttft_s=_joined(i.ttft_s for r in reports for i in r.instances if i.name == name),
+            tpot_s=_joined(i.tpot_s for r in reports for i in r.instances if i.name == name),
+        )
+        for instance in own.instances
+        for name in [instance.name]
+    ]
+    return msgspec.structs.replace(
+        own,
+        uptime_s=max(report.uptime_s for report in reports),
+        speaks_for=sorted(name for report in reports for name in report.speaks_for),
+        ttft_s=joined(report.ttft_s for report in reports),
+        tpot_s=joined(report.tpot_s for report in reports),
+        totals=totals,
+        instances=instances,
+    )
+
+
+def _joined(parts: Iterable[Summary | None]) -> Summary | None:
+    found = [part for part in parts if part is not None]
+    return joined(found) if found else None
+
+
+def _sum_of(parts: Sequence[Totals]) -> Totals:
+    found: dict[str, Any] = {}
+    for name in Totals.__struct_fields__:
+        values = [getattr(part, name) for part in parts]
+        if name == "role_changes":  # of the instances: each service sees the same ones
+            found[name] = max(values)
+        elif isinstance(values[0], dict):
+            kinds = dict.fromkeys(kind for value in values for kind in value)
+            found[name] = {kind: sum(value.get(kind, 0) for value in values) for kind in kinds}
+        else:
+            found[name] = sum(values)
+    return Totals(**found)
 
 
 def _totals(status: ServiceStatus, metrics: Metrics, now_s: float) -> Totals:

@@ -2,28 +2,36 @@
 
 A request reaches one worker by chance. For /metrics it asks its siblings over their private sockets
 and puts the answers together, each sample with an `api_worker` label: what clients did is the sum
-over workers, what an instance says of itself is the same from each. A request that it cannot
-explain may have been a sibling's.
+over workers, what an instance says of itself is the same from each. /admin/cluster and
+/admin/requests add up; a request that a worker cannot explain may have been a sibling's; a role is
+given by the one that leads. Drain and start need nobody: see `cluster/roster.py`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx
+import msgspec
 from starlette.types import ASGIApp, Receive, Scope, Send
+
+from penstock.service.api.admin import MAX_LIVE, LiveResponse
+from penstock.service.cluster.roles import NotLeading
+from penstock.service.report import ClusterReport, together
 
 #: Says that the asker is a sibling, and wants this worker's own word.
 _OWN = b"x-penstock-own-word"
 _KEY = b"authorization"
 _Header = tuple[bytes, bytes]
+_Join = Callable[["_Asked", "_Answer"], Awaitable[None]]
 #: A sibling that is starting, ending or stopped is left out.
 _PATIENCE_S = 1.0
 _SAMPLE = re.compile(r"^([A-Za-z_:][A-Za-z0-9_:]*)(\{)?")
-_EXPLAIN = re.compile(r"/admin/requests/[^/]+/explain")
 
 
 def socket_of(folder: str, worker: int) -> str:
@@ -42,41 +50,109 @@ class Siblings:
         self._app = app
         self._folder = Path(folder)
         self._worker = worker
+        self._shared: list[tuple[str, re.Pattern[str], _Join]] = [
+            ("GET", re.compile("/metrics"), self._metrics),
+            ("GET", re.compile("/admin/cluster"), self._cluster),
+            ("GET", re.compile("/admin/requests"), self._requests),
+            ("GET", re.compile("/admin/requests/[^/]+/explain"), self._explanation),
+            ("POST", re.compile("/admin/instances/[^/]+/role"), self._by_the_leader),
+        ]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = scope["path"] if scope["type"] == "http" and scope["method"] == "GET" else ""
-        metrics = path == "/metrics"
-        asked = metrics or _EXPLAIN.fullmatch(path) is not None
-        if not asked or any(name == _OWN for name, _ in scope["headers"]):
+        join = self._join_of(scope)
+        if join is None or any(name == _OWN for name, _ in scope["headers"]):
             await self._app(scope, receive, send)
             return
-        own = _Answer()
-        await self._app(scope, receive, own)
-        if metrics and own.status == 200:
-            texts = {n: answer.text for n, answer in (await self._ask_all(scope)).items()}
-            own.replace(merge(texts | {self._worker: own.body.decode()}).encode())
-        elif own.status == 404:
-            for answer in (await self._ask_all(scope)).values():
-                own.status = 200
-                own.replace(answer.content)
+        asked, own = _Asked(scope, receive), _Answer()
+        await self._app(scope, asked.receive, own)
+        await join(asked, own)
         await own.send_to(send)
 
-    async def _ask_all(self, scope: Scope) -> dict[int, httpx.Response]:
-        """The siblings that answered with 200, and their answers."""
+    def _join_of(self, scope: Scope) -> _Join | None:
+        if scope["type"] == "http":
+            for method, path, join in self._shared:
+                if method == scope["method"] and path.fullmatch(scope["path"]):
+                    return join
+        return None
+
+    # --- one answer of several -----------------------------------------------------------------
+
+    async def _metrics(self, asked: _Asked, own: _Answer) -> None:
+        if own.status == 200:
+            texts = {n: answer.text for n, answer in (await self._ask_all(asked)).items()}
+            own.replace(merge(texts | {self._worker: own.body.decode()}).encode())
+
+    async def _cluster(self, asked: _Asked, own: _Answer) -> None:
+        if own.status == 200:
+            read = msgspec.json.Decoder(ClusterReport).decode
+            others = [read(answer.content) for answer in (await self._ask_all(asked)).values()]
+            own.replace(msgspec.json.encode(together(read(own.body), others)))
+
+    async def _requests(self, asked: _Asked, own: _Answer) -> None:
+        if own.status == 200:
+            read = msgspec.json.Decoder(LiveResponse).decode
+            answers = (await self._ask_all(asked)).values()
+            parts = [read(own.body), *(read(answer.content) for answer in answers)]
+            oldest = sorted((r for p in parts for r in p.requests), key=lambda r: -r.age_s)
+            found = LiveResponse(total=sum(p.total for p in parts), requests=oldest[:MAX_LIVE])
+            own.replace(msgspec.json.encode(found))
+
+    async def _explanation(self, asked: _Asked, own: _Answer) -> None:
+        if own.status == 404:
+            for answer in (await self._ask_all(asked)).values():
+                own.status = 200
+                own.replace(answer.content)
+
+    async def _by_the_leader(self, asked: _Asked, own: _Answer) -> None:
+        if _follows(own.status, own.body):
+            for answer in (await self._ask_all(asked, any_status=True)).values():
+                if not _follows(answer.status_code, answer.content):
+                    own.status = answer.status_code
+                    own.replace(answer.content)
+
+    # --- asking --------------------------------------------------------------------------------
+
+    async def _ask_all(self, asked: _Asked, any_status: bool = False) -> dict[int, httpx.Response]:
+        """The siblings that answered (with 200), and their answers."""
         numbers = sorted(int(p.stem.removeprefix("api-")) for p in self._folder.glob("api-*.sock"))
         others = [n for n in numbers if n != self._worker]
-        headers = [(k, v) for k, v in scope["headers"] if k == _KEY] + [(_OWN, b"1")]
-        found = await asyncio.gather(*(self._ask(n, scope["path"], headers) for n in others))
-        return {n: answer for n, answer in zip(others, found) if answer is not None}
+        found = await asyncio.gather(*(self._ask(n, asked) for n in others))
+        return {
+            n: answer
+            for n, answer in zip(others, found)
+            if answer is not None and (any_status or answer.status_code == 200)
+        }
 
-    async def _ask(self, worker: int, path: str, headers: list[_Header]) -> httpx.Response | None:
+    async def _ask(self, worker: int, asked: _Asked) -> httpx.Response | None:
         way = httpx.AsyncHTTPTransport(uds=socket_of(str(self._folder), worker))
+        url = f"http://localhost{quote(asked.path)}"
         try:
             async with httpx.AsyncClient(transport=way, timeout=_PATIENCE_S) as client:
-                answer = await client.get(f"http://localhost{path}", headers=headers)
+                return await client.request(
+                    asked.method, url, headers=asked.headers, content=asked.body
+                )
         except httpx.HTTPError:
             return None
-        return answer if answer.status_code == 200 else None
+
+
+def _follows(status: int, body: bytes) -> bool:
+    """Whether this is the answer of a worker that does not lead."""
+    return status == NotLeading.http_status and f'"{NotLeading.code}"'.encode() in body
+
+
+class _Asked:
+    """A request, and what of its body the application has read."""
+
+    def __init__(self, scope: Scope, receive: Receive) -> None:
+        self.method, self.path = scope["method"], scope["path"]
+        self.headers = [(k, v) for k, v in scope["headers"] if k == _KEY] + [(_OWN, b"1")]
+        self.body = b""
+        self._receive = receive
+
+    async def receive(self) -> Any:
+        message = await self._receive()
+        self.body += message.get("body", b"")
+        return message
 
 
 class _Answer:
