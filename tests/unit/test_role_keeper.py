@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tests.unit.test_service_core import card, load
 
 from penstock.protocol.instance import Assign, CostModel, Role
 from penstock.service.cluster.instances import Instance, Others
-from penstock.service.cluster.roles import Attainment, RoleKeeper, RoleKeeperConfig
+from penstock.service.cluster.roles import Attainment, NotLeading, RoleKeeper, RoleKeeperConfig
 from penstock.service.cluster.view import LiveView
 from penstock.service.policies.roles import RolesConfig
 
@@ -144,3 +147,92 @@ def test_work_of_other_services_is_reckoned_with() -> None:
         c.keeper.arrived(c.now, 100, 10)
         c.run(0.5)
     assert c.keeper._work(c.now).prompt_tokens_per_s > 2 * alone
+
+
+# --- several who were not elected -----------------------------------------------------------------
+
+
+class Rivals:
+    """Services that each lead the same instances, and disagree. What instances say reaches each
+    service `delay` turns later."""
+
+    def __init__(self, terms: list[int], splits: list[tuple[int, int]], delay: int = 0) -> None:
+        self.truth: dict[str, tuple[Role, int]] = {f"i{k}": ("any", 0) for k in range(3)}
+        self.turns: list[str] = []  # whose word was taken
+        self.clusters = []
+        self._heard: list[dict[str, tuple[Role, int]]] = [dict(self.truth)] * (delay + 1)
+        for term, split in zip(terms, splits):
+            policy = RolesConfig(static=split, pause_s=0.0)
+            cluster = Cluster(3, policy=policy)
+            cluster.keeper.lead(term, 0.0)
+            self.clusters.append(cluster)
+
+    @property
+    def leading(self) -> list[int]:
+        return [i for i, c in enumerate(self.clusters) if c.keeper.term is not None]
+
+    def turn(self, who: int, now: float) -> None:
+        c = self.clusters[who]
+        for instance in c.instances:
+            instance.is_now(*self._heard[0][instance.name])
+        view = c.view.of(c.instances, now)
+        if c.keeper.is_due(now):
+            for send in c.keeper.keep(c.instances, view, c.attainment, now):
+                assign = send.message
+                if assign.epoch > self.truth[send.peer][1]:  # as an instance does it
+                    self.truth[send.peer] = (assign.role, assign.epoch)
+                    self.turns.append(f"{who} {send.peer} {assign.role}")
+        self._heard = [*self._heard[1:], dict(self.truth)]
+
+    def roles(self) -> list[Role]:
+        return sorted(role for role, _ in self.truth.values())
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    st.integers(0, 3),
+    st.lists(st.integers(0, 1), min_size=20, max_size=60),
+)
+def test_of_two_who_were_not_elected_one_wins_and_roles_come_to_rest(
+    terms: tuple[int, int], delay: int, order: list[int]
+) -> None:
+    rivals = Rivals(list(terms), [(1, 2), (2, 1)], delay)
+    now = 0.0
+    for who in [*order, *([0, 1] * 40)]:
+        now += 0.3
+        rivals.turn(who, now)
+        assert rivals.leading
+    settled = len(rivals.turns)
+    (winner,) = rivals.leading
+    prefills = (1, 2)[winner]
+    assert rivals.roles() == ["decode"] * (3 - prefills) + ["prefill"] * prefills
+    for _ in range(40):
+        now += 0.3
+        for who in (0, 1):
+            rivals.turn(who, now)
+    assert len(rivals.turns) == settled and rivals.leading == [winner]
+    loser = rivals.clusters[1 - winner]
+    assert loser.keeper.has_yielded
+    named = {i.name: i for i in loser.instances}
+    with pytest.raises(NotLeading):
+        loser.keeper.assign(named, "i0", "any", now)
+
+
+def test_two_who_agree_leave_each_other_alone() -> None:
+    rivals = Rivals([1, 2], [(1, 2), (1, 2)])
+    for number in range(60):
+        rivals.turn(number % 2, 0.3 * number)
+    assert rivals.roles() == ["decode", "decode", "prefill"]
+    assert len(rivals.turns) <= 4
+
+
+def test_who_is_elected_after_yielding_leads_again() -> None:
+    c = Cluster(2)
+    c.keeper.lead(1, 0.0)
+    c.instances[0].is_now("prefill", 2 << 32 | 1)
+    c.run(1.0)
+    assert c.keeper.term is None and c.keeper.has_yielded
+    c.keeper.lead(3, c.now)
+    c.run(5.0)
+    assert c.keeper.term == 3 and sorted(c.roles) == ["decode", "prefill"]

@@ -241,7 +241,14 @@ class ServiceDriver:
     def _on_timer(self) -> None:
         self._renew_connections()
         self.operations.follow_roster()
+        led = self.core.roles.term is not None
         self._carry_out(self.core.on_timer(self._loop.time()))
+        if led and self.core.roles.has_yielded:
+            self.facts["leader"] = None
+            log.warning(
+                "another service gives these instances roles, and its word is newer: this one "
+                "leaves it to that. Give both the same --registry, and they elect a leader"
+            )
         self._watch_states()
 
     # --- Generator -----------------------------------------------------------------------------

@@ -4,11 +4,15 @@
 has a `RoleKeeper`, but only that of the leader acts: the driver tells it the term of its
 leadership, and epochs are `term << 32 | counter`, so that the word of an older leader is refused.
 What an instance is, it says itself; this side only remembers what it has asked for.
+
+Without a registry nobody elects: each of several services begins as a leader. Whoever hears an
+epoch above all that he has given yields for as long as he lives. Whoever has given the greatest one
+never hears a greater, so somebody goes on leading, and of two who disagree only one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from penstock.protocol.effects import Effect, Send
@@ -90,6 +94,8 @@ class RoleKeeper:
     config: RoleKeeperConfig = field(default_factory=RoleKeeperConfig)
     #: Of the present leadership; None: another service leads.
     term: int | None = None
+    #: It led, without having been elected, and so does another one.
+    has_yielded: bool = False
     forecast: Forecast = field(default_factory=Forecast)
     #: What was decided last, and why.
     plan: RolePlan | None = None
@@ -107,11 +113,15 @@ class RoleKeeper:
         """This service leads from now on, in a term that is greater than all before; or no more."""
         if term == self.term:
             return
-        self.term = term
+        self.term, self.has_yielded = term, False
         self._counter = 0
         self._state = RoleState(turned_s=now)
         self._asked.clear()
         self._trial = None
+
+    def forget(self, name: str) -> None:
+        """An instance is not a part of this cluster any more."""
+        self._asked.pop(name, None)
 
     def arrived(self, now: float, prompt_tokens: int, output_tokens: int) -> None:
         if self.config.policy is not None:
@@ -124,6 +134,7 @@ class RoleKeeper:
     ) -> list[Effect]:
         """Raises `NotLeading` where another service leads, and `InvalidRequest` where
         nobody would be left to prefill, or to decode."""
+        self._yield_to_another(instances.values())
         if self.term is None:
             raise NotLeading(
                 "this service does not lead the cluster: ask the one that does (/admin/cluster)"
@@ -153,6 +164,9 @@ class RoleKeeper:
         if not instances:
             return []
         self._next_s = now + self.config.every_s
+        self._yield_to_another(instances)
+        if self.has_yielded:
+            return []
         effects = self._remind(instances, now)
         policy = self.config.policy
         if policy is None:
@@ -170,11 +184,19 @@ class RoleKeeper:
         self.num_rollbacks += plan.rollback
         return [*effects, self._assign(instance, plan.role, now)]
 
-    def _assign(self, instance: Instance, role: Role, now: float) -> Send:
+    def _yield_to_another(self, instances: Iterable[Instance]) -> None:
+        if self.term is not None and any(i.epoch > self._last_epoch for i in instances):
+            self.term, self.has_yielded = None, True
+
+    @property
+    def _last_epoch(self) -> int:
         assert self.term is not None
+        return self.term << 32 | self._counter
+
+    def _assign(self, instance: Instance, role: Role, now: float) -> Send:
         self._counter += 1
         self._asked[instance.name] = _Asked(role, now, instance.incarnation)
-        return Send(instance.name, Assign(role, self.term << 32 | self._counter))
+        return Send(instance.name, Assign(role, self._last_epoch))
 
     def _will_be(self, instance: Instance) -> Role:
         asked = self._asked.get(instance.name)
