@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import ssl
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -118,10 +119,17 @@ async def dies(exchange: Exchange) -> None:
 
 
 class MockEngine:
-    def __init__(self, name: str = "a", models: tuple[str, ...] = ("m",), port: int = 0) -> None:
+    def __init__(
+        self,
+        name: str = "a",
+        models: tuple[str, ...] = ("m",),
+        port: int = 0,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
         self.name = name
         self.models = models
         self.port = port
+        self.tls = tls
         self.behave: Behaviour = answers
         self.healthy = True
         self.metrics = b""
@@ -133,11 +141,11 @@ class MockEngine:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"{'https' if self.tls else 'http'}://127.0.0.1:{self.port}"
 
     async def __aenter__(self) -> MockEngine:
         self._server = await asyncio.start_server(
-            self._serve, "127.0.0.1", self.port, limit=1 << 26, backlog=2048
+            self._serve, "127.0.0.1", self.port, limit=1 << 26, backlog=2048, ssl=self.tls
         )
         self.port = self._server.sockets[0].getsockname()[1]
         return self

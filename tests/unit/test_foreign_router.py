@@ -452,6 +452,38 @@ async def test_a_finished_answer_lets_go_of_its_connection() -> None:
         assert engine.num_left == 0 and len(engine.exchanges) == 2
 
 
+async def test_what_an_operator_drains_stays_away_until_it_is_started() -> None:
+    settings = {"admin_keys": ("root",)}
+    async with MockEngine("a") as a, MockEngine("b") as b, live_router(a, b, **settings) as live:
+
+        async def ask(name: str, what: str) -> raw_http.Answer:
+            path = f"/admin/instances/{name}/{what}"
+            return await raw_http.request(live.port, path, {}, Authorization="Bearer root")
+
+        engine = live.router.fleet.by_name[f"127.0.0.1:{a.port}"]
+        early = await ask(engine.name, "start")
+        assert early.status == 409 and "only what has been drained" in early.body.decode()
+        answer = await ask(engine.name, "drain")
+        assert answer.status == 202 and answer.json["asked"] == "drain"
+        for _ in range(4):
+            assert only(await raw_http.request(live.port, CHAT, chat())) == "b"
+        a.healthy = False  # what is lost while it drains comes back draining
+        while engine.state != "lost":
+            await asyncio.sleep(0.01)
+        a.healthy = True
+        while engine.state == "lost":
+            await asyncio.sleep(0.01)
+        assert engine.state == "draining"
+        answer = await ask(engine.name, "start")
+        assert answer.json == {"instance": engine.name, "asked": "start", "role": None}
+        b.behave = refuses(503)
+        async with asyncio.timeout(10):
+            while (answer := await raw_http.request(live.port, CHAT, chat())).status != 200:
+                await asyncio.sleep(0.02)
+        assert only(answer) == "a"
+        assert (await ask("nobody", "start")).status == 404
+
+
 # --- clients that leave, or do not read ----------------------------------------------------------
 
 
@@ -510,7 +542,17 @@ async def test_a_client_that_does_not_read_holds_back_its_engine_and_is_dropped(
 @pytest.mark.parametrize(
     "request_bytes",
     [b"NONSENSE\r\n\r\n", b"GET / HTTP/1.1\r\n" + b"x: " + b"y" * 100_000 + b"\r\n\r\n",
-     b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\ntransfer-encoding: chunked\r\n\r\n"],
+     b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\ntransfer-encoding: chunked\r\n\r\n",
+     b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\ncontent-length: 6\r\n\r\n",
+     b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: +5\r\n\r\n",
+     b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: xchunked\r\n\r\n",
+     b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked, gzip\r\n\r\n",
+     b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding : chunked\r\n\r\n",
+     b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding:\r\n chunked\r\n\r\n",
+     b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n5\nhello\n0\n\n",
+     b"GET / HTTP/1.1\nhost: x\n\n", b"GET / HTTP/1.1\r\nhost: x\r\nx: a\r\n b\r\n\r\n",
+     b"GET / HTTP/1.1\r\nhost: x\r\nx: a\x00b\r\n\r\n",
+     b"GET / HTTP/1.1\r\nhost: x\r\nx: a\rb: c\r\n\r\n"],
 )  # fmt: skip
 async def test_bad_requests_are_refused_and_closed(request_bytes: bytes) -> None:
     async with MockEngine() as engine, live_router(engine) as live:

@@ -59,8 +59,8 @@ def add_cluster_flags(parser: Parser) -> None:
         metavar="ttft=1s,tpot=50ms",
         help="times wanted of every online request: what cannot be in time is refused early",
     )
-    add("--slo-ttft", type=_duration, metavar="TIME", help="the same, one by one: 1s, 800ms")
-    add("--slo-tpot", type=_duration, metavar="TIME", help="and this one: 50ms")
+    add("--slo-ttft", type=duration, metavar="TIME", help="the same, one by one: 1s, 800ms")
+    add("--slo-tpot", type=duration, metavar="TIME", help="and this one: 50ms")
     add("--kv-index", action=boolean, help="know who holds which KV (on with several instances)")
     add(
         "--api-workers",
@@ -94,7 +94,7 @@ def _pd(text: str) -> str:
     raise argparse.ArgumentTypeError(f"{text!r} is none of auto, off, static=P:D (static=2:2)")
 
 
-def _duration(text: str) -> float:
+def duration(text: str) -> float:
     """Seconds; 50ms, 1s, 1.5s, or a plain number of seconds."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ms|s|)", text.strip())
     if found is None or float(found[1]) <= 0:
@@ -108,7 +108,7 @@ def _slo(text: str) -> dict[str, float]:
         name, _, value = part.strip().partition("=")
         if name not in ("ttft", "tpot"):
             raise argparse.ArgumentTypeError(f"{part!r}: write ttft=1s,tpot=50ms")
-        found[f"{name}_slo_s"] = _duration(value)
+        found[f"{name}_slo_s"] = duration(value)
     return found
 
 

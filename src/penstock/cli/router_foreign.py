@@ -9,11 +9,11 @@ from collections.abc import Mapping
 
 from penstock import PROJECT, __version__
 from penstock.cli import logs, ports, process
-from penstock.cli.cluster_flags import ADMIN_VARIABLE, _duration
+from penstock.cli.cluster_flags import ADMIN_VARIABLE, duration, tls_config
 from penstock.cli.config_file import parse_with_file
 from penstock.cli.flags import add_log_level
 from penstock.cli.parser import Parser, count, seconds
-from penstock.cli.serve import KEY_VARIABLES, _admin_keys, _api_keys
+from penstock.cli.serve import KEY_VARIABLES, admin_keys_of, api_keys_of
 from penstock.protocol.errors import ConfigError
 from penstock.service.foreign.config import RouterConfig
 from penstock.service.policies.routing import policy_named
@@ -37,10 +37,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         f"${ENGINE_KEY_VARIABLE}, since other users may see a command line",
     )
     add(
+        "--engine-ca-certs", metavar="FILE", help="authorities of engines with https (the system's)"
+    )
+    add(
         "--policy", metavar="NAME", help="round-robin, least-load, kv-aware or slo-aware (kv-aware)"
     )
-    add("--slo-ttft", dest="ttft_slo_s", type=_duration, metavar="TIME", help="wanted: 1s, 800ms")
-    add("--slo-tpot", dest="tpot_slo_s", type=_duration, metavar="TIME", help="wanted: 50ms")
+    add("--slo-ttft", dest="ttft_slo_s", type=duration, metavar="TIME", help="wanted: 1s, 800ms")
+    add("--slo-tpot", dest="tpot_slo_s", type=duration, metavar="TIME", help="wanted: 50ms")
     add(
         "--engine-cache-tokens",
         type=count,
@@ -72,6 +75,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--api-key-file", metavar="FILE", help="one key a line; # begins a comment")
     add("--admin-key-file", metavar="FILE", help=f"keys of /admin; or ${ADMIN_VARIABLE}")
+    add("--ssl-keyfile", metavar="FILE", help="serve HTTPS with this private key")
+    add("--ssl-certfile", metavar="FILE", help="and this certificate")
+    add("--ssl-ca-certs", metavar="FILE", help="ask clients for certificates of these authorities")
     add("--max-queue", type=count, metavar="N", help="requests without an answer before 429 (4096)")
     add("--max-body-bytes", type=count, metavar="BYTES", help="largest request (32M)")
     add("--enable-log-requests", dest="log_requests", action=boolean, help="one line a request")
@@ -103,16 +109,17 @@ def config_of(
     said = vars(options)
     plain = (
         "host", "port", "uds", "workers", "policy", "ttft_slo_s", "tpot_slo_s", "max_retries",
-        "engine_cache_tokens", "max_queue", "max_body_bytes", "log_requests", "log_level",
-        "connect_timeout_s", "first_byte_timeout_s", "stall_timeout_s", "health_every_s",
-        "health_timeout_s", "drain_timeout_s",
+        "engine_cache_tokens", "engine_ca_certs", "max_queue", "max_body_bytes", "log_requests",
+        "log_level", "connect_timeout_s", "first_byte_timeout_s", "stall_timeout_s",
+        "health_every_s", "health_timeout_s", "drain_timeout_s",
     )  # fmt: skip
     urls = [url for word in said.get("engines", ()) for url in word.split(",") if url]
     config = RouterConfig(
         engines=tuple(urls),
-        api_keys=_api_keys(options, environment),
-        admin_keys=_admin_keys(options, environment),
+        api_keys=api_keys_of(options, environment),
+        admin_keys=admin_keys_of(options, environment),
         engine_api_key=said.get("engine_api_key") or environment.get(ENGINE_KEY_VARIABLE) or None,
+        tls=tls_config(said),
         name=f"{socket.gethostname()}-{os.getpid()}",
         **{name: said[name] for name in plain if name in said},
     )

@@ -161,8 +161,8 @@ def config_of(
         model=model,
         served_model_names=tuple(said.get("served_model_names", (model,))),
         engine_addresses=tuple(said.get("engine_addresses", ())),
-        api_keys=_api_keys(options, environment),
-        admin_keys=_admin_keys(options, environment),
+        api_keys=api_keys_of(options, environment),
+        admin_keys=admin_keys_of(options, environment),
         cluster=cluster,
         tls=tls_config(said),
         restart=RestartPolicy(enabled=said.get("restart", True)),
@@ -260,7 +260,7 @@ def divided(engine: EngineConfig, num_instances: int) -> EngineConfig:
     return replace(engine, num_threads=threads, host_share=1.0 / num_instances)
 
 
-def _api_keys(options: argparse.Namespace, environment: Mapping[str, str]) -> tuple[str, ...]:
+def api_keys_of(options: argparse.Namespace, environment: Mapping[str, str]) -> tuple[str, ...]:
     """From all places at once, in order and without doubles. Raises `ConfigError`."""
     keys = list(getattr(options, "api_keys", []))
     if file := getattr(options, "api_key_file", None):
@@ -273,7 +273,7 @@ def _api_keys(options: argparse.Namespace, environment: Mapping[str, str]) -> tu
     return tuple(dict.fromkeys(keys))
 
 
-def _admin_keys(options: argparse.Namespace, environment: Mapping[str, str]) -> tuple[str, ...]:
+def admin_keys_of(options: argparse.Namespace, environment: Mapping[str, str]) -> tuple[str, ...]:
     file = getattr(options, "admin_key_file", None)
     keys = _keys_in(Path(file), "--admin-key-file") if file else []
     if environment.get(ADMIN_VARIABLE):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from penstock.protocol.errors import ConfigError
+from penstock.service.config import TlsConfig
 
 KIB, MIB = 1 << 10, 1 << 20
 
@@ -19,6 +21,12 @@ class RouterConfig:
     uds: str | None = None
     #: Processes that share the port; each keeps its own view of the load.
     workers: int = 1
+    #: Which of them this is; None: the only one.
+    worker: int | None = None
+    #: HTTPS towards clients.
+    tls: TlsConfig = field(default_factory=TlsConfig)
+    #: Authorities whose certificates engines may have; None: the system's.
+    engine_ca_certs: str | None = None
     policy: str = "kv-aware"
     #: Asked of clients, and sent to engines. Without the second, a client's own key goes through,
     #: unless it is one of the first.
@@ -72,6 +80,8 @@ class RouterConfig:
         doubles = {name for name in names if names.count(name) > 1}
         if doubles:
             raise ConfigError(f"--engines names {min(doubles)} twice")
+        if self.engine_ca_certs is not None and not Path(self.engine_ca_certs).is_file():
+            raise ConfigError(f"--engine-ca-certs {self.engine_ca_certs}: there is no such file")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"--port {self.port} is not a port: give one from 1 to 65535")
 

@@ -87,9 +87,11 @@ class Engine:
     def __init__(self, url: str, config: RouterConfig) -> None:
         self.name = engine_name(url)
         self.url = url
-        self.pool = Pool(url, config.connect_timeout_s)
+        self.pool = Pool(url, config.connect_timeout_s, config.engine_ca_certs)
         self.state: EngineState = "connecting"
         self.refusal = ""
+        #: An operator wants nothing new there, until he says otherwise.
+        self.drained = False
         self.failed_checks = 0
         self.heard_s: float | None = None
         #: Model cards as the engine gave them, by id; None: it has no list, or was not asked yet.
@@ -123,6 +125,19 @@ class Engine:
 
     def pause(self, seconds: float, now_s: float) -> None:
         self.pause_until_s = max(self.pause_until_s, now_s + min(seconds, _MOST_PAUSE_S))
+
+    # --- what operators say ----------------------------------------------------------------------
+
+    def drain(self) -> None:
+        self.drained = True
+        if self.state != "lost":
+            self.state = "draining"
+
+    def start(self) -> None:
+        """Takes requests again from its next health check on."""
+        self.drained = False
+        if self.state == "draining":
+            self.state = "connecting"
 
     # --- where a request of ours stands ----------------------------------------------------------
 

@@ -22,8 +22,9 @@ from penstock.service.foreign.client import Client, Request
 from penstock.service.foreign.engine import Engine
 from penstock.service.foreign.exchange import Exchange, respond
 from penstock.service.metrics import CONTENT_TYPE, PREFIX
-from penstock.service.operations import LiveSequence, NotHere
+from penstock.service.operations import Conflict, LiveSequence, NotHere
 from penstock.service.report import cluster_report
+from penstock.service.siblings import merge
 
 if TYPE_CHECKING:
     from penstock.service.foreign.router import Router
@@ -64,8 +65,8 @@ class Pages:
         match path.split("/")[2:]:
             case ["requests", _, "explain"]:
                 return self._explain
-            case ["instances", _, "drain"]:
-                return self._drain
+            case ["instances", _, "drain" | "start"]:
+                return self._drain_or_start
         raise NotHere(f"no such route: {path[:200]}")
 
     # --- pages ---------------------------------------------------------------------------------
@@ -84,7 +85,10 @@ class Pages:
         _json(client, request, HealthResponse("ok", "", self._router.metrics.waiting, []))
 
     def _metrics(self, client: Client, request: Request) -> None:
-        respond(client, 200, generate_latest(self._registry), CONTENT_TYPE.encode(), request.id)
+        found, worker = generate_latest(self._registry), self._router.config.worker
+        if worker is not None:  # a scraper reaches one by chance: each has series of its own
+            found = merge({worker: found.decode()}).encode()
+        respond(client, 200, found, CONTENT_TYPE.encode(), request.id)
 
     def _version(self, client: Client, request: Request) -> None:
         _json(client, request, VersionResponse(__version__))
@@ -115,15 +119,20 @@ class Pages:
         prompt = ExplainedPrompt(prompt=0, live=live, choices=[choice], in_words=in_words(found))
         _json(client, request, ExplainResponse(id=wanted, live=live, prompts=[prompt]))
 
-    def _drain(self, client: Client, request: Request) -> None:
+    def _drain_or_start(self, client: Client, request: Request) -> None:
         if request.method != "POST":
             raise MethodNotAllowed(f"{request.method} is not allowed at {request.path}")
-        name = request.path.split("/")[3]
+        name, asked = request.path.split("/")[3:]
         engine = self._router.fleet.by_name.get(name)
         if engine is None:
             raise NotHere(f"there is no engine {name[:200]!r} here")
-        engine.state = "draining"
-        _json(client, request, {"instance": name, "asked": "drain", "role": None}, 202)
+        if asked == "drain":
+            engine.drain()
+        elif not engine.drained:
+            raise Conflict(f"{name} is {engine.state}: only what has been drained can be started")
+        else:
+            engine.start()
+        _json(client, request, {"instance": name, "asked": asked, "role": None}, 202)
 
     def _with_notes(self, found: SequenceExplanation) -> SequenceExplanation:
         """Decisions say what in them is estimated."""

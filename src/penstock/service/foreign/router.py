@@ -180,7 +180,7 @@ class Router:
         return {
             "name": engine.name,
             "state": engine.state,
-            "draining": engine.state == "draining",
+            "draining": engine.drained,
             "refusal": engine.refusal,
             "address": engine.url,
             "silent_s": None if heard_s is None else now_s - heard_s,

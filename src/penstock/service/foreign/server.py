@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import ssl
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,7 +18,7 @@ from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 
 from penstock.protocol.errors import ConfigError, StartupError
-from penstock.service.config import ClusterConfig, ServeConfig
+from penstock.service.config import ClusterConfig, ServeConfig, TlsConfig
 from penstock.service.foreign.config import RouterConfig
 from penstock.service.foreign.router import TICK_S, Router
 from penstock.service.foreign.watch import Watch
@@ -79,7 +80,9 @@ async def serve(
     await _first_look(router)
     gc.collect()
     gc.freeze()  # modules and settings stay: no collection need look at them again
-    server = await loop.create_server(router.connection, sock=listener, backlog=_BACKLOG)
+    server = await loop.create_server(
+        router.connection, sock=listener, backlog=_BACKLOG, ssl=_tls(config.tls)
+    )
     on_ready(url_of(_socket_of(config, False), listener))
     try:
         await stop.wait()
@@ -93,6 +96,15 @@ async def serve(
             task.cancel()
         await watch.stop()
     return 0
+
+
+def _tls(config: TlsConfig) -> ssl.SSLContext | None:
+    if config.ssl_certfile is None:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=config.ssl_ca_certs)
+    context.verify_mode = ssl.CERT_REQUIRED if config.ssl_ca_certs else ssl.CERT_NONE
+    context.load_cert_chain(config.ssl_certfile, config.ssl_keyfile)
+    return context
 
 
 async def _tick(router: Router) -> None:
@@ -116,6 +128,7 @@ def _socket_of(config: RouterConfig, shared: bool) -> ServeConfig:
         host=config.host,
         port=config.port,
         uds=config.uds,
+        tls=config.tls,
         cluster=ClusterConfig(reuse_port=shared),
     )
 
@@ -153,7 +166,7 @@ class _Workers:
         return 0
 
     def _start(self, place: int) -> None:
-        own = replace(self._config, name=f"{self._config.name}-{place}")
+        own = replace(self._config, name=f"{self._config.name}-{place}", worker=place)
         process = self._context.Process(target=self._work, args=(own, os.getpid()), name=own.name)
         process.start()
         self._processes[place] = process

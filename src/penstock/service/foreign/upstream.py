@@ -191,11 +191,12 @@ class Upstream(asyncio.Protocol):
 class Pool:
     """Connections to one engine: as many as there are requests, and some kept for the next."""
 
-    def __init__(self, url: str, connect_timeout_s: float) -> None:
+    def __init__(self, url: str, connect_timeout_s: float, ca_certs: str | None = None) -> None:
         parts = urlsplit(url if "//" in url else f"//{url}", scheme="http")
         assert parts.hostname is not None, "checked by RouterConfig"
         self._host = parts.hostname
-        self._ssl = ssl.create_default_context() if parts.scheme == "https" else None
+        https = parts.scheme == "https"
+        self._ssl = ssl.create_default_context(cafile=ca_certs) if https else None
         self._port = parts.port or (443 if self._ssl else 80)
         self._timeout_s = connect_timeout_s
         self._idle: deque[Upstream] = deque()

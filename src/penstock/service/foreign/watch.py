@@ -99,7 +99,7 @@ class Watch:
         engine.heard_s = self._fleet.clock()
         if engine.state in ("connecting", "lost"):
             log.info("engine %s is up", engine.name)
-            engine.state = "active"
+            engine.state = "draining" if engine.drained else "active"
 
     def _unwell(self, engine: Engine, problem: str) -> None:
         engine.failed_checks += 1
