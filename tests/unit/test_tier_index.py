@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -187,15 +189,90 @@ def test_a_job_that_never_ran_has_failed_in_all() -> None:
     index.check()
 
 
-def test_what_has_come_back_is_not_dropped_late() -> None:
+def test_what_is_being_carried_out_is_not_stored_beside_that() -> None:
+    index = TierIndex(TierSizes(host_blocks=2))
+    store(index, 1, 2)
+    (drops_1,) = index.plan_store(keys(3))
+    assert [names([d.key]) for d in drops_1.before] == [[1]]
+    assert index.plan_store(keys(1)) == []  # the other job might drop it again
+    index.end_store(drops_1, [True], [True])
+    assert len(store(index, 1)) == 1 and index.match(keys(1)) == ["host"]
+
+
+def test_what_was_never_dropped_is_dropped_before_it_is_stored_again() -> None:
     index = TierIndex(TierSizes(host_blocks=2))
     store(index, 1, 2)
     (never_ran,) = index.plan_store(keys(3))
-    assert [names([d.key]) for d in never_ran.before] == [[1]]
-    store(index, 1)  # in the place of 2
     index.end_store(never_ran, [False])
-    (plan,) = store(index, 4)
-    assert plan.before == () and index.match(keys(1)) == ["host"]
+    (plan,) = store(index, 1)
+    assert [(names([d.key]), d.to) for d in plan.before] == [([1], None)]
+    assert index.match(keys(2)) == index.match(keys(1)) == ["host"]
+
+
+def test_a_job_that_ends_late_does_not_drop_what_was_stored_meanwhile() -> None:
+    index = TierIndex(TierSizes(disk_blocks=3))
+    (first,) = index.plan_store(keys(2, 0))
+    (second,) = index.plan_store(keys(1))
+    index.end_store(first, [False, True])
+    (third,) = index.plan_store(keys(2))
+    index.end_store(second, [True])
+    (fourth,) = index.plan_store(keys(3))
+    assert [names([d.key]) for d in fourth.before] == [[0]]
+    assert index.plan_store(keys(0)) == []
+    index.end_store(third, [False])
+    assert index.plan_store(keys(0)) == [], "there is room, but the fourth may yet drop it"
+    index.end_store(fourth, [False], [True])
+    assert names(index.keys("disk")) == [1]
+    (again,) = store(index, 0)
+    assert again.before == () and names(index.keys("disk")) == [1, 0]
+    index.check()
+
+
+def test_a_key_on_its_way_down_is_not_stored_above_nor_said_to_leave_twice() -> None:
+    index = TierIndex(TierSizes(host_blocks=3, disk_blocks=1))
+    (first,) = index.plan_store(keys(2, 0))
+    (second,) = index.plan_store(keys(1))
+    index.end_store(first, [False, True])
+    (third,) = index.plan_store(keys(2))
+    index.end_store(second, [True])
+    (fourth,) = index.plan_store(keys(3))
+    assert [(names([d.key]), d.to) for d in fourth.before] == [([0], "disk")]
+    assert index.plan_store(keys(0)) == []
+    index.end_store(third, [False])
+    index.end_store(fourth, [False], [True])
+    store(index, 1, 2)
+    said = [(c.op, c.tier, names(c.keys)) for c in index.take_changes()]
+    assert said == [
+        ("stored", "host", [0, 1]), ("moved", "disk", [0]), ("stored", "host", [2])
+    ]  # fmt: skip
+    assert index.match(keys(0, 1, 2)) == ["disk", "host", "host"]
+    index.check()
+
+
+def test_room_that_another_job_has_yet_to_make_is_not_given_away() -> None:
+    index = TierIndex(TierSizes(host_blocks=2))
+    store(index, 1, 2)
+    index.follow([KvChange("cleared")])  # the bytes of both are still there
+    (plan,) = index.plan_store(keys(3))
+    (other,) = index.plan_store(keys(4))
+    assert [names([d.key]) for d in (*plan.before, *other.before)] == [[1], [2]]
+    index.end_store(other, [True], [True])
+    index.end_store(plan, [True], [True])
+    assert names(index.keys("host")) == [4, 3]
+
+
+def test_what_goes_down_into_a_tier_that_is_given_up_has_left_the_one_above() -> None:
+    index = TierIndex(TierSizes(host_blocks=1, disk_blocks=32))
+    store(index, *range(MAX_FAILURES_IN_A_ROW + 1))
+    (down,) = index.plan_store(keys(100))
+    index.begin_load("disk", keys(*range(MAX_FAILURES_IN_A_ROW)))
+    index.end_load("disk", keys(*range(MAX_FAILURES_IN_A_ROW)), [False] * MAX_FAILURES_IN_A_ROW)
+    index.take_changes()
+    index.end_store(down, [True], [True])
+    assert [(c.op, c.tier, names(c.keys)) for c in index.take_changes()] == [
+        ("removed", "host", [MAX_FAILURES_IN_A_ROW]), ("stored", "host", [100])
+    ]  # fmt: skip
+    index.check()
 
 
 def test_a_tier_that_only_fails_is_given_up_and_the_next_one_serves() -> None:
@@ -226,8 +303,8 @@ def test_new_weights_forget_everything_also_what_is_still_being_written() -> Non
     index.follow([KvChange("cleared")])
     index.end_store(old, [True])
     assert index.keys("host") == [] and index.match(keys(1, 2)) == []
-    (plan,) = store(index, 3)
-    assert sorted(names([d.key for d in plan.before])) == [1, 2]  # their bytes are dropped now
+    plans = store(index, 3, 4)  # now their bytes are dropped
+    assert [names([d.key for d in plan.before]) for plan in plans] == [[1], [2]]
     index.check()
 
 
@@ -277,19 +354,38 @@ def test_over_no_tiers_nothing_happens() -> None:
 NUMBERS = st.integers(0, 11)
 
 
-class Books(RuleBasedStateMachine):
-    """Random stores, loads, failures and traffic on the device, in any order. Beside the books
-    stand a data plane (which key's bytes are where) and a router (which follows the events)."""
+@dataclass
+class Running:
+    """A store under way: it works off the plan's steps, then its keys, one at a time."""
 
-    @initialize(host=st.integers(0, 4), disk=st.integers(0, 4))
-    def start(self, host: int, disk: int) -> None:
+    plan: StorePlan
+    weights: int
+    demoted: list[bool] = field(default_factory=list)
+    ok: list[bool] = field(default_factory=list)
+
+    @property
+    def num_left(self) -> int:
+        num_done = len(self.demoted) + len(self.ok)
+        return len(self.plan.before) + len(self.plan.keys) - num_done
+
+
+class Books(RuleBasedStateMachine):
+    """Random stores, loads, failures and traffic on the device, in any order, each store carried
+    out step by step beside the others. Beside the books stand a data plane (which key's bytes are
+    where) and a router (which follows the events)."""
+
+    @initialize(host=st.integers(0, 4), disk=st.integers(0, 4), may_give_up=st.booleans())
+    def start(self, host: int, disk: int, may_give_up: bool = False) -> None:
         self.capacity = {"host": host, "disk": disk}
         self.index = TierIndex(TierSizes(host, disk))
         self.device: set[int] = set()
         self.said: dict[str, set[int]] = {"host": set(), "disk": set()}  # by the events
-        self.bytes: dict[str, set[int]] = {"host": set(), "disk": set()}  # what the data plane has
-        self.stores: list[StorePlan] = []
-        self.loads: list[tuple[Tier, list[int]]] = []
+        #: What the data plane has, and of which weights.
+        self.bytes: dict[str, dict[int, int]] = {"host": {}, "disk": {}}
+        self.weights = 0
+        self.stores: list[Running] = []
+        self.loads: list[tuple[Tier, list[int], int]] = []
+        self.may_give_up = may_give_up
         self.failures = 0
 
     @rule(number=NUMBERS)
@@ -312,31 +408,72 @@ class Books(RuleBasedStateMachine):
     def begin_store(self, numbers: list[int]) -> None:
         for plan in self.index.plan_store(keys(*numbers)):
             assert set(names(list(plan.keys))) <= set(numbers)
-            pinned = {(tier, n) for tier, loaded in self.loads for n in loaded}
+            pinned = {(tier, n) for tier, loaded, _ in self.loads for n in loaded}
             for step in plan.before:
                 assert (step.tier, names([step.key])[0]) not in pinned, (
                     "evicted while it was loaded"
                 )
-            self.stores.append(plan)
+            self.stores.append(Running(plan, self.weights))
+
+    @precondition(lambda self: self.stores)
+    @rule(data=st.data())
+    def go_on_with_a_store(self, data: st.DataObject) -> None:
+        running = data.draw(st.sampled_from(self.stores))
+        for _ in range(data.draw(st.integers(0, running.num_left))):
+            self.one_step(running, data)
 
     @precondition(lambda self: self.stores)
     @rule(data=st.data())
     def end_store(self, data: st.DataObject) -> None:
-        plan = self.stores.pop(data.draw(st.integers(0, len(self.stores) - 1)))
-        well = st.booleans() if self.failures < MAX_FAILURES_IN_A_ROW - 1 else st.just(True)
-        demoted = []
-        for step in plan.before:
+        running = self.stores.pop(data.draw(st.integers(0, len(self.stores) - 1)))
+        plan = running.plan
+        untouched = running.num_left == len(plan.before) + len(plan.keys)
+        if untouched and self.may_fail(running.num_left) and data.draw(st.booleans()):
+            self.failures += running.num_left
+            self.index.end_store(plan, [False] * len(plan.keys))  # it never ran
+            return
+        while running.num_left:
+            self.one_step(running, data)
+        self.index.end_store(plan, running.ok, running.demoted)
+
+    def one_step(self, running: Running, data: st.DataObject) -> None:
+        plan = running.plan
+        well = not self.may_fail(1) or data.draw(st.booleans())
+        if len(running.demoted) < len(plan.before):
+            step = plan.before[len(running.demoted)]
             number = names([step.key])[0]
-            there = number in self.bytes[step.tier]
-            went_well = there and (step.to is None or data.draw(well))
-            self.bytes[step.tier].discard(number)
-            if went_well and step.to is not None:
-                self.bytes[step.to].add(number)
-            demoted.append(went_well)
-        ok = [data.draw(well) for _ in plan.keys]
-        self.bytes[plan.tier].update(n for n, w in zip(names(list(plan.keys)), ok) if w)
-        self.failures += sum(not w for w in [*demoted, *ok])
-        self.index.end_store(plan, ok, demoted)
+            weights = self.bytes[step.tier].get(number)
+            if step.to is not None:
+                well = well and weights is not None
+                well = well and self.put(step.to, number, weights)
+            self.bytes[step.tier].pop(number, None)
+            running.demoted.append(well)
+        else:
+            number = names([plan.keys[len(running.ok)]])[0]
+            well = well and self.put(plan.tier, number, running.weights)
+            running.ok.append(well)
+        self.failures += not well
+
+    def put(self, tier: Tier, number: int, weights: int | None) -> bool:
+        """What `TierData.store` does."""
+        assert weights is not None
+        held = self.bytes[tier]
+        if number in held:
+            return True
+        if len(held) == self.capacity[tier]:
+            assert not self.index.stats[tier].capacity, "no room for what was promised some"
+            return False
+        held[number] = weights
+        return True
+
+    def may_fail(self, count: int) -> bool:
+        return self.may_give_up or self.failures + count < MAX_FAILURES_IN_A_ROW
+
+    @rule()
+    def change_weights(self) -> None:
+        self.weights += 1
+        self.device.clear()
+        self.index.follow([KvChange("cleared")])
 
     @rule(numbers=st.lists(NUMBERS, min_size=1, max_size=4, unique=True))
     def begin_load(self, numbers: list[int]) -> None:
@@ -352,18 +489,22 @@ class Books(RuleBasedStateMachine):
         if found:
             first = [n for n, tier in zip(numbers, found) if tier == found[0]]
             self.index.begin_load(found[0], keys(*first))
-            self.loads.append((found[0], first))
+            self.loads.append((found[0], first, self.weights))
 
     @precondition(lambda self: self.loads)
     @rule(data=st.data())
     def end_load(self, data: st.DataObject) -> None:
-        tier, numbers = self.loads.pop(data.draw(st.integers(0, len(self.loads) - 1)))
-        well = st.booleans() if self.failures < MAX_FAILURES_IN_A_ROW - 1 else st.just(True)
-        ok = [n in self.bytes[tier] and data.draw(well) for n in numbers]
-        for number, loaded in zip(numbers, ok):
-            if not loaded:
-                self.bytes[tier].discard(number)
-                self.failures += 1
+        tier, numbers, weights = self.loads.pop(data.draw(st.integers(0, len(self.loads) - 1)))
+        ran = not self.may_fail(len(numbers)) or data.draw(st.booleans())
+        ok = []
+        for number in numbers:
+            found = self.bytes[tier].get(number)
+            assert found in (weights, None), "bytes of other weights"
+            well = found is not None and (not self.may_fail(1) or data.draw(st.booleans()))
+            if ran and not well:
+                self.bytes[tier].pop(number, None)
+            ok.append(ran and well)
+            self.failures += not ok[-1]
         self.index.end_load(tier, keys(*numbers), ok)
 
     @invariant()
@@ -387,11 +528,12 @@ class Books(RuleBasedStateMachine):
             # Until it has arrived, what is on its way down is in the host by the events.
             assert held | self.on_the_way() >= self.said[tier]
             assert held <= self.said[tier]
-            assert held <= self.bytes[tier], "believed, but not there"
+            there = {n for n, weights in self.bytes[tier].items() if weights == self.weights}
+            assert held <= there, "believed, but not there"
             assert len(held) <= self.capacity[tier]
 
     def on_the_way(self) -> set[int]:
-        steps = [step for plan in self.stores for step in plan.before if step.to == "disk"]
+        steps = [step for each in self.stores for step in each.plan.before if step.to == "disk"]
         return set(names([step.key for step in steps]))
 
 

@@ -73,12 +73,12 @@ class SimulatedDataPlane:
         def end() -> None:
             if self.closed:
                 return
+            demoted: tuple[bool, ...] = ()
+            if isinstance(job, Store) and not fails:
+                demoted = tuple([self._demote(step) for step in job.before])
             ok = (False,) * len(job.blocks) if fails else self._carry_out(job)
             num_bytes = sum(ok) * self._block_bytes if not _is_map(job) else 0
             reason = "" if all(ok) else "the simulated data plane says so"
-            demoted: tuple[bool, ...] = ()
-            if isinstance(job, Store):
-                demoted = tuple(not fails and self._demote(step) for step in job.before)
             done(Moved(job.number, ok, num_bytes, self._clock() - began_s, reason, demoted))
 
         self._at(began_s + seconds, end)

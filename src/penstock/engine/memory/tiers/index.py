@@ -19,6 +19,10 @@ by `match`, which goes from the front, and ages away.
 device still has it is *ahead*: spare, but not given up for others, since it is needed soon. Its
 room is taken from spare and own keys, so the list above is shorter by as many blocks as are ahead.
 
+**Plans under way** run on several threads and end in any order, so none may count on what another
+has yet to do: a key that one carries out (*leaving*) is not stored there by another before it has
+ended, and bytes that are of no use (*dead*) hold their room until a plan drops them to use it.
+
 The shared store ("store") is not in the books, since others fill and empty it: `match` offers it
 for what no tier here has, and the data plane finds out. What it did not have is not asked for again
 until it has been here.
@@ -78,7 +82,7 @@ class TierStats:
 
 @dataclass(slots=True)
 class _Shelf:
-    """One tier. Each key is in at most one of the four; the first in each is the next to go."""
+    """One tier. Each key is in one of the first five at most; the first of each goes next."""
 
     tier: Tier
     stats: TierStats
@@ -87,6 +91,10 @@ class _Shelf:
     ahead: OrderedDict[bytes, None] = field(default_factory=OrderedDict)
     #: Room taken for what is being written; not there yet.
     arriving: dict[bytes, None] = field(default_factory=dict)
+    #: Their bytes may be there, but are not to be found; they go before all others.
+    dead: OrderedDict[bytes, None] = field(default_factory=OrderedDict)
+    #: What plans under way carry out. True: on its way down, and followers see it here till then.
+    leaving: dict[bytes, bool] = field(default_factory=dict)
     #: How many loads are under way of a key.
     pins: Counter[bytes] = field(default_factory=Counter)
     failures_in_a_row: int = 0
@@ -96,7 +104,7 @@ class _Shelf:
 
     @property
     def num_used(self) -> int:
-        return len(self.own) + len(self.spare) + len(self.ahead) + len(self.arriving)
+        return sum(map(len, (self.own, self.spare, self.ahead, self.arriving, self.dead)))
 
     def held(self) -> Iterator[bytes]:
         for place in (self.own, self.spare, self.ahead):
@@ -109,6 +117,15 @@ class _Shelf:
                 del place[key]
                 return True
         return False
+
+    def bury(self, key: bytes) -> None:
+        """It is not to be found any more, but its bytes may be there."""
+        if self.stats.capacity:
+            self.dead[key] = None
+
+    def may_take(self, key: bytes) -> bool:
+        """Does no job under way read, write or drop the bytes of `key`, which is not there?"""
+        return not (key in self.arriving or key in self.leaving or key in self.pins)
 
     def first_unpinned(self, place: OrderedDict[bytes, None]) -> bytes | None:
         return next((key for key in place if key not in self.pins), None)
@@ -141,7 +158,6 @@ class TierIndex:
         self._in_store: OrderedDict[bytes, None] = OrderedDict()
         self._not_in_store: OrderedDict[bytes, None] = OrderedDict()
         self._generation = 0
-        self._pending_drops: list[Demotion] = []
         self._changes: list[tuple[str, bytes, Tier]] = []
         for tier, keys in (recovered or {}).items():
             shelf = self._by_tier[tier]
@@ -174,8 +190,8 @@ class TierIndex:
             self._by_tier[tier].pins.update(keys)
 
     def end_load(self, tier: Tier, keys: Sequence[bytes], ok: Sequence[bool]) -> None:
-        """What a `Load` has come to. What could not be loaded is not there (the data plane has
-        dropped it). That the others are on the device now is for `follow` to say."""
+        """What a `Load` has come to. What could not be loaded counts as lost, whether or not the
+        job has run. That the others are on the device now is for `follow` to say."""
         if tier == "store":
             self._end_store_load(keys, ok)
             return
@@ -188,6 +204,7 @@ class TierIndex:
                 continue
             shelf.stats.not_loaded += 1
             if shelf.remove(key):
+                shelf.bury(key)
                 self._changed("removed", key, tier)
                 self._settle(key)
             self._failed(shelf)
@@ -216,38 +233,38 @@ class TierIndex:
 
     def _plan_for(self, shelf: _Shelf, keys: Sequence[bytes]) -> StorePlan:
         chosen: list[bytes] = []
-        before = [drop for drop in self._pending_drops if not self._is_there(drop)]
+        before: list[Demotion] = []
         for key in keys:
             if key in shelf:
                 if key in self._device and key in shelf.spare:
                     del shelf.spare[key]
                     shelf.ahead[key] = None
                 continue
-            if key in shelf.arriving:
+            if not shelf.may_take(key):
                 continue
             shelf.arriving[key] = None
             self._settle(key)  # a copy below is spare from now on, and its room may be had
-            room = self._make_room(shelf)
+            room = self._make_room(shelf, key)
             if room is None:
                 del shelf.arriving[key]
                 self._settle(key)
                 break
             before += room
             chosen.append(key)
-        if chosen:
-            self._pending_drops.clear()
+        for step in before:
+            leaving = self._by_tier[step.tier].leaving
+            assert step.key not in leaving, "two plans carry out one key"
+            leaving[step.key] = step.to is not None
         return StorePlan(shelf.tier, tuple(chosen), tuple(before), self._generation)
 
-    def _is_there(self, drop: Demotion) -> bool:
-        """Has it come back since?"""
-        shelf = self._by_tier[drop.tier]
-        return drop.key in shelf or drop.key in shelf.arriving
-
-    def _make_room(self, shelf: _Shelf) -> list[Demotion] | None:
-        """What to carry out so that the block that has just been promised room fits; None if that
-        cannot be had."""
-        if shelf.num_used <= shelf.stats.capacity:
+    def _make_room(self, shelf: _Shelf, key: bytes) -> list[Demotion] | None:
+        """What to carry out for `key`, which has just been promised room; None: nothing may go."""
+        if key not in shelf.dead and shelf.num_used <= shelf.stats.capacity:
             return []
+        victim = key if key in shelf.dead else shelf.first_unpinned(shelf.dead)
+        if victim is not None:
+            del shelf.dead[victim]
+            return [Demotion(victim, shelf.tier, None)]
         victim = shelf.first_unpinned(shelf.spare)
         if victim is not None:
             del shelf.spare[victim]
@@ -263,9 +280,9 @@ class TierIndex:
         """`victim` has left the books of `shelf`: where it goes."""
         usable = self._usable()
         below = next(iter(usable[usable.index(shelf) + 1 :]), None)
-        if below is not None and victim not in below and victim not in below.arriving:
+        if below is not None and victim not in below and below.may_take(victim):
             below.arriving[victim] = None
-            room = self._make_room(below)
+            room = self._make_room(below, victim)
             if room is not None:
                 return [*room, Demotion(victim, shelf.tier, below.tier)]
             del below.arriving[victim]
@@ -281,12 +298,9 @@ class TierIndex:
         if plan.tier == "store":
             self._end_store_store(plan, ok)
             return
-        not_done = plan.before[len(demoted) :]
-        done = [*demoted, *[False] * len(not_done)]
-        self._pending_drops += [Demotion(step.key, step.tier, None) for step in not_done]
+        done: list[bool | None] = [*demoted, *[None] * (len(plan.before) - len(demoted))]
         for step, went_well in zip(plan.before, done, strict=True):
-            if step.to is not None:
-                self._arrived(step, went_well, plan)
+            self._carried_out(step, went_well, plan)
         shelf = self._by_tier[plan.tier]
         for key, went_well in zip(plan.keys, ok, strict=True):
             del shelf.arriving[key]
@@ -299,30 +313,36 @@ class TierIndex:
                 self._settle(key)
                 self._failed(shelf)
 
-    def _arrived(self, step: Demotion, went_well: bool, plan: StorePlan) -> None:
-        """A key has moved down, or has been lost on the way."""
-        assert step.to is not None
-        above, below = self._by_tier[step.tier], self._by_tier[step.to]
+    def _carried_out(self, step: Demotion, went_well: bool | None, plan: StorePlan) -> None:
+        """A key has gone, down or for good, or been lost on the way. None: nothing was done."""
+        above = self._by_tier[step.tier]
+        is_seen_above = above.leaving.pop(step.key)
+        if went_well is None:
+            above.bury(step.key)
+        if step.to is None:
+            return
+        below = self._by_tier[step.to]
         del below.arriving[step.key]
-        if went_well:
+        op = "moved" if is_seen_above else "stored"
+        if went_well and self._put(below, step.key, plan, op):
             above.stats.demoted += 1
-            self._put(below, step.key, plan, "moved")
-            self._succeeded(below)
         else:
             above.stats.evicted += 1
-            if step.key not in above:  # it may have come back meanwhile
+            if is_seen_above:
                 self._changed("removed", step.key, step.tier)
-            self._failed(below)
+        (self._succeeded if went_well else self._failed)(below)
 
-    def _put(self, shelf: _Shelf, key: bytes, plan: StorePlan, op: str) -> None:
+    def _put(self, shelf: _Shelf, key: bytes, plan: StorePlan, op: str) -> bool:
+        """The bytes of `key` have been written: may it be found from now on?"""
         if plan.generation != self._generation or not shelf.stats.capacity:
-            self._pending_drops.append(Demotion(key, shelf.tier, None))
-            return
-        came_back = op == "moved" and any(key in s for s in self._shelves)
-        self._changed("stored" if came_back else op, key, shelf.tier)
-        place = shelf.ahead if key in self._device and op == "stored" else shelf.spare
-        place[key] = None
+            shelf.bury(key)
+            return False
+        shelf.dead.pop(key, None)
+        self._changed(op, key, shelf.tier)
+        is_ahead = key in self._device and shelf.tier == plan.tier
+        (shelf.ahead if is_ahead else shelf.spare)[key] = None
         self._settle(key)
+        return True
 
     def _end_store_store(self, plan: StorePlan, ok: Sequence[bool]) -> None:
         assert self._store is not None
@@ -385,22 +405,26 @@ class TierIndex:
     # ---- the end of a tier ----------------------------------------------------------------
 
     def clear(self) -> None:
-        """Forget everything (the weights have changed). The next plan drops it from the tiers."""
+        """Forget everything (the weights have changed). Plans to come drop it from the tiers."""
         self._generation += 1
         self._device.clear()
         self._in_store.clear()
         self._not_in_store.clear()
         for shelf in self._shelves:
-            self._pending_drops += [Demotion(key, shelf.tier, None) for key in shelf.held()]
-            self._empty(shelf)
+            for key in self._empty(shelf):
+                shelf.bury(key)
 
     def _usable(self) -> list[_Shelf]:
         return [shelf for shelf in self._shelves if shelf.stats.capacity]
 
-    def _empty(self, shelf: _Shelf) -> None:
+    def _empty(self, shelf: _Shelf) -> list[bytes]:
+        """What was there to be found."""
+        held = list(shelf.held())
         for place in (shelf.own, shelf.spare, shelf.ahead):
             place.clear()
-        self._changes.append(("cleared", b"", shelf.tier))
+        shelf.leaving = dict.fromkeys(shelf.leaving, False)
+        self._changed("cleared", b"", shelf.tier)
+        return held
 
     def _succeeded(self, shelf: _Shelf) -> None:
         shelf.failures_in_a_row = 0
@@ -409,9 +433,8 @@ class TierIndex:
         shelf.failures_in_a_row += 1
         if shelf.failures_in_a_row == MAX_FAILURES_IN_A_ROW:
             shelf.stats.capacity = 0
-            held = list(shelf.held())
-            self._empty(shelf)
-            for key in held:
+            shelf.dead.clear()
+            for key in self._empty(shelf):
                 self._settle(key)
 
     # ---- looking in -----------------------------------------------------------------------
@@ -441,7 +464,7 @@ class TierIndex:
     def stats(self) -> dict[Tier, TierStats]:
         found: dict[Tier, TierStats] = {}
         for shelf in self._shelves:
-            shelf.stats.used = shelf.num_used
+            shelf.stats.used = shelf.num_used - len(shelf.dead)
             found[shelf.tier] = shelf.stats
         if self._store is not None:
             found["store"] = self._store
@@ -455,6 +478,8 @@ class TierIndex:
             held = Counter(shelf.held())
             assert not held or max(held.values()) == 1, "a key is twice in a tier"
             assert not shelf.arriving.keys() & held.keys(), "a key arrives where it is"
+            assert not shelf.leaving.keys() & held.keys(), "a key is found while it is dropped"
+            assert not shelf.dead.keys() & (held.keys() | shelf.arriving.keys()), "dead and alive"
             assert not shelf.own.keys() & faster, "own, though a faster place has it"
             assert not (shelf.spare.keys() | shelf.ahead.keys()) - faster, "spare, and the only one"
             faster |= held.keys() | shelf.arriving.keys()
