@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.unit.test_service_core import Bench
+from tests.unit.test_service_core import Bench, load
 
 from penstock.protocol.effects import Effect
 from penstock.protocol.errors import UnsupportedFeature
@@ -56,10 +56,12 @@ def test_drained_and_started_again() -> None:
     site = Site("a", "b")
     site.operations.drain("a")
     assert site.sent("a", Drain) and not site.bench.core.instances["a"].takes_work
+    site.bench.say("a", load("a", 1))
     with pytest.raises(Conflict, match="still drains"):
         site.operations.start("a")
     site.ends("a")
     assert site.state("a") == "drained" and site.bench.core.ready
+    assert site.bench.core.instances["a"].load is None
     site.operations.drain("a")  # says nothing new
     # Nobody knocks there any more.
     site.bench.sent.clear()
@@ -244,6 +246,27 @@ async def test_one_that_waits_to_be_started_again_is_not(monkeypatch: pytest.Mon
     assert owner.drained == ["engine-0"] and owner.roster.has_gone("engine-0")
     owner.roster.bring_back("engine-0")
     assert worker.incarnation == 2 and not worker.rests
+    await owner.fleet.stop(5.0)
+
+
+async def test_one_that_was_given_up_is_started_by_an_order(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    owner = Owner(monkeypatch, WAITS, num=2)
+    given_up, other = owner.fleet.workers.values()
+    monkeypatch.setattr(given_up, "_policy", RestartPolicy(enabled=False))
+    monkeypatch.setattr(other, "_policy", RestartPolicy(enabled=False))
+    given_up.kill()
+    await until(lambda: owner.ended == [("engine-0", False)])
+    owner.roster.take_out("engine-0")
+    assert owner.drained == ["engine-0"]
+    owner.roster.bring_back("engine-0")
+    assert given_up.running
+    other.kill()
+    await until(lambda: len(owner.ended) == 2)
+    assert owner.failed == []  # the first one is there
+    given_up.kill()
+    await until(lambda: owner.failed)
     await owner.fleet.stop(5.0)
 
 

@@ -84,10 +84,6 @@ class ApiWorker(Process):
     def inherited(self) -> tuple[int, ...]:
         return () if self._inherits is None else (self._inherits.fileno(),)
 
-    @property
-    def running(self) -> bool:
-        return self._process is not None and self._process.poll() is None
-
 
 class _Parent:
     def __init__(

@@ -286,7 +286,7 @@ class ServiceDriver:
             {
                 "name": i.name,
                 "state": i.state,
-                "pid": i.card.pid if i.card else None,
+                "pid": card.pid if card else None,
                 "incarnation": i.incarnation,
                 "role": i.role,
                 "epoch": i.epoch,
@@ -298,7 +298,7 @@ class ServiceDriver:
                 "queued_tokens": i.queued_tokens,
                 "running": i.running,
                 "running_tokens": i.running_tokens,
-                "card": i.card,
+                "card": card,
                 "load": i.load,
                 "ttft_s": i.outcomes.recent_ttft_s.summary(now),
                 "tpot_s": i.outcomes.recent_tpot_s.summary(now),
@@ -307,6 +307,7 @@ class ServiceDriver:
                 "outcomes": i.outcomes,
             }
             for i in self.core.instances.values()
+            for card in [None if i.state == "drained" else i.card]
         ]
         ready = self.core.ready and not self._closing
         reason = ""

@@ -20,7 +20,7 @@ from penstock.service.explain import Explanation, PlacementRecord, SequenceExpla
 if TYPE_CHECKING:
     from opentelemetry.context import Context
     from opentelemetry.sdk.trace.export import SpanProcessor
-    from opentelemetry.trace import Span, Tracer
+    from opentelemetry.trace import Tracer
 
 #: As vLLM and the OpenTelemetry SDK have it; grpc or http/protobuf.
 PROTOCOL_VARIABLE = "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"
@@ -157,13 +157,12 @@ class _Trace:
 
     def _span(
         self, inside: Context, name: str, since_s: float, length_s: float, found: Mapping[str, Any]
-    ) -> Span:
+    ) -> None:
         start_ns = self._accepted_ns + round(since_s * 1e9)
         span = self._tracer.start_span(
             name, context=inside, start_time=start_ns, attributes=dict(found)
         )
         span.end(start_ns + round(length_s * 1e9))
-        return span
 
 
 def _last_token_s(choice: SequenceExplanation) -> float:

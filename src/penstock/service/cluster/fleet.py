@@ -65,8 +65,9 @@ class Fleet:
             self._on_failed(f"the engine did not start (exit code {code}): its reason is above")
 
     def follow_roster(self) -> None:
-        for worker in self.workers.values():
-            worker.follow_roster()
+        for name, worker in self.workers.items():
+            if worker.follow_roster():
+                self._given_up.discard(name)
 
     def kill_unless(self, name: str, is_well: Callable[[], bool], after_s: float) -> None:
         """Kill the process that now has this name, unless by then `is_well()`. One that drains gets

@@ -133,6 +133,11 @@ class Instance:
         self.touched = True
         self.heard(now)
 
+    def drained(self) -> None:
+        """Its process has ended: what it said of itself holds no more."""
+        self.state, self.load, self.others = "drained", None, NO_OTHERS
+        self.touched = True
+
     def bring_back(self) -> None:
         self.is_out, self.leaving_since_s = False, None
         if self.state == "drained":

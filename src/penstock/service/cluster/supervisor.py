@@ -55,6 +55,10 @@ class Process:
         return None
 
     @property
+    def running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    @property
     def pid(self) -> int | None:
         return self._process.pid if self._process else None
 
@@ -99,7 +103,8 @@ class Process:
 
     def kill(self) -> None:
         """It does not answer: end it. It is started again like one that ended by itself."""
-        if self._process is not None and self._process.poll() is None:
+        if self.running:
+            assert self._process is not None
             log.error("%s %s does not answer; it is killed", self.kind, self.name)
             self._process.kill()
 
@@ -183,16 +188,19 @@ class Worker(Process):
         else:
             super()._has_ended(code)
 
-    def follow_roster(self) -> None:
-        """Start what has been brought back; do not start what has been taken out meanwhile."""
+    def follow_roster(self) -> bool:
+        """Start what has been brought back (True then), and nothing that has been taken out."""
         out = self._roster.is_out(self.name)
-        if out and self._restart is not None:
-            self._restart.cancel()
-            self._restart = None
+        if out and not self.rests and not self.running:
+            if self._restart is not None:
+                self._restart.cancel()
+                self._restart = None
             self._rest()
         elif not out and self.rests and not self._stopping:
             self.rests = False
             self.start()
+            return True
+        return False
 
     def _rest(self) -> None:
         self._failures = 0
