@@ -40,7 +40,9 @@ def _has_gpu() -> bool:
 
 #: After a timeout: until whoever has swallowed it, or hangs while cleaning up, is told again.
 _AGAIN_S = 30.0
+_TEARDOWN_S = 60.0
 _in_a_phase = False
+_handler = pytest.StashKey[Any]()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -58,9 +60,15 @@ def pytest_timeout_set_timer(item: pytest.Item, settings: Any) -> Iterator[None]
         if _in_a_phase:
             handler(number, frame)
 
-    signal.signal(signal.SIGALRM, raise_where_it_is_seen)
-    signal.setitimer(signal.ITIMER_REAL, delay_s, _AGAIN_S)
+    item.stash[_handler] = raise_where_it_is_seen
+    _arm(item, delay_s)
     return result
+
+
+def _arm(item: pytest.Item, delay_s: float) -> None:
+    if _handler in item.stash:
+        signal.signal(signal.SIGALRM, item.stash[_handler])
+        signal.setitimer(signal.ITIMER_REAL, delay_s, _AGAIN_S)
 
 
 @contextlib.contextmanager
@@ -86,7 +94,9 @@ def pytest_runtest_call() -> Iterator[None]:
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_runtest_teardown() -> Iterator[None]:
+def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
+    if not signal.getitimer(signal.ITIMER_REAL)[0]:
+        _arm(item, _TEARDOWN_S)  # pytest-timeout takes its timer back when a test fails
     with _a_phase():
         return (yield)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import signal
 import subprocess
@@ -25,7 +26,18 @@ class Etcd:
     def url(self) -> str:
         return f"etcd://127.0.0.1:{self.port}"
 
-    def start(self) -> None:
+    def start(self, tries: int = 5) -> None:
+        """At another port where somebody was faster; but once it has run, at the same."""
+        first = self.process is None
+        for left in reversed(range(tries)):
+            self._launch()
+            if self._ready():
+                return
+            assert left, "etcd has ended"
+            if first:
+                self.port = free_port()
+
+    def _launch(self) -> None:
         client = f"http://127.0.0.1:{self.port}"
         peer = f"http://127.0.0.1:{free_port()}"
         self.process = subprocess.Popen(
@@ -37,18 +49,20 @@ class Etcd:
             ],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
-        self.wait_ready()
 
-    def wait_ready(self, timeout_s: float = 60.0) -> None:
+    def _ready(self, timeout_s: float = 60.0) -> bool:
+        """False: it has ended."""
         import httpx
 
+        assert self.process is not None
         deadline_s = time.monotonic() + timeout_s
         while time.monotonic() < deadline_s:
-            assert self.process is not None and self.process.poll() is None, "etcd has ended"
+            if self.process.poll() is not None:
+                return False
             with contextlib.suppress(httpx.TransportError):
                 found = httpx.get(f"http://127.0.0.1:{self.port}/health", timeout=2.0)
                 if found.json().get("health") == "true":
-                    return
+                    return self.process.poll() is None  # else it is another who answers
             time.sleep(0.05)
         raise AssertionError("etcd did not become healthy")
 
@@ -62,6 +76,8 @@ class Etcd:
         """It is there, and takes what it is sent, and does not answer."""
         assert self.process is not None
         self.process.send_signal(signal.SIGSTOP)
+        # Its threads may do a little more until then.
+        os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
         try:
             yield
         finally:
