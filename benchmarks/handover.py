@@ -231,12 +231,41 @@ def data_plane(means: tuple[Any, ...]) -> tuple[Any, Any, Any]:
     return memory, header, DataPlane(memory, header, MoverConfig(means))
 
 
+SECRET = b"of no cluster"
+
+
+def as_if_elsewhere(_: object) -> bool:
+    return True
+
+
 def serve_blocks() -> None:
     """The owner's process: says where its blocks are, and waits to be ended."""
-    memory, _, plane = data_plane(("mooncake", "tcp"))
+    from penstock.engine.transfer.server import BlockServer, Served
+
+    memory, header, plane = data_plane(("mooncake", "tcp"))
     memory.bytes[:] = np.random.default_rng(0).integers(0, 255, memory.bytes.shape, np.uint8)
-    print(json.dumps(plane.endpoints), flush=True)
+    served = Served(memory.block_bytes, header.generations, 1, memory.layout.block_bytes)
+    sealed = BlockServer(served, secret=SECRET, is_sealed=as_if_elsewhere)
+    print(json.dumps({**plane.endpoints, "tcp sealed": sealed.endpoint}), flush=True)
     sys.stdin.read()
+
+
+def sealed_fetch(endpoint: str, memory: Any) -> Callable[[list[Any]], list[bool]]:
+    """As between hosts, over loopback."""
+    from penstock.engine.transfer.tcp import Connection, Expected
+
+    began_s = time.perf_counter()
+    expected = Expected(1, memory.layout.block_bytes)
+    connection = Connection(endpoint, expected, SECRET, as_if_elsewhere)
+    print(f"connecting and sealing took {1e3 * (time.perf_counter() - began_s):.1f} ms")
+
+    def fetch(handles: list[Any]) -> list[bool]:
+        came = [False] * len(handles)
+        blocks = [(handle, memory.block_bytes(i)) for i, handle in enumerate(handles)]
+        connection.fetch(blocks, came)
+        return came
+
+    return fetch
 
 
 def rates(options: argparse.Namespace) -> None:
@@ -257,7 +286,10 @@ def rates(options: argparse.Namespace) -> None:
         engine = plane._mooncake._engine
         engine.register_memory(target.ctypes.data, target.nbytes)
         at = MooncakeEndpoint.parse(endpoints["mooncake"])
-        found: dict[str, list[float]] = {"mooncake raw": [], "mooncake": [], "tcp": []}
+        fetch_sealed = sealed_fetch(endpoints["tcp sealed"], memory)
+        found: dict[str, list[float]] = {
+            "mooncake raw": [], "mooncake": [], "tcp": [], "tcp sealed": []
+        }  # fmt: skip
         for number in range(options.rounds + 1):
             here = [int(row.ctypes.data) for row in target]
             there = [at.base + i * at.stride for i in range(NUM_BLOCKS)]
@@ -275,6 +307,9 @@ def rates(options: argparse.Namespace) -> None:
                 moved = ended.get(timeout=60)
                 found[means].append(time.perf_counter() - began_s)
                 assert all(moved.ok), moved.reason
+            began_s = time.perf_counter()
+            assert all(fetch_sealed(handles))
+            found["tcp sealed"].append(time.perf_counter() - began_s)
         num_bytes = NUM_BLOCKS * size
         print(f"{NUM_BLOCKS} blocks of {size} bytes, medians of {options.rounds}")
         raw_s = statistics.median(found["mooncake raw"][1:])
