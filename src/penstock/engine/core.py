@@ -119,7 +119,7 @@ class InstanceCore:
     # --- what comes in -------------------------------------------------------------------------
 
     def on_message(self, peer: str, message: Message, now: float) -> list[Effect]:
-        self._links.heard(peer, now)
+        self._links.heard(peer, message, now)
         match message:
             case Submit():
                 effects = self._submit(peer, message, now)

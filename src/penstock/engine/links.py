@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 from penstock.engine.scheduler.scheduler import Scheduler
 from penstock.engine.scheduler.sequence import SequenceUpdate
+from penstock.protocol.codec import Message
 from penstock.protocol.effects import Effect, Send
 from penstock.protocol.errors import PenstockError
-from penstock.protocol.instance import InstanceCard
+from penstock.protocol.instance import Attach, InstanceCard
 from penstock.protocol.kv import KvChange, KvEvents, Refused
 from penstock.protocol.tokens import Credit, PromptLogprobs, TokenRow, Tokens
 
@@ -60,8 +61,13 @@ class Links:
 
     # --- what they say -------------------------------------------------------------------------
 
-    def heard(self, service: str, now: float) -> None:
-        if (link := self._links.get(service)) is not None:
+    def heard(self, service: str, message: Message, now: float) -> None:
+        link = self._links.get(service)
+        if link is None:
+            return
+        # Whoever would attach with an older incarnation is not the service that has attached: a
+        # successor on a clock that was put back, which is let in once its predecessor is silent.
+        if not isinstance(message, Attach) or message.incarnation >= link.incarnation:
             link.heard_s = now
 
     def on_sent(self, service: str, taken: bool, now: float) -> None:

@@ -195,7 +195,7 @@ class ServiceCore:
 
     def on_drained(self, name: str, now: float) -> list[Effect]:
         effects = self.on_instance_lost(name, now)
-        self.instances[name].state = "drained"
+        self.instances[name].drained()
         return effects
 
     def remove_instance(self, name: str, now: float) -> list[Effect]:
@@ -204,6 +204,7 @@ class ServiceCore:
         effects = self._give_up(instance, now)
         del self.instances[name]
         self.placement.view.forget(name)
+        self.roles.forget(name)
         self.placement.expect(name, False)
         if instance.card is not None:
             effects.append(Send(name, Detach(self.config.name, self.config.incarnation)))

@@ -15,6 +15,8 @@ from penstock.service.policies.routing import Decision
 
 #: Placements kept of one sequence: its first, and the last ones.
 _PLACEMENTS_KEPT = 16
+#: Sequences kept under one request's id: as many choices as a request may have.
+_RECORDS_KEPT = 128
 
 
 @dataclass(slots=True)
@@ -272,7 +274,9 @@ class Explainer:
         """A sequence has ended; its siblings may still live."""
         if not self._capacity:
             return
-        self._finished.setdefault(record.request_id, []).append(record)
+        records = self._finished.setdefault(record.request_id, [])
+        records.append(record)
+        del records[:-_RECORDS_KEPT]  # clients of a router may give all requests one name
         self._finished.move_to_end(record.request_id)
         while len(self._finished) > self._capacity:
             self._finished.popitem(last=False)

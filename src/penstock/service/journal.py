@@ -9,6 +9,7 @@ from penstock.protocol.kv import BLOCK_TOKENS, KEY_BYTES, block_keys, next_key, 
 from penstock.protocol.request import Constraint, RequestClass, SamplingParams
 from penstock.service.explain import Record
 from penstock.service.generation import GenerationSpec
+from penstock.service.policies.routing import Decision
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,8 @@ class Entry:
     decode_on: Reservation | None = None
     #: Whose blocks the present placement began with, until its first token: it should not go yet.
     pulls_from: str | None = None
+    #: What admission has decided on the way; the first placement follows it.
+    foreseen: tuple[int | None, Decision] | None = None
     #: Why it was placed last, or waits to be.
     because: str = "new"
     _keys: bytearray = field(default_factory=bytearray)

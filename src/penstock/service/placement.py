@@ -86,7 +86,8 @@ class Placement:
         able = self._able()
         if entry.ttft_slo_s is None or not able:
             return
-        _, decision = self._decide(entry, able, None, now)
+        cached_tokens, decision = self._decide(entry, able, None, now)
+        entry.foreseen = cached_tokens, decision
         predicted_s = min(c.predicted_ttft_s for c in decision.candidates)
         if predicted_s > entry.ttft_slo_s:
             raise Overloaded(
@@ -277,7 +278,8 @@ class Placement:
             self._homeless.append(entry)
             return []
         entry.homeless_since_s = None
-        cached_tokens, decision = self._decide(entry, able, prefilled_on, now)
+        foreseen, entry.foreseen = entry.foreseen, None
+        cached_tokens, decision = foreseen or self._decide(entry, able, prefilled_on, now)
         target = self.instances[decision.instance]
         decode = self.instances[decision.decode] if decision.decode else None
         source = self._source(entry, decision, prefilled_on)

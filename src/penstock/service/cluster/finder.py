@@ -109,6 +109,7 @@ class IndexFinder:
     def gone(self, instance: str) -> None:
         self.index.drop(instance)
         self._guesses.drop(instance)
+        self.audit.drop(instance)
         self._told.pop(instance, None)
 
     def hits(self, keys: bytes, names: Sequence[str]) -> tuple[Floats, Floats] | None:

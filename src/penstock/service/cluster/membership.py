@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections.abc import Callable
 from typing import Protocol
 
 import msgspec
@@ -101,20 +102,12 @@ class Membership:
             log.warning("%s is not used: %s", entry.name, reason)
             self._connections.refuse(entry.name, reason)
             return
-        try:
-            if known is None:
-                log.info("%s is at %s", entry.name, entry.address)
-                self._connections.connect(entry.name, entry.address)
-            else:
-                log.info("%s has started anew, at %s", entry.name, entry.address)
-                self._connections.replace(entry.name, entry.address)
-        except ConfigError as exc:  # such as one on another host, and no secret here
-            reason = exc.message
-            log.warning("%s is not used: %s", entry.name, reason)
-            self._connections.refuse(entry.name, reason)
-            self._refused.add(entry.name)
+        if known is None:
+            log.info("%s is at %s", entry.name, entry.address)
+            self._take(entry, self._connections.connect)
         else:
-            self._refused.discard(entry.name)
+            log.info("%s has started anew, at %s", entry.name, entry.address)
+            self._take(entry, self._connections.replace)
         self._known[entry.name] = entry
 
     def _why_not(self, entry: InstanceEntry) -> str:
@@ -165,8 +158,17 @@ class Membership:
         for name in sorted(self._refused):
             entry = self._known[name]
             if not self._why_not(entry):
-                self._refused.discard(name)
-                self._connections.replace(name, entry.address)
+                self._take(entry, self._connections.replace)
+
+    def _take(self, entry: InstanceEntry, how: Callable[[str, str], None]) -> None:
+        try:
+            how(entry.name, entry.address)
+        except ConfigError as exc:  # such as one on another host, and no secret here
+            log.warning("%s is not used: %s", entry.name, exc.message)
+            self._connections.refuse(entry.name, exc.message)
+            self._refused.add(entry.name)
+        else:
+            self._refused.discard(entry.name)
 
     async def close(self) -> None:
         for task in self._tasks:

@@ -88,6 +88,15 @@ class LiveView:
         if row is not None:
             self._table[row:-1] = self._table[row + 1 :]
             self._rows = {n: r - (r > row) for n, r in self._rows.items()}
+            left = self._table[: len(self._rows), _AT["hosts"]]
+            self._hosts = {host: code for host, code in self._hosts.items() if code in left}
+
+    def _host(self, host: str) -> int:
+        """A number that no other host among the rows has."""
+        code = self._hosts.get(host)
+        if code is None:
+            code = self._hosts[host] = max(self._hosts.values(), default=-1) + 1
+        return code
 
     def _new_row(self, instance: Instance) -> int:
         row = self._rows[instance.name] = len(self._rows)
@@ -102,7 +111,7 @@ class LiveView:
         card, load, seen = i.card, i.load, i.experience
         assert card is not None, "an active instance has shown its card"
         cost = load.cost if load else card.cost
-        host = self._hosts.setdefault(card.host or i.name, len(self._hosts))
+        host = self._host(card.host or i.name)
         return (
             ROLES.index(i.role),
             i.queued_tokens + i.others.queued_tokens,

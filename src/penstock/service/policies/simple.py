@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from penstock.service.policies.outlook import Outlook, look
 from penstock.service.policies.view import (
-    Candidate,
     ClusterView,
     Decision,
     Floats,
@@ -19,8 +18,8 @@ def round_robin(view: ClusterView, request: RouteRequest) -> Decision:
     turn = request.number % len(view.names)
     name = view.names[turn]
     reason = f"{name} is next: request {request.number} of {len(view.names)} instances in turn"
-    candidate = Candidate(instance=name, predicted_ttft_s=0.0)
-    return Decision(policy="round-robin", instance=name, candidates=(candidate,), reason=reason)
+    candidates = look(view, request).candidates([turn])  # who has an SLO asks for the time
+    return Decision(policy="round-robin", instance=name, candidates=candidates, reason=reason)
 
 
 def least_load(view: ClusterView, request: RouteRequest) -> Decision:
