@@ -93,7 +93,8 @@ class Struck:
 @dataclass(frozen=True)
 class Fault:
     name: str
-    strike: Callable[[Scene], Struck]
+    #: Finds out whom it hits, and returns what then does it at once.
+    prepare: Callable[[Scene], Callable[[], Struck]]
     #: Why placements are made that count as interruptions.
     because: tuple[str, ...] = ("moved", "migrated")
     #: From one arrival to the next.
@@ -203,9 +204,12 @@ async def _disturbed(
         tasks = [asyncio.create_task(one(i)) for i in range(len(bodies))]
         struck = None
         if fault is not None:
+            while sum(a.started_s > 0 for a in answers) < len(answers) / 2:
+                await asyncio.sleep(0.002)
+            strike = await asyncio.to_thread(fault.prepare, scene)
             while not _in_the_middle(answers):
                 await asyncio.sleep(0.002)
-            struck = await asyncio.to_thread(fault.strike, scene)
+            struck = await asyncio.to_thread(strike)
             repairing = asyncio.create_task(asyncio.to_thread(struck.repair))
         await asyncio.gather(*tasks)
         if fault is not None:
@@ -214,21 +218,19 @@ async def _disturbed(
 
 
 def _in_the_middle(answers: list[Answer]) -> bool:
-    arrived = [a for a in answers if a.started_s]
-    fresh = any(
-        not a.num_chunks and i % 2 and 0.01 < time.monotonic() - a.started_s < 0.1
-        for i, a in enumerate(answers)
-        if a.started_s
-    )
-    return len(arrived) >= len(answers) / 2 and (fresh or len(arrived) == len(answers))
+    """Somebody waits for the first token of a long prompt; or all have arrived."""
+    now = time.monotonic()
+    waiting = [a for a in answers[1::2] if a.started_s and not a.num_chunks]
+    fresh = any(0.005 < now - a.started_s < 0.05 for a in waiting)
+    return fresh or all(a.started_s for a in answers)
 
 
 def _interruption(
     scene: Scene, number: int, answer: Answer, struck: Struck, fault: Fault
 ) -> tuple[float, dict[str, Any]] | None:
     """The first placement that the fault has made necessary, and when, counted from the fault."""
-    if not answer.request_id:
-        return None
+    if not answer.request_id or struck.own(number):
+        return None  # (who could explain it is gone)
     url = scene.urls[number % len(scene.urls)]
     found = httpx.get(f"{url}/admin/requests/{answer.request_id}/explain").json()
     for placement in found["prompts"][0]["choices"][0]["placements"]:
@@ -257,64 +259,82 @@ def _middle_and_top(values: list[float]) -> tuple[float, float]:
 # --- faults ------------------------------------------------------------------------------------
 
 
-def _nothing(scene: Scene) -> Struck:
-    return Struck(time.monotonic())
+def _nothing(scene: Scene) -> Callable[[], Struck]:
+    return lambda: Struck(time.monotonic())
 
 
-def _signal(role: str, number: Signals) -> Callable[[Scene], Struck]:
-    def strike(scene: Scene) -> Struck:
+def _signal(role: str, number: Signals) -> Callable[[Scene], Callable[[], Struck]]:
+    def prepare(scene: Scene) -> Callable[[], Struck]:
         pid = with_role(scene.urls[0], role)["pid"]
-        send_signal(pid, number)
-        at_s = time.monotonic()
 
         def wake() -> None:
             time.sleep(STOPPED_S)
             with contextlib.suppress(ProcessLookupError):  # it was killed and replaced meanwhile
                 send_signal(pid, SIGCONT)
 
-        return Struck(at_s, wake) if number == SIGSTOP else Struck(at_s)
+        def strike() -> Struck:
+            send_signal(pid, number)
+            at_s = time.monotonic()
+            return Struck(at_s, wake) if number == SIGSTOP else Struck(at_s)
 
-    return strike
+        return strike
+
+    return prepare
 
 
-def _order(to: str, what: str, **data: str) -> Callable[[Scene], Struck]:
-    def strike(scene: Scene) -> Struck:
+def _order(to: str, what: str, **data: str) -> Callable[[Scene], Callable[[], Struck]]:
+    def prepare(scene: Scene) -> Callable[[], Struck]:
         name = with_role(scene.urls[0], to)["name"]
-        url = f"{scene.urls[0]}/admin/instances/{name}/{what}"
-        httpx.post(url, json=data or None).raise_for_status()
-        return Struck(time.monotonic())
+
+        def strike() -> Struck:
+            url = f"{scene.urls[0]}/admin/instances/{name}/{what}"
+            at_s = time.monotonic()
+            httpx.post(url, json=data or None).raise_for_status()
+            return Struck(at_s)
+
+        return strike
+
+    return prepare
+
+
+def _kill_the_leader(scene: Scene) -> Callable[[], Struck]:
+    reports = [cluster_report(router.url) for router in scene.routers]
+    place = [r["leader"] == r["service"] for r in reports].index(True)
+    process = scene.routers[place].process
+
+    def strike() -> Struck:
+        process.send_signal(SIGKILL)
+        at_s = time.monotonic()
+        process.wait()
+        return Struck(at_s, own=lambda number: number % len(scene.urls) == place)
 
     return strike
 
 
-def _kill_the_leader(scene: Scene) -> Struck:
-    leads = [
-        cluster_report(r.url)["leader"] == cluster_report(r.url)["service"] for r in scene.routers
-    ]
-    place = leads.index(True)
-    scene.routers[place].process.send_signal(SIGKILL)
-    at_s = time.monotonic()
-    scene.routers[place].process.wait()
-    return Struck(at_s, own=lambda number: number % len(scene.urls) == place)
-
-
-def _etcd_away(scene: Scene) -> Struck:
+def _etcd_away(scene: Scene) -> Callable[[], Struck]:
     etcd = scene.etcd
     assert etcd is not None
-    etcd.kill()
-    at_s = time.monotonic()
 
     def back() -> None:
         time.sleep(AWAY_S)
         etcd.start()
 
-    return Struck(at_s, back)
+    def strike() -> Struck:
+        etcd.kill()
+        return Struck(time.monotonic(), back)
+
+    return strike
 
 
-def _cut(scene: Scene) -> Struck:
-    assert scene.pair is not None
-    scene.pair.cut()
-    return Struck(time.monotonic())
+def _cut(scene: Scene) -> Callable[[], Struck]:
+    pair = scene.pair
+    assert pair is not None
+
+    def strike() -> Struck:
+        pair.cut()
+        return Struck(time.monotonic())
+
+    return strike
 
 
 # --- clusters ----------------------------------------------------------------------------------
