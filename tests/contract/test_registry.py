@@ -307,7 +307,7 @@ async def test_silence_of_etcd_loses_nobody_however_often_it_comes(tmp_path: Pat
                 await until(lambda: not leader.leads)
         await until(lambda: leader.leads and sorted(seen.known) == names)
         terms = [t for t in leader.terms if t is not None]
-        assert terms == sorted(set(terms)) and len(terms) == 4
+        assert terms == sorted(set(terms)) and len(terms) >= 4
         await asyncio.gather(*(h.close() for h in held), leader.campaign.close())
         await seen.close()
         await one.close()
