@@ -18,7 +18,7 @@ from tests.helpers.gguf_files import q4_k_m, write_gguf
 from penstock.checkpoint import Checkpoint, resolve
 from penstock.cli.checks import examine
 from penstock.engine.config import EngineConfig
-from penstock.engine.loading.digest import model_digest
+from penstock.engine.loading.digest import checkpoint_digest
 from penstock.engine.loading.loader import load_model
 from penstock.engine.loading.tensors import CheckpointTensors
 from penstock.engine.models.registry import model_config
@@ -301,14 +301,14 @@ def test_types_that_cannot_be_read_are_refused_by_name(
 
 
 def test_digests_tell_files_apart_and_know_copies(whole: Path, tmp_path: Path) -> None:
-    original = model_digest(resolve(str(whole)))
+    original = checkpoint_digest(resolve(str(whole)))
     copy = tmp_path / whole.name
     shutil.copy(whole, copy)
-    assert model_digest(resolve(str(copy))) == original
+    assert checkpoint_digest(resolve(str(copy))) == original
     data = bytearray(whole.read_bytes())
     data[-1] ^= 1
     copy.write_bytes(data)
-    assert model_digest(resolve(str(copy))) != original
+    assert checkpoint_digest(resolve(str(copy))) != original
 
 
 def test_llm_from_a_file_of_mixed_types(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from tests.helpers.checkpoints import make_checkpoint
 from tests.helpers.gguf_files import write_gguf
 
 from penstock.checkpoint import resolve
-from penstock.engine.loading.digest import model_digest
+from penstock.engine.loading.digest import checkpoint_digest
 from penstock.engine.loading.tensors import CheckpointTensors
 from penstock.engine.models.registry import model_config
 from penstock.gguf import header
@@ -38,7 +38,7 @@ def use(path: Path) -> None:
     checkpoint = resolve(str(path))
     model_config(checkpoint)
     Texts.from_checkpoint(checkpoint)
-    model_digest(checkpoint)
+    checkpoint_digest(checkpoint)
     with CheckpointTensors(checkpoint) as tensors:
         for file in tensors.files:
             for name in file.tensors:

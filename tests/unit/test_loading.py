@@ -9,19 +9,22 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.helpers.checkpoints import FAMILIES, make_checkpoint
 
 from penstock.checkpoint import Checkpoint
 from penstock.engine.layers.rotary import inverse_frequencies
-from penstock.engine.loading.digest import model_digest
+from penstock.engine.loading import digest
+from penstock.engine.loading.digest import checkpoint_digest, model_digest
 from penstock.engine.loading.loader import choose_dtype, load_model, weights_bytes
 from penstock.engine.loading.safetensors_file import SafetensorsFile
 from penstock.engine.loading.tensors import INDEX, SINGLE, STAGING_BYTES, CheckpointTensors
@@ -127,6 +130,7 @@ import sys
 from pathlib import Path
 
 import torch
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -301,25 +305,102 @@ class TestDummy:
 
 class TestDigest:
     def test_stable_and_sensitive(self, made: Path, copy: Path, sharded: Path) -> None:
-        original = model_digest(Checkpoint(made))
+        original = checkpoint_digest(Checkpoint(made))
         assert len(original) == 64
-        assert model_digest(Checkpoint(copy)) == original
-        assert model_digest(Checkpoint(sharded)) != original
+        assert checkpoint_digest(Checkpoint(copy)) == original
+        assert checkpoint_digest(Checkpoint(sharded)) != original
         set_config(copy, rope_parameters={"rope_type": "default", "rope_theta": 5.0})
-        changed = model_digest(Checkpoint(copy))
+        changed = checkpoint_digest(Checkpoint(copy))
         assert changed != original
         rewrite(copy, lambda tensors: tensors["model.layers.1.self_attn.k_proj.bias"][:1].add_(1))
-        assert model_digest(Checkpoint(copy)) != changed
+        assert checkpoint_digest(Checkpoint(copy)) != changed
 
     def test_dummy(self, copy: Path) -> None:
         (copy / SINGLE).unlink()
-        one = model_digest(Checkpoint(copy), load_format="dummy", seed=1)
-        assert one != model_digest(Checkpoint(copy), load_format="dummy", seed=2)
+        one = checkpoint_digest(Checkpoint(copy), load_format="dummy", seed=1)
+        assert one != checkpoint_digest(Checkpoint(copy), load_format="dummy", seed=2)
+
+    def test_a_few_rows_of_an_embedding_count(self, made: Path, copy: Path) -> None:
+        original = checkpoint_digest(Checkpoint(copy))
+        for row in (-1, 0, 77):
+            rewrite(copy, lambda t: t["model.embed_tokens.weight"][row, -2:].add_(1))  # noqa: B023
+            changed = checkpoint_digest(Checkpoint(copy))
+            assert changed != original
+            original = changed
+
+    def test_what_is_remembered_is_of_the_file_as_it_is(
+        self, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("PENSTOCK_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(digest, "_SETTLED_NS", 0)
+        asked: list[Path] = []
+        hash_file = digest.file_digest
+        monkeypatch.setattr(
+            digest, "file_digest", lambda path, stop: asked.append(path) or hash_file(path, stop)
+        )
+        original = checkpoint_digest(Checkpoint(copy))
+        assert checkpoint_digest(Checkpoint(copy)) == original and len(asked) == 1
+        weights = copy / SINGLE
+        times = weights.stat()
+        content = bytearray(weights.read_bytes())
+        content[-1] ^= 1
+        with weights.open("r+b") as file:  # the same inode and size, and then the same mtime
+            file.write(content)
+        os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
+        assert checkpoint_digest(Checkpoint(copy)) != original
+        for kept in (tmp_path / "cache").rglob("digests/*"):
+            kept.write_bytes(b"spoilt" * 8)
+        changed = checkpoint_digest(Checkpoint(copy))
+        assert changed != original and len(asked) == 3
+
+    def test_files_of_several_pieces(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(digest, "PIECE_BYTES", 1000)
+        monkeypatch.setattr(digest, "_READ_BYTES", 300)
+        file = tmp_path / "weights"
+        data = os.urandom(3500)
+        file.write_bytes(data)
+        found = {digest.file_digest(file)}
+        pieces = [xxhash.xxh3_128_digest(data[at : at + 1000]) for at in range(0, 3500, 1000)]
+        assert found == {xxhash.xxh3_128_digest((3500).to_bytes(8, "little") + b"".join(pieces))}
+        for at in (0, 999, 1000, 3499):
+            file.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+            found.add(digest.file_digest(file))
+        file.write_bytes(data[1000:2000] + data[:1000] + data[2000:])
+        found.add(digest.file_digest(file))
+        assert len(found) == 6
+
+    def test_what_decides_the_kv_counts_and_nothing_else(self, made: Path, copy: Path) -> None:
+        def named(folder: Path, dtype: str, max_model_len: int) -> str:
+            config = replace(
+                ModelConfig.from_checkpoint(Checkpoint(folder), max_model_len=max_model_len),
+                dtype=dtype,
+            )
+            return model_digest(checkpoint_digest(Checkpoint(folder)), config)
+
+        assert named(made, "float32", 20) == named(made, "float32", 40)
+        assert named(made, "float32", 20) != named(made, "bfloat16", 20)
+        rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+        set_config(copy, rope_parameters=rope, max_position_embeddings=64)
+        assert named(copy, "float32", 20) == named(copy, "float32", 64)  # neither is stretched
+        assert len({named(copy, "float32", n) for n in (64, 100, 200)}) == 3
+
+    def test_a_load_that_fails_does_not_wait_for_the_digest(
+        self, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("PENSTOCK_CACHE", str(tmp_path / "cache"))
+        stopped: list[bool] = []
+        monkeypatch.setattr(
+            digest, "file_digest", lambda path, stop: stopped.append(stop.wait(30)) or b""
+        )
+        how = {"load_format": "auto", "seed": 0, "quantization": "auto"}
+        with pytest.raises(ZeroDivisionError), digest.computed_beside(Checkpoint(copy), **how):
+            raise ZeroDivisionError
+        assert stopped == [True]
 
     def test_broken_files(self, copy: Path) -> None:
         (copy / SINGLE).write_bytes(b"")
         with pytest.raises(CheckpointError):
-            model_digest(Checkpoint(copy))
+            checkpoint_digest(Checkpoint(copy))
 
 
 class TestWrongTensors:

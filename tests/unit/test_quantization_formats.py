@@ -19,7 +19,7 @@ from tests.helpers.checkpoints import make_checkpoint
 from tests.helpers.quantized_checkpoints import WRITERS, FormatWriter
 
 from penstock.checkpoint import Checkpoint
-from penstock.engine.loading.digest import model_digest
+from penstock.engine.loading.digest import checkpoint_digest
 from penstock.engine.loading.loader import load_model
 from penstock.engine.platforms.base import Linear, Platform
 from penstock.engine.quantization.formats.packing import unpack, unpack_down
@@ -152,7 +152,7 @@ class TestWhatBecomesOfThem:
     ) -> None:
         for folder in (source, made("awq-32")):
             digests = {
-                wanted: model_digest(Checkpoint(folder), quantization=wanted)
+                wanted: checkpoint_digest(Checkpoint(folder), quantization=wanted)
                 for wanted in ("auto", "none", "int8", "int4")
             }
             same = folder == source  # "none" changes nothing there

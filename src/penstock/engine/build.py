@@ -6,23 +6,26 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from penstock.checkpoint import resolve
+from penstock.checkpoint import Checkpoint, resolve
+from penstock.engine.attention.base import AttentionBackend
 from penstock.engine.config import EngineConfig
 from penstock.engine.core import CoreConfig, InstanceCore
 from penstock.engine.layers.attention import build_attention
-from penstock.engine.loading.digest import model_digest
+from penstock.engine.loading.digest import computed_beside, model_digest
 from penstock.engine.loading.loader import load_model
 from penstock.engine.memory.base import KvMemory
 from penstock.engine.memory.contiguous import ContiguousMemory
 from penstock.engine.memory.premap import NoPremapper, Premapper
 from penstock.engine.memory.sizing import KvSizing, blocks_for, choose_num_blocks
 from penstock.engine.memory.xtensor import XTensorMemory
+from penstock.engine.models.base import Model
 from penstock.engine.models.config import ModelConfig
+from penstock.engine.platforms.base import Platform
 from penstock.engine.platforms.cpu import kernels, placement
 from penstock.engine.platforms.select import platform_for
 from penstock.engine.runtime.executor import StepExecutor
@@ -33,9 +36,8 @@ from penstock.engine.scheduler.config import SchedulerConfig
 from penstock.engine.scheduler.scheduler import Scheduler
 from penstock.engine.structured.matchers import MaskService
 from penstock.engine.transfer.jobs import Mover
-from penstock.engine.transfer.open import open_transfer
+from penstock.engine.transfer.open import Transfer, open_transfer
 from penstock.protocol.instance import InstanceCard
-from penstock.protocol.kv import KvLayout
 from penstock.trace import NO_TRACE, Trace
 
 log = logging.getLogger(__name__)
@@ -72,122 +74,81 @@ def build_engine(
     `address` is where the instance will listen; without one it has no peers to move blocks to.
     """
     runner = TorchRunner()
+    place = _Place(name, incarnation, address, registry)
     try:
-        executor, premapper, core, mover, cpus = runner.call(
-            lambda: _assemble(
-                config, name, incarnation, core_config, progress, trace, (address, registry)
-            )
-        )
+        parts = runner.call(lambda: _assemble(config, place, core_config, progress, trace))
     except BaseException:
         runner.close()
         raise
-    runner.serve(executor, premapper)
-    return Engine(core, runner, mover, cpus)
+    runner.serve(parts.executor, parts.premapper)
+    return Engine(parts.core, runner, parts.mover, parts.cpus)
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Who the instance is, and where it is found."""
+
+    name: str
+    incarnation: int
+    address: str | None
+    registry: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """A checkpoint as it is in memory. `digest`: see `model_digest`."""
+
+    checkpoint: Checkpoint
+    model: Model
+    config: ModelConfig
+    digest: str
+    device: torch.device
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    executor: StepExecutor
+    premapper: Premapper | NoPremapper
+    core: InstanceCore
+    mover: Mover
+    cpus: tuple[int, ...]
 
 
 def _assemble(
     config: EngineConfig,
-    name: str,
-    incarnation: int,
+    place: _Place,
     core_config: CoreConfig | None,
     progress: Callable[[float], None] | None,
     trace: Trace,
-    place: tuple[str | None, str | None],
-) -> tuple[StepExecutor, Premapper | NoPremapper, InstanceCore, Mover, tuple[int, ...]]:
-    checkpoint = resolve(config.model, revision=config.revision)
+) -> _Parts:
     platform = platform_for(config.device)
     config = config.for_device("cuda" if platform.device.type == "cuda" else "cpu")
-    assert config.max_num_seqs is not None and config.max_num_batched_tokens is not None
     threads = placement.here(config.cpu_bind, config.num_threads)
     torch.set_num_threads(threads.num_threads)
-    model, model_config = load_model(
-        checkpoint,
-        platform,
-        config.dtype,
-        config.max_model_len,
-        load_format=config.load_format,
-        quantization=config.quantization,
-        seed=config.seed,
-        progress=progress,
-    )
-    max_model_len = model_config.max_model_len
-    layout = model_config.kv_layout(config.kv_cache_dtype)
-    num_blocks = choose_num_blocks(
-        layout,
-        max_model_len=max_model_len,
-        max_num_seqs=config.max_num_seqs,
-        sizing=kv_sizing(config),
-        available_bytes=platform.available_bytes(),
-    )
-    make_memory = ContiguousMemory if config.kv_memory == "plain" else platform.kv_memory
-    memory = make_memory(layout, num_blocks, config.max_num_seqs, blocks_for(max_model_len, layout))
-    with _closed_on_failure(memory):
+    loaded = _load(config, platform, progress)
+    with contextlib.ExitStack() as on_failure:  # the process may try again
+        memory = _open_memory(config, platform, loaded.config)
+        on_failure.callback(memory.close)
         attention = build_attention(
-            model_config,
-            lambda shape: platform.attention(shape, memory, model.dtype, config.attention_backend),
+            loaded.config,
+            lambda shape: platform.attention(
+                shape, memory, loaded.model.dtype, config.attention_backend
+            ),
         )
-        eos = model_config.eos_token_ids
-        executor = StepExecutor(
-            model,
-            memory,
-            attention,
-            Sampler(config.max_num_seqs, model_config.vocab_size, eos, platform.device),
-            MaskService.from_checkpoint(checkpoint, model_config.vocab_size, eos),
-            max_num_seqs=config.max_num_seqs,
-            max_model_len=max_model_len,
-            device=platform.device,
-            forms=Forms(model, attention, platform, FormsConfig(config.graph_mode)),
-            trace=trace,
-        )
-        digest = model_digest(
-            checkpoint,
-            load_format=config.load_format,
-            seed=config.seed,
-            quantization=config.quantization,
-        )
+        executor = _executor(config, platform, loaded, memory, attention, trace)
         transfer = open_transfer(
             config,
             memory,
-            digest,
-            name=name,
-            incarnation=incarnation,
-            address=place[0],
-            registry=place[1],
+            loaded.digest,
+            name=place.name,
+            incarnation=place.incarnation,
+            address=place.address,
+            registry=place.registry,
         )
-        scheduler = Scheduler(
-            SchedulerConfig(
-                max_num_seqs=config.max_num_seqs,
-                max_num_batched_tokens=config.max_num_batched_tokens,
-                max_model_len=max_model_len,
-                enable_prefix_caching=config.enable_prefix_caching,
-                eos_token_ids=eos,
-                max_waiting=MAX_WAITING,
-            ),
-            num_blocks,
-            transfer.num_windows,
-            transfer.generations,
-            transfer.holders,
-        )
-        card = _card(
-            config,
-            digest,
-            model_config,
-            name=name,
-            incarnation=incarnation,
-            layout=layout,
-            num_blocks=num_blocks,
-            dtype=str(model.dtype).removeprefix("torch."),
-            device=str(platform.device),
-            kernels=platform.kernels() | {"attention": attention.name},
-            endpoints=transfer.mover.endpoints,
-            host=transfer.host,
-        )
-        premapper: Premapper | NoPremapper = NoPremapper()
-        if isinstance(memory, XTensorMemory):
-            premapper = Premapper(memory, layout.block_tokens, trace)
-        with _closed_on_failure(transfer.mover), _closed_on_failure(premapper):
-            placement.bind_team(kernels.load(), threads.cpus)
-        log.info("compute threads: %d (%s)", threads.num_threads, threads.reason)
+        on_failure.callback(transfer.mover.close)
+        scheduler = _scheduler(config, loaded.config, memory.num_blocks, transfer)
+        in_use = platform.kernels() | {"attention": attention.name}
+        card = _card(config, loaded, place, memory, transfer, in_use)
         core = InstanceCore(
             card,
             scheduler,
@@ -196,53 +157,127 @@ def _assemble(
             endpoints=transfer.mover.endpoints,
             tiers=transfer.tiers,
         )
-        return executor, premapper, core, transfer.mover, threads.cpus
+        premapper: Premapper | NoPremapper = NoPremapper()
+        if isinstance(memory, XTensorMemory):
+            premapper = Premapper(memory, memory.layout.block_tokens, trace)
+        on_failure.callback(premapper.close)
+        placement.bind_team(kernels.load(), threads.cpus)
+        log.info("compute threads: %d (%s)", threads.num_threads, threads.reason)
+        on_failure.pop_all()
+    return _Parts(executor, premapper, core, transfer.mover, threads.cpus)
 
 
-@contextlib.contextmanager
-def _closed_on_failure(opened: KvMemory | Premapper | NoPremapper | Mover) -> Iterator[None]:
-    """A start that fails gives the pool back, and threads: the process may try again."""
-    try:
-        yield
-    except BaseException:
-        opened.close()
-        raise
+def _load(
+    config: EngineConfig, platform: Platform, progress: Callable[[float], None] | None
+) -> _Loaded:
+    """The model, and its digest, which is computed beside."""
+    checkpoint = resolve(config.model, revision=config.revision)
+    with computed_beside(
+        checkpoint,
+        load_format=config.load_format,
+        seed=config.seed,
+        quantization=config.quantization,
+    ) as digest:
+        model, model_config = load_model(
+            checkpoint,
+            platform,
+            config.dtype,
+            config.max_model_len,
+            load_format=config.load_format,
+            quantization=config.quantization,
+            seed=config.seed,
+            progress=progress,
+        )
+        named = model_digest(digest(), model_config)
+    return _Loaded(checkpoint, model, model_config, named, platform.device)
+
+
+def _open_memory(config: EngineConfig, platform: Platform, model: ModelConfig) -> KvMemory:
+    """Room for KV, as large as the configuration or the machine allows."""
+    assert config.max_num_seqs is not None
+    layout = model.kv_layout(config.kv_cache_dtype)
+    num_blocks = choose_num_blocks(
+        layout,
+        max_model_len=model.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        sizing=kv_sizing(config),
+        available_bytes=platform.available_bytes(),
+    )
+    make = ContiguousMemory if config.kv_memory == "plain" else platform.kv_memory
+    return make(layout, num_blocks, config.max_num_seqs, blocks_for(model.max_model_len, layout))
+
+
+def _executor(
+    config: EngineConfig,
+    platform: Platform,
+    loaded: _Loaded,
+    memory: KvMemory,
+    attention: AttentionBackend,
+    trace: Trace,
+) -> StepExecutor:
+    assert config.max_num_seqs is not None
+    model, vocab_size, eos = loaded.model, loaded.config.vocab_size, loaded.config.eos_token_ids
+    return StepExecutor(
+        model,
+        memory,
+        attention,
+        Sampler(config.max_num_seqs, vocab_size, eos, platform.device),
+        MaskService.from_checkpoint(loaded.checkpoint, vocab_size, eos),
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=loaded.config.max_model_len,
+        device=platform.device,
+        forms=Forms(model, attention, platform, FormsConfig(config.graph_mode)),
+        trace=trace,
+    )
+
+
+def _scheduler(
+    config: EngineConfig, model: ModelConfig, num_blocks: int, transfer: Transfer
+) -> Scheduler:
+    assert config.max_num_seqs is not None and config.max_num_batched_tokens is not None
+    return Scheduler(
+        SchedulerConfig(
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_model_len=model.max_model_len,
+            enable_prefix_caching=config.enable_prefix_caching,
+            eos_token_ids=model.eos_token_ids,
+            max_waiting=MAX_WAITING,
+        ),
+        num_blocks,
+        transfer.num_windows,
+        transfer.generations,
+        transfer.holders,
+    )
 
 
 def _card(
     config: EngineConfig,
-    digest: str,
-    model_config: ModelConfig,
-    *,
-    name: str,
-    incarnation: int,
-    layout: KvLayout,
-    num_blocks: int,
-    dtype: str,
-    device: str,
-    kernels: dict[str, str],
-    endpoints: dict[str, str],
-    host: str,
+    loaded: _Loaded,
+    place: _Place,
+    memory: KvMemory,
+    transfer: Transfer,
+    kernels_in_use: dict[str, str],
 ) -> InstanceCard:
     assert config.max_num_seqs is not None and config.max_num_batched_tokens is not None
     return InstanceCard(
-        name=name,
-        incarnation=incarnation,
+        name=place.name,
+        incarnation=place.incarnation,
         pid=os.getpid(),
         model=config.model,
-        model_digest=digest,
-        vocab_size=model_config.vocab_size,
-        max_model_len=model_config.max_model_len,
-        dtype=dtype,
-        device=device,
-        layout=layout,
-        num_blocks=num_blocks,
+        model_digest=loaded.digest,
+        vocab_size=loaded.config.vocab_size,
+        max_model_len=loaded.config.max_model_len,
+        dtype=str(loaded.model.dtype).removeprefix("torch."),
+        device=str(loaded.device),
+        layout=memory.layout,
+        num_blocks=memory.num_blocks,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         can=CAPABILITIES,
-        kernels=kernels,
-        endpoints=endpoints,
-        host=host,
+        kernels=kernels_in_use,
+        endpoints=transfer.mover.endpoints,
+        host=transfer.host,
     )
 
 

@@ -39,11 +39,19 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int, max_model_len: int) -> 
     return inv_freq_F
 
 
+def length_that_decides(rope: RopeConfig, max_model_len: int) -> int | None:
+    """The context length that the frequencies are made for, where they depend on what is served:
+    equal lengths, equal frequencies. None: they are the same for every length."""
+    return max(max_model_len, rope.original_max_tokens) if rope.type == "dynamic" else None
+
+
 def _scaled(rope: RopeConfig, head_dim: int, max_model_len: int) -> torch.Tensor:
     if rope.type == "linear":
         return _plain(rope.theta, head_dim) / rope.factor
     if rope.type == "dynamic":
-        return _plain(_ntk_theta(rope, head_dim, max_model_len), head_dim)
+        served = length_that_decides(rope, max_model_len)
+        assert served is not None
+        return _plain(_ntk_theta(rope, head_dim, served), head_dim)
     if rope.type == "llama3":
         return _llama3(rope, _plain(rope.theta, head_dim))
     if rope.type == "yarn":
@@ -57,15 +65,14 @@ def _plain(theta: float, head_dim: int) -> torch.Tensor:
     return 1.0 / (theta**exponents_F)
 
 
-def _ntk_theta(rope: RopeConfig, head_dim: int, max_model_len: int) -> float:
-    """NTK-aware scaling for a context of `max_model_len`.
+def _ntk_theta(rope: RopeConfig, head_dim: int, served: int) -> float:
+    """NTK-aware scaling for a context of `served` tokens, no less than the model was trained on.
 
     transformers raises theta as a sequence grows, which leaves old keys rotated by other angles
     than new ones and would make KV depend on who asked first. Here the length that is served
     decides, so blocks can be shared; up to the trained length both are the unscaled embedding.
     """
     trained = rope.original_max_tokens
-    served = max(max_model_len, trained)
     stretch = rope.factor * served / trained - (rope.factor - 1)
     return rope.theta * stretch ** (head_dim / (head_dim - 2))
 

@@ -42,8 +42,6 @@ class GgufFile:
         self._heads = checkpoint.interleaved_heads
         try:
             self._fd = os.open(path, os.O_RDONLY)
-            self.num_bytes = os.fstat(self._fd).st_size
-            self.header = os.pread(self._fd, header.num_bytes, 0)
         except OSError as exc:
             raise CheckpointError(f"{path} cannot be read: {exc.strerror}") from exc
 
@@ -67,12 +65,6 @@ class GgufFile:
         for rows, raw in self._slabs(name):
             out[rows] = raw
         return out
-
-    def sample(self, piece_bytes: int) -> Iterator[bytes]:
-        """The middle of each tensor, in the order of the file; all of those that are smaller."""
-        for info in sorted(self.tensors.values(), key=lambda info: info.start):
-            count = min(info.num_bytes, piece_bytes)
-            yield os.pread(self._fd, count, info.start + (info.num_bytes - count) // 2)
 
     def close(self) -> None:
         if self._fd >= 0:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,8 +63,7 @@ class SafetensorsFile:
             raise CheckpointError(f"{path} cannot be read: {exc.strerror}") from exc
         try:
             self.num_bytes = os.fstat(self._fd).st_size
-            self.header = self._read_header()
-            self.tensors = self._parse(self.header)
+            self.tensors = self._parse(self._read_header())
         except BaseException:
             self.close()
             raise
@@ -99,12 +97,6 @@ class SafetensorsFile:
         data = torch.empty(info.num_bytes, dtype=torch.uint8)
         self._read(info.start, _bytes_of(data))
         return data.view(dtype).view(info.shape)
-
-    def sample(self, piece_bytes: int) -> Iterator[bytes]:
-        """The middle of each tensor, in the order of the file; all of those that are smaller."""
-        for info in sorted(self.tensors.values(), key=lambda info: info.start):
-            count = min(info.num_bytes, piece_bytes)
-            yield os.pread(self._fd, count, info.start + (info.num_bytes - count) // 2)
 
     def close(self) -> None:
         if self._fd >= 0:
