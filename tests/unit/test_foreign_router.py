@@ -364,19 +364,55 @@ async def test_an_engine_that_stops_answering_its_checks_loses_its_requests() ->
 async def test_the_breaker_opens_and_closes() -> None:
     settings = {"breaker_failures": 2, "breaker_open_s": 0.3}
     async with MockEngine("a") as a, live_router(a, **settings) as live:
-        a.behave = refuses(500)
+        a.behave = refuses(502)
         for _ in range(2):
-            assert (await raw_http.request(live.port, CHAT, chat())).status == 500
+            assert (await raw_http.request(live.port, CHAT, chat())).status == 502
         answer = await raw_http.request(live.port, CHAT, chat())
         assert answer.status == 503 and "breaker open" in answer.json["error"]["message"]
         assert len(a.exchanges) == 2
         await asyncio.sleep(0.35)
-        assert (await raw_http.request(live.port, CHAT, chat())).status == 500  # the one that tries
+        assert (await raw_http.request(live.port, CHAT, chat())).status == 502  # the one that tries
         assert (await raw_http.request(live.port, CHAT, chat())).status == 503
         a.behave = answers
         await asyncio.sleep(0.7)
         for _ in range(3):
             assert only(await raw_http.request(live.port, CHAT, chat())) == "a"
+
+
+async def test_a_bad_request_that_is_answered_with_500_closes_no_engine() -> None:
+    """llama-cpp-python answers so to a temperature that is no number."""
+    settings = {"breaker_failures": 2}
+    async with MockEngine("a") as a, MockEngine("b") as b, live_router(a, b, **settings) as live:
+        a.behave = b.behave = refuses(500)
+        for _ in range(6):
+            answer = await raw_http.request(live.port, CHAT, chat())
+            assert answer.status == 500 and "says 500" in answer.json["error"]["message"]
+        assert {e.breaker.state for e in live.router.fleet.engines} == {"closed"}
+        # Where the other can answer, it was the engine's fault.
+        b.behave = answers
+        while live.router.fleet.by_name[f"127.0.0.1:{a.port}"].breaker.state == "closed":
+            assert only(await raw_http.request(live.port, CHAT, chat())) == "b"
+        idle(live)
+
+
+async def test_an_engine_too_busy_for_health_checks_lives_while_it_streams() -> None:
+    async with MockEngine() as engine, live_router(engine, lost_stall_s=0.1) as live:
+
+        async def streams(exchange: Exchange) -> None:
+            engine.healthy = False
+            await exchange.begin_stream()
+            for number in range(60):
+                await exchange.event(number)
+                await asyncio.sleep(0.02)
+            await exchange.chunk(b"data: [DONE]\n\n")
+            await exchange.send(b"0\r\n\r\n")
+
+        engine.behave = streams
+        answer = await raw_http.request(live.port, CHAT, chat(True))
+        assert len(texts(answer)) == 60
+        async with asyncio.timeout(10):
+            while live.router.fleet.engines[0].state != "lost":  # silent again
+                await asyncio.sleep(0.01)
 
 
 async def test_an_engine_that_is_gone_comes_back() -> None:

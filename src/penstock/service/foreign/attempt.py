@@ -96,7 +96,7 @@ class Attempt:
         )
 
     def on_body(self, data: bytes) -> None:
-        self.news_s = self.exchange.clock()
+        self.news_s = self.engine.spoke_s = self.exchange.clock()
         if self.streams:
             self._events(data)
         elif self.committed:

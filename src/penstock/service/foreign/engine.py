@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -94,6 +95,8 @@ class Engine:
         self.drained = False
         self.failed_checks = 0
         self.heard_s: float | None = None
+        #: When a byte of an answer last came from it.
+        self.spoke_s = -math.inf
         #: Model cards as the engine gave them, by id; None: it has no list, or was not asked yet.
         self.models: dict[str, dict[str, Any]] | None = None
         self.max_model_len = 0

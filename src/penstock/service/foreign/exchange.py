@@ -53,6 +53,8 @@ class Exchange:
         )
         self._tried: list[Engine] = []
         self._refused: Attempt | None = None
+        #: They answered 500, which some do to a bad request: whose fault it is, another one shows.
+        self._suspects: list[Engine] = []
         self._failure: PenstockError | None = None
         self._work_tokens = self._hit_tokens = 0
         self._ahead_tokens = 0.0
@@ -276,6 +278,10 @@ class Exchange:
         status = attempt.status
         if self.gone_away:
             engine.breaker.undecided()
+        elif error is None and status == 500:
+            self._suspects.append(engine)
+            engine.breaker.undecided()
+            engine.counts.failures += 1
         elif error is not None or (status in RETRIED and status != 429):
             engine.breaker.failed(now_s)
             engine.counts.failures += 1
@@ -283,6 +289,8 @@ class Exchange:
                 log.warning("engine %s %s", engine.name, error.what)
         else:
             engine.breaker.succeeded()
+            for suspect in self._suspects if status < 400 else ():
+                suspect.breaker.failed(now_s)
         if status in (429, 503):
             engine.counts.refusals += 1
             value = next((v for n, v in attempt.headers if n == b"retry-after"), b"")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import re
-import secrets
 import time
+import uuid
 
 from penstock.protocol.errors import EngineUnavailable, Overloaded, PenstockError
 from penstock.service.api.auth import AdminDoor, Keys, is_admin
@@ -70,7 +70,7 @@ class Router:
         if known is not None and _REQUEST_ID.fullmatch(known):
             request.id = known.decode()
         else:
-            request.id = secrets.token_hex(12)
+            request.id = str(uuid.uuid4())  # llama-cpp-python answers 400 to anything else
         try:
             return self._handle(client, request)
         except PenstockError as exc:
