@@ -99,6 +99,8 @@ class Fault:
     because: tuple[str, ...] = ("moved", "migrated")
     #: From one arrival to the next.
     every_s: float = 0.06
+    #: Whether somebody must come to lead again.
+    deposes: bool = False
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,7 @@ def measure(scene: Scene, fault: Fault, bodies: list[dict[str, Any]], calm: list
     fresh = [data | {"cache_salt": fault.name} for data in bodies]
     answers, struck = asyncio.run(_disturbed(scene, fault, fresh))
     assert struck is not None
-    led_again_s = _led_again_s(scene, struck) if scene.routers else None
+    led_again_s = _led_again_s(scene, struck) if fault.deposes else None
     own = [i for i in range(len(answers)) if struck.own(i) and answers[i].reset]
     others = [i for i in range(len(answers)) if i not in own]
     again = [found for i in others if (found := _interruption(scene, i, answers[i], struck, fault))]
@@ -241,7 +243,7 @@ def _interruption(
 
 
 def _led_again_s(scene: Scene, struck: Struck) -> float:
-    """Until somebody who lives leads the cluster, as he says himself."""
+    """Until somebody who lives leads the cluster, as he says himself; looked at after the load."""
     living = [r.url for r in scene.routers if r.process.poll() is None]
 
     def led() -> bool:
@@ -408,10 +410,10 @@ CLUSTERS: dict[str, tuple[Callable[[str], Any], tuple[Fault, ...]]] = {
     "routers": (
         _routers,
         (
-            Fault("etcd killed, back in 5 s", _etcd_away, every_s=0.4),
+            Fault("etcd killed, back in 5 s", _etcd_away, every_s=0.4, deposes=True),
             Fault("worker (decode) stopped for 10 s", _signal("decode", SIGSTOP), every_s=0.6),
             Fault("worker (prefill) stopped for 10 s", _signal("prefill", SIGSTOP), every_s=0.6),
-            Fault("kill -9 of the leading router", _kill_the_leader),
+            Fault("kill -9 of the leading router", _kill_the_leader, deposes=True),
         ),
     ),
     "hosts": (
