@@ -101,6 +101,25 @@ def test_the_receivers_first_means_that_both_have_is_taken() -> None:
     assert [len(m.blocks) for m in bench.offered] == [4, 4] and all(m.last for m in bench.offered)
 
 
+def test_what_cannot_be_pinned_is_said_at_once() -> None:
+    bench = Bench(num_blocks=16)
+    for seed in (1, 2):
+        bench.compute(prompt(seed, 96))
+    only_map = {"map": "host"}
+    bench.pull(prompt(1, 96), "whole", means=only_map)
+    bench.pull(prompt(2, 96), "part", means=only_map)
+    bench.pull(prompt(2, 96), "none", means=only_map, first_index=2)
+    assert [(m.transfer, len(m.blocks), m.last) for m in bench.offered] == [
+        ("whole", 6, True),
+        ("part", 2, True),
+    ]
+    assert [(m.request_id, m.code) for m in bench.peer.refused] == [("none", "no_room")]
+    bench.pull(prompt(2, 96), "copied")
+    assert (bench.offered[-1].means, len(bench.offered[-1].blocks)) == ("tcp", 6)
+    bench.wait(3)
+    check_nothing_is_left(bench.a)
+
+
 def test_offers_end_with_their_release() -> None:
     bench = Bench()
     bench.compute(prompt(1, 64))
@@ -165,11 +184,12 @@ def test_what_nobody_will_compute_is_not_waited_for() -> None:
     assert [m.last for m in bench.offered][-1]
 
 
-def test_pins_hold_a_share_of_the_pool_at_most() -> None:
+@pytest.mark.parametrize(("means", "num_pinned"), [("map", 20), ("tcp", 30)])
+def test_pins_hold_a_share_of_the_pool_at_most(means: str, num_pinned: int) -> None:
     bench = Bench(num_blocks=40)
-    bench.compute(prompt(1, 480), max_tokens=2)
-    bench.pull(prompt(1, 480))
-    assert sum(len(m.blocks) for m in bench.offered) == 20
+    bench.compute(prompt(1, 600), max_tokens=2)
+    bench.pull(prompt(1, 600), means={means: "host" if means == "map" else ""})
+    assert sum(len(m.blocks) for m in bench.offered) == num_pinned
 
 
 def test_a_fetch_with_an_old_epoch_is_refused() -> None:

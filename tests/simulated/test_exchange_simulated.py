@@ -102,6 +102,43 @@ def test_a_request_is_handed_over(means: tuple[str, ...], num_tokens: int) -> No
     check_nothing_is_left(pair.a, pair.b)
 
 
+@pytest.mark.parametrize("means", [("map", "tcp"), ("map",)])
+@pytest.mark.parametrize("shared", [480, 0])
+def test_hand_overs_go_on_when_no_more_can_be_pinned(means: tuple[str, ...], shared: int) -> None:
+    """All decode at once, so that what they have mapped stays pinned. Without a prefix in common
+    they have more than may be pinned for long: the rest is copied, or else computed, but at once.
+    """
+    pair = Pair(means=means)
+    prompts: dict[str, list[int]] = {}
+    for number in range(7):
+        ids = prompt(1, shared) + prompt(50 + number, 544 - shared)
+        request_id = f"r{number}"
+        prompts[request_id] = ids
+        pair.service.submit(
+            "a", request_id, ids, max_tokens=400,
+            plan=[Stage("prefill", "a"), Stage("decode", "b")],
+        )  # fmt: skip
+        pair.service.fetch("b", request_id, ids, source_of(pair.a, len(ids) // 16))
+        pair.until(pair.finished(request_id))
+        handed_over_s = pair.world.now
+        pair.service.submit(
+            "b", request_id, ids, max_tokens=400, attempt=2, resumed=1, plan=[Stage("decode", "b")]
+        )
+        pair.until(lambda: len(pair.service.ids[request_id]) > 1)  # noqa: B023
+        assert pair.world.now - handed_over_s < 0.1  # of virtual time
+    moved = {counts.means: counts.blocks for counts in pair.b.exchange.move_counts()}
+    if shared:
+        assert moved == {"map": 34 + 6 * 4}
+    else:
+        assert moved["map"] == (3 * 34 if "tcp" in means else 128)
+        assert moved.get("tcp", 0) == (4 * 34 if "tcp" in means else 0)
+    pair.until(lambda: all((r, 2) in pair.service.finish for r in prompts), within_s=60)
+    for request_id, ids in prompts.items():
+        assert pair.service.output(request_id) == undisturbed(ids, 400)
+    pair.wait(8)
+    check_nothing_is_left(pair.a, pair.b)
+
+
 def test_a_first_token_that_is_the_last_ends_it() -> None:
     pair = Pair()
     pair.hand_over(prompt(3, 50), max_tokens=1)

@@ -154,6 +154,30 @@ def test_pins_that_starve_somebody_are_seen() -> None:
     assert harness.finish("r") == "length" and not scheduler.holds.starved
 
 
+def test_a_block_in_several_holds_counts_once() -> None:
+    """Half of the pool may be pinned for long, and three quarters for a moment."""
+    harness = Harness(24, max_model_len=256)
+    holds = harness.scheduler.holds
+    requests = [submit(f"r{n}", 7 * BLOCK, max_tokens=2) for n in range(3)]
+    for request in requests:
+        harness.scheduler.add(request)
+        harness.run()
+    first, second, third = (split_keys(request.block_keys) for request in requests)
+    pins = [holds.pin(first) for _ in range(5)]
+    assert [len(pin.blocks) for pin in pins] == [7] * 5 and holds.num_held == 7
+    assert holds.has_room_for_pin(first, besides=5) and not holds.has_room_for_pin(second, 0)
+    short = holds.pin(second)
+    assert len(short.blocks) == 5 and holds.is_stuck(short)
+    assert not holds.is_stuck(pins[0])
+    brief = holds.pin(second, brief=True)
+    assert len(brief.blocks) == 7 and holds.num_held == 14
+    assert len(holds.pin(third, brief=True).blocks) == 4
+    for pin in pins:
+        holds.release(pin)
+    assert holds.num_held == 11 and holds.pin_more(short) == 2  # held by `brief` all the time
+    harness.scheduler.check()
+
+
 def test_what_is_promised_is_left_alone_while_anything_runs() -> None:
     harness = Harness(12, max_model_len=192)
     scheduler = harness.scheduler

@@ -12,9 +12,10 @@ Nobody waits for ever:
 * Whoever waits for a claim waits for an import, and an import ends: `exchange.py` gives it up when
   it makes no progress, which settles its claims at once, even while a job still runs.
 * A job's blocks cannot be taken away while it runs, but jobs end by themselves.
-* What an import takes must fit beside what running sequences still need (`room`), and holds never
-  exceed `max_share` of the pool. Holds that may be given up (`soft`) are, youngest first, as soon
-  as a running sequence is short, and when nothing runs and the first in the queue does not fit.
+* What an import takes must fit beside what running sequences still need (`room`), and imports and
+  pins stop at a share of the pool (`Holds`). Holds that may be given up (`soft`) are, youngest
+  first, as soon as a running sequence is short, and when nothing runs and the first in the queue
+  does not fit.
 * Pins for peers cannot be given up; they end with their lease. While somebody is `starved` because
   of them no new ones are made and leases are not renewed.
 
@@ -24,7 +25,7 @@ alone while anything runs. It holds nothing, so it stands in nobody's way either
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -46,6 +47,8 @@ class Hold:
     trusted: bool = True  # false after a cache reset, or when a part of the chain has gone
     #: So many leading blocks may be windows: they are held, and not offered to anybody.
     foreign: int = 0
+    #: Of a pin: it is over as soon as its blocks have been copied.
+    brief: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -65,13 +68,30 @@ _H = TypeVar("_H", bound=Hold)
 
 
 class Holds:
-    """All holds of one pool."""
+    """All holds of one pool.
 
-    def __init__(self, pool: BlockPool, claims: Claims, max_share: float = 0.5) -> None:
+    Blocks that peers have mapped stay pinned as long as their sequences run. That is work which the
+    cluster wants, but it must leave room here for the prompts that are still to be computed: once
+    all holds together have `max_share` of the pool there is nothing for further imports and
+    lasting pins. Who would map is then better served with a copy (`Offers`): it is over in
+    milliseconds, lives in the peer's memory from then on, and its pins may go on to
+    `max_brief_share`.
+    """
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        claims: Claims,
+        max_share: float = 0.5,
+        max_brief_share: float = 0.75,
+    ) -> None:
         self._pool = pool
         self._claims = claims
         self._max_blocks = int(max_share * pool.num_blocks)
+        self._max_brief_blocks = int(max_brief_share * pool.num_blocks)
         self._holds: dict[int, Hold] = {}
+        #: How many holds each block is in; not of windows, which are other people's memory.
+        self._num_holds: dict[int, int] = {}
         self._promises: dict[Key, int] = {}
         self._number = 0
         #: Somebody cannot be let in although nothing runs: holds of peers are in the way.
@@ -83,30 +103,43 @@ class Holds:
         """One more holder for the cached leading blocks of `keys`, windows included."""
         hold = self._new(Hold, list(keys), soft)
         for block in self._pool.match(hold.keys):
-            self._pool.share(block)
-            hold.blocks.append(block)
+            self._share(hold, block)
         return hold
 
-    def pin(self, keys: Sequence[bytes], first: int = 0) -> Hold:
+    def pin(self, keys: Sequence[bytes], first: int = 0, brief: bool = False) -> Hold:
         """The same for what is to be offered to a peer (`pin_more`): blocks of our own alone, from
-        `first` on, which is what the peer lacks."""
+        `first` on, which is what the peer lacks. `brief`: it ends when they have been copied."""
         hold = self._new(Hold, list(keys), soft=False)
         hold.foreign = first
+        hold.brief = brief
         self.pin_more(hold)
         return hold
 
     def pin_more(self, hold: Hold) -> int:
         """Hold what has been cached of its chain since; returns how many blocks."""
         before = len(hold.blocks)
-        if not hold.trusted or before == len(hold.keys) or not self._pool.has(hold.keys[before]):
-            return 0
-        budget = self._max_blocks - self.num_held
-        for block in self._pool.match(hold.keys)[before : before + max(0, budget)]:
-            if self._pool.is_window(block) and len(hold.blocks) >= hold.foreign:
+        limit = self._max_brief_blocks if hold.brief else self._max_blocks
+        while hold.trusted and (block := self._next_of(hold)) is not None:
+            if self._pool.is_window(block):
+                if len(hold.blocks) >= hold.foreign:
+                    break
+            elif block not in self._num_holds and self.num_held >= limit:
                 break
-            self._pool.share(block)
-            hold.blocks.append(block)
+            self._share(hold, block)
         return len(hold.blocks) - before
+
+    def is_stuck(self, hold: Hold) -> bool:
+        """After `pin_more`: is the next block here, and yet not to be had?"""
+        return self._next_of(hold) is not None
+
+    def has_room_for_pin(self, keys: Sequence[bytes], besides: int) -> bool:
+        """Could all of `keys`, here already or still to come, be pinned for long, and so many
+        blocks `besides`?"""
+        pinned = sum(
+            block in self._num_holds or self._pool.is_window(block)
+            for block in self._pool.match(keys)
+        )
+        return self.num_held + len(keys) - pinned + besides <= self._max_blocks
 
     def release(self, hold: Hold) -> None:
         """One holder less for each; what has a key stays in the cache. Once is enough."""
@@ -114,6 +147,7 @@ class Holds:
             return
         hold.released = True
         del self._holds[hold.number]
+        self._discount(hold.blocks)
         self._pool.release(hold.blocks)
         hold.blocks = []
 
@@ -130,8 +164,7 @@ class Holds:
             return None
         imp = self._new(Import, list(keys[:end]), soft=False)
         for block in hits:
-            self._pool.share(block)
-        imp.blocks = hits
+            self._share(imp, block)
         imp.first = imp.num_named = len(hits)
         self._claims.claim(imp, imp.keys[imp.first :])
         return imp
@@ -147,6 +180,7 @@ class Holds:
             num_blocks = min(num_blocks, room, self._max_blocks - self.num_held)
             taken = [self._pool.allocate() for _ in range(num_blocks)]
         imp.blocks += taken
+        self._count(taken)
         imp.num_running += len(taken)
         return taken
 
@@ -162,7 +196,10 @@ class Holds:
             if not imp.trusted:
                 break
             block = self._pool.register(imp.blocks[index], key, parent, public=True)
-            imp.blocks[index] = block
+            if block != imp.blocks[index]:  # somebody else has stored it meanwhile
+                self._discount([imp.blocks[index]])
+                self._count([block])
+                imp.blocks[index] = block
             imp.num_named += 1
             self._claims.settle(imp, [key])
         return imp.num_named - before
@@ -178,10 +215,8 @@ class Holds:
 
     @property
     def num_held(self) -> int:
-        """Blocks in holds; one that is in several counts for each."""
-        return sum(
-            not self._pool.is_window(block) for h in self._holds.values() for block in h.blocks
-        )
+        """Blocks in holds, without windows; one that is in several counts once."""
+        return len(self._num_holds)
 
     def make_room(self) -> bool:
         """Give up the youngest soft hold that frees a block. False if there is none."""
@@ -224,6 +259,9 @@ class Holds:
         return len(self._holds)
 
     def check(self) -> None:
+        held = Counter(b for h in self._holds.values() for b in h.blocks)
+        blocks = {b: n for b, n in held.items() if not self._pool.is_window(b)}
+        assert blocks == self._num_holds, "how many holds a block is in"
         for hold in self._holds.values():
             assert not hold.released and len(hold.blocks) <= len(hold.keys)
             if isinstance(hold, Import):
@@ -235,6 +273,28 @@ class Holds:
         hold = kind(self._number, keys, [], soft)
         self._holds[hold.number] = hold
         return hold
+
+    def _next_of(self, hold: Hold) -> int | None:
+        """The cached block behind those it has."""
+        index = len(hold.blocks)
+        return self._pool.block_of(hold.keys[index]) if index < len(hold.keys) else None
+
+    def _share(self, hold: Hold, block: int) -> None:
+        self._pool.share(block)
+        hold.blocks.append(block)
+        self._count((block,))
+
+    def _count(self, blocks: Sequence[int]) -> None:
+        for block in blocks:
+            if not self._pool.is_window(block):
+                self._num_holds[block] = self._num_holds.get(block, 0) + 1
+
+    def _discount(self, blocks: Sequence[int]) -> None:
+        for block in blocks:
+            if not self._pool.is_window(block):
+                self._num_holds[block] -= 1
+                if not self._num_holds[block]:
+                    del self._num_holds[block]
 
 
 class WindowReturns:

@@ -8,6 +8,11 @@ of pins (`Holds.starved`), leases are not renewed and no new ones are given.
 
 An offer says something every `speak_s`, so that silence means that the owner, or the way to it, is
 gone. A `Pull` that comes again is answered from the start: that is how lost offers are repaired.
+
+Whatever cannot be pinned is said at once, since the peer would only wait for it: an offer whose
+next block is here, but not to be had, is the last, and one that has nothing is refused. Mapped
+blocks stay pinned until the peer's sequence has ended; when there is no more room for such pins,
+blocks are copied if both sides can (`Holds`).
 """
 
 from __future__ import annotations
@@ -82,11 +87,17 @@ class Offers:
             return [Send(peer, Refused("pull", reason, pull.transfer, code=code))]
         self._drop_older(peer, pull.receiver_incarnation)
         keys = split_keys(pull.keys)
+        means = self._choose_means(pull, keys)
+        hold = self._scheduler.holds.pin(keys, pull.first_index, brief=means != "map")
+        if len(hold.blocks) <= pull.first_index and self._scheduler.holds.is_stuck(hold):
+            self._scheduler.holds.release(hold)
+            reason = "no more blocks can be pinned at the moment"
+            return [Send(peer, Refused("pull", reason, pull.transfer, code="no_room"))]
         offer = _Offer(
             peer,
             pull,
-            self._means_for(pull),
-            self._scheduler.holds.pin(keys, pull.first_index),
+            means,
+            hold,
             wait_until_s=now + pull.wait_s,
             lease_until_s=now + min(pull.lease_s, self._max_lease_s),
             num_told=min(pull.first_index, len(keys)),
@@ -117,19 +128,34 @@ class Offers:
             return "other_model", "the two instances serve different models"
         if pull.layout_digest != self._layout_digest:
             return "other_layout", f"blocks here are laid out as {card.layout}"
-        if not self._means_for(pull):
+        if not self._common_means(pull):
             has = ", ".join(self._endpoints) or "none"
             return "no_means", f"no means in common (here: {has}; there: {', '.join(pull.means)})"
         if self._scheduler.holds.starved or len(self._offers) >= self._max_offers:
             return "no_room", "the instance needs its blocks for its own sequences"
         return None
 
-    def _means_for(self, pull: Pull) -> str:
-        """The first that the receiver names and this side has. Pages are mapped on one host."""
-        for means, detail in pull.means.items():
-            if means in self._endpoints and (means != "map" or detail == self._card.host != ""):
-                return means
-        return ""
+    def _common_means(self, pull: Pull) -> list[str]:
+        """What both sides have, as the receiver prefers it. Pages are mapped on one host."""
+        return [
+            means
+            for means, detail in pull.means.items()
+            if means in self._endpoints and (means != "map" or detail == self._card.host != "")
+        ]
+
+    def _choose_means(self, pull: Pull, keys: list[bytes]) -> str:
+        """The first of them; but nothing is mapped, if it can be copied, unless there is room to
+        pin all of it beside what is still to come for others."""
+        common = self._common_means(pull)
+        if common[0] == "map" and len(common) > 1:
+            to_come = sum(
+                len(o.hold.keys) - len(o.hold.blocks)
+                for o in self._offers.values()
+                if o.means == "map" and not o.last
+            )
+            if not self._scheduler.holds.has_room_for_pin(keys, besides=to_come):
+                return common[1]
+        return common[0]
 
     # --- as time passes ------------------------------------------------------------------------
 
@@ -159,12 +185,14 @@ class Offers:
         return offer.spoke_s + self._speak_s
 
     def _look_whether_last(self, offer: _Offer, now: float) -> bool:
-        """All is here; or nobody here will store what is missing, or not in time."""
+        """All is here; or nobody here will store what is missing, or not in time, or it cannot be
+        pinned."""
         held, keys = len(offer.hold.blocks), offer.hold.keys
         offer.last = (
             held == len(keys)
             or now >= offer.wait_until_s
             or not offer.hold.trusted
+            or self._scheduler.holds.is_stuck(offer.hold)
             # The request may be on its way here behind the pull: hold on for a moment.
             or (
                 now >= offer.wait_until_s - offer.pull.wait_s + self._speak_s
