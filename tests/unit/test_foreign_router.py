@@ -10,6 +10,7 @@ import pytest
 from tests.helpers import raw_http
 from tests.helpers.live_router import Live, live_router
 from tests.helpers.mock_openai import (
+    Behaviour,
     Exchange,
     MockEngine,
     answers,
@@ -295,6 +296,32 @@ async def test_after_the_first_byte_a_stream_ends_with_an_error_event(
         assert "closed the connection" in last["error"]["message"]
         assert answer.body.count(b"[DONE]") == 1
         assert len(a.exchanges) + len(b.exchanges) == 1
+        idle(live)
+
+
+async def test_a_stream_without_framing_that_breaks_off_is_no_end() -> None:
+    """An engine that sends no chunks ends its streams by closing; so does one that is killed."""
+    async with MockEngine("a") as a, MockEngine("b") as b, live_router(a, b) as live:
+        head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n"
+        event = b'data: {"choices": [{"delta": {"content": "x"}}]}\n\n'
+
+        def closes_after(data: bytes) -> Behaviour:
+            async def behave(exchange: Exchange) -> None:
+                await exchange.send(head + data)
+                exchange.writer.close()
+
+            return behave
+
+        a.behave = b.behave = closes_after(event + b"data: [DONE]\n\n")
+        assert len((await raw_http.request(live.port, CHAT, chat(True))).events) == 1
+        a.behave = b.behave = closes_after(event)
+        answer = await raw_http.request(live.port, CHAT, chat(True))
+        assert len(answer.events) == 2 and "closed" in answer.events[1]["error"]["message"]
+        a.behave = closes_after(b"")  # nothing has gone out: the other one is asked
+        b.behave = answers
+        for _ in range(3):
+            streamed = await raw_http.request(live.port, CHAT, chat(True, max_tokens=2))
+            assert texts(streamed) == ["b:0", "b:1"]
         idle(live)
 
 

@@ -79,6 +79,7 @@ class Attempt:
         self.response_id: str | None = None
         self._chunked = False
         self._last_event = b""
+        self._done_seen = False
 
     def abandon(self, error: UpstreamError) -> None:
         """Give the engine up for this request; it sees its client leave."""
@@ -108,6 +109,9 @@ class Attempt:
                 self.commit()
 
     def on_end(self) -> None:
+        if self._cut_off():
+            self.on_failure(UpstreamError("closed the connection"))
+            return
         if self.streams:
             self._read_usage(self._last_event.partition(b"data: ")[2])
             if self.held:  # an event without its end is the engine's affair
@@ -176,7 +180,9 @@ class Attempt:
         if start >= 0:
             self._last_event = data[start:]
         self.num_events += found
-        self.exchange.on_events(self, found - (_DONE in data))
+        done = _DONE in data
+        self._done_seen = self._done_seen or done
+        self.exchange.on_events(self, found - done)
         if self.committed:
             self._send(data)
         else:
@@ -207,6 +213,17 @@ class Attempt:
             headers.append((b"x-request-id", exchange.request.id.encode()))
         keep = length is not None or self._framing_ends()
         return exchange.client.head(self.status, headers, keep)
+
+    def _cut_off(self) -> bool:
+        """A stream of completions whose end is that of its connection, without [DONE]: so it looks
+        when an engine that sends no chunks is killed."""
+        framing = (b"content-length", b"transfer-encoding")
+        return (
+            self.streams
+            and not self._done_seen
+            and self.exchange.request.path.endswith("/completions")
+            and all(name not in framing for name, _ in self.headers)
+        )
 
     def _framing_ends(self) -> bool:
         """The client can tell where the body ends without a closed connection."""

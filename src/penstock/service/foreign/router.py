@@ -131,6 +131,8 @@ class Router:
         now_s = self.clock()
         for attempt in list(self.live):
             self._look_at(attempt, now_s)
+        for engine in self.fleet.engines:
+            engine.pool.tidy()
         loop_s = self.loop.time()
         for client in list(self.clients):
             if client.deadline_s is not None and loop_s >= client.deadline_s:

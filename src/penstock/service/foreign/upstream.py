@@ -233,6 +233,12 @@ class Pool:
         while len(self._idle) > _MAX_IDLE:
             self._idle.popleft().abandon()
 
+    def tidy(self) -> None:
+        """Close what has been idle for too long to be used again."""
+        now_s = asyncio.get_running_loop().time()
+        while self._idle and now_s - self._idle[0].idle_since_s >= _IDLE_S:
+            self._idle.popleft().abandon()
+
     def lost(self, connection: Upstream) -> None:
         if connection in self._idle:
             self._idle.remove(connection)
