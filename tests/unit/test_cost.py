@@ -94,3 +94,17 @@ def test_few_unlike_steps_predict_no_nonsense() -> None:
     assert long > short > 0.0
     model = fitter.model()
     assert min(model.base_s, model.per_token_s, model.per_row_s, model.per_context_token_s) >= 0.0
+
+
+def test_who_only_decodes_for_long_still_knows_what_a_prompt_costs() -> None:
+    draw = random.Random(5)
+    fitter = CostFitter()
+    for _ in range(100):
+        b = batch(draw)
+        fitter.observe(b, true_s(b))
+    for _ in range(5000):
+        rows = [BatchRow(i, draw.randrange(2000), 1, True) for i in range(draw.randrange(1, 32))]
+        decode = Batch(0, rows)
+        fitter.observe(decode, true_s(decode))
+    prompt = Batch(0, [BatchRow(0, 0, 1000, True)])
+    assert fitter.predict(prompt) == pytest.approx(true_s(prompt), rel=0.05)

@@ -3,8 +3,10 @@
 Features are those of `protocol.instance.CostModel`, and no coefficient is negative: nothing makes a
 step shorter, and a negative one, which plain least squares finds where features move together,
 predicts nonsense for any step unlike the last ones. Old steps are forgotten at a fixed rate, so the
-model follows a machine whose speed drifts; errors count relative to the step's length, as noise
-does. With five features the best set of non-zero ones is found by trying them all (the solution of
+model follows a machine whose speed drifts; but steps with prompts and steps without are forgotten
+each by the next of their kind, or an instance that only decodes for a while would no longer know
+what a prompt costs (in its steps tokens and rows are the same number). Errors count relative to the
+step's length, as noise does. With five features the best set of non-zero ones is found by trying them all (the solution of
 a non-negative least squares problem is the plain one on some subset: Lawson and Hanson, Solving
 Least Squares Problems, chapter 23).
 """
@@ -39,9 +41,10 @@ class CostFitter:
 
     def __init__(self) -> None:
         self._weights: Floats = np.zeros(_NUM_FEATURES)
-        # Decayed sums over the steps: of x x^T and of x y, each step weighted by 1 / y^2.
-        self._gram: Floats = np.zeros((_NUM_FEATURES, _NUM_FEATURES))
-        self._moment: Floats = np.zeros(_NUM_FEATURES)
+        # Decayed sums over the steps without prompts, and over those with: of x x^T and of x y,
+        # each step weighted by 1 / y^2.
+        self._grams: Floats = np.zeros((2, _NUM_FEATURES, _NUM_FEATURES))
+        self._moments: Floats = np.zeros((2, _NUM_FEATURES))
         self._residual_s = 0.0
         self._num_steps = 0
 
@@ -57,11 +60,12 @@ class CostFitter:
             if self._num_steps >= _SETTLED_STEPS:
                 step_s = predicted_s + min(max(error_s, -limit_s), limit_s)
         weight = 1.0 / max(step_s, 1e-6) ** 2
-        self._gram = _FORGET * self._gram + weight * np.outer(x, x)
-        self._moment = _FORGET * self._moment + weight * step_s * x
+        kind = int(any(row.num_tokens > 1 for row in batch.rows))
+        self._grams[kind] = _FORGET * self._grams[kind] + weight * np.outer(x, x)
+        self._moments[kind] = _FORGET * self._moments[kind] + weight * step_s * x
         self._num_steps += 1
         if self._num_steps < 4 * _SOLVE_EVERY or self._num_steps % _SOLVE_EVERY == 0:
-            self._weights = _non_negative(self._gram, self._moment)
+            self._weights = _non_negative(self._grams.sum(axis=0), self._moments.sum(axis=0))
 
     def predict(self, batch: Batch) -> float | None:
         """Seconds the batch will take, or None while there is nothing to go by."""
