@@ -46,6 +46,8 @@ SERVICE = "benchmark"
 WORKER = (
     "import sys; from penstock.engine.config import EngineConfig, WorkerConfig;"
     "from penstock.engine.instance import run_worker;"
+    "from penstock.protocol import secret;"
+    "secret.use(secret.ClusterSecret(b'known on this host'));"
     "config, address, name, parent = eval(sys.argv[1]);"
     "run_worker(WorkerConfig(EngineConfig(**config), address, name=name, incarnation=1,"
     " parent_pid=parent))"
@@ -228,10 +230,17 @@ def data_plane(means: tuple[Any, ...]) -> tuple[Any, Any, Any]:
     layout = memory.layout
     identity = PoolIdentity(layout.digest(), 1, NUM_BLOCKS, memory.block_stride_bytes)
     header = PoolHeader(identity)
-    return memory, header, DataPlane(memory, header, MoverConfig(means))
+    plane = DataPlane(memory, header, MoverConfig(means))
+    plane.offer(key_of)
+    return memory, header, plane
 
 
 SECRET = b"of no cluster"
+KEY = bytes(16)
+
+
+def key_of(block: int) -> bytes | None:
+    return KEY
 
 
 def as_if_elsewhere(_: object) -> bool:
@@ -244,7 +253,7 @@ def serve_blocks() -> None:
 
     memory, header, plane = data_plane(("mooncake", "tcp"))
     memory.bytes[:] = np.random.default_rng(0).integers(0, 255, memory.bytes.shape, np.uint8)
-    served = Served(memory.block_bytes, header.generations, 1, memory.layout.block_bytes)
+    served = Served(memory.block_bytes, header.generations, 1, memory.layout.block_bytes, key_of)
     sealed = BlockServer(served, secret=SECRET, is_sealed=as_if_elsewhere)
     print(json.dumps({**plane.endpoints, "tcp sealed": sealed.endpoint}), flush=True)
     sys.stdin.read()
@@ -298,7 +307,7 @@ def rates(options: argparse.Namespace) -> None:
             found["mooncake raw"].append(time.perf_counter() - began_s)
             assert status == 0
             for means in ("mooncake", "tcp"):
-                handles = [BlockHandle(i, 0, bytes(16)) for i in range(NUM_BLOCKS)]
+                handles = [BlockHandle(i, 0, KEY) for i in range(NUM_BLOCKS)]
                 incoming = tuple(Incoming(handle, i) for i, handle in enumerate(handles))
                 ended: SimpleQueue[Moved] = SimpleQueue()
                 began_s = time.perf_counter()

@@ -161,6 +161,8 @@ class EngineProcess:
         program = (
             "import sys; from penstock.engine.config import EngineConfig, WorkerConfig;"
             "from penstock.engine.instance import run_worker;"
+            "from penstock.protocol import secret;"
+            "secret.use(secret.ClusterSecret(b'of the processes of a test'));"
             "config, address, name, parent = eval(sys.argv[1]);"
             "run_worker(WorkerConfig(EngineConfig(**config), address, name=name,"
             " incarnation=1, parent_pid=parent))"

@@ -9,15 +9,26 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import psutil
 import pytest
 
 from penstock.engine.transfer import tcp
-from penstock.protocol.kv import Fetched, KvSource
+from penstock.protocol import secret
+from penstock.protocol.errors import ConfigError
+from penstock.protocol.kv import BlockHandle, Fetched, KvSource, split_keys
 from penstock.protocol.request import SamplingParams
 from tests.helpers.engines import Instance, address, engine_thread, handover_plan
 
 PROMPT = [(7 * i * i + 3 * i) % 200 for i in range(100)]
 NUM_BLOCKS = len(PROMPT) // 16
+
+
+@pytest.fixture
+def with_secret() -> Iterator[None]:
+    """Without one, no port is opened beside Unix sockets."""
+    secret.use(secret.ClusterSecret(b"of the engines of a test"))
+    yield
+    secret.use(None)
 
 
 class Pair:
@@ -44,7 +55,7 @@ def pair_with(tmp_path: Path, means: str) -> Pair:
 
 
 @pytest.fixture(params=["map", "tcp", "mooncake"])
-def pair(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Pair]:
+def pair(request: pytest.FixtureRequest, tmp_path: Path, with_secret: None) -> Iterator[Pair]:
     made = pair_with(tmp_path, request.param)
     made.means = request.param  # type: ignore[attr-defined]
     yield made
@@ -125,7 +136,9 @@ def test_a_stale_offer_does_not_come(pair: Any) -> None:
     assert pair.receiver.run("b", PROMPT) == expected
 
 
-def test_what_is_spoilt_on_the_way_is_computed(tmp_path: Path, monkeypatch: Any) -> None:
+def test_what_is_spoilt_on_the_way_is_computed(
+    tmp_path: Path, monkeypatch: Any, with_secret: None
+) -> None:
     pair = Pair(tmp_path, kv_transfer="tcp")
     expected = pair.owner.run("a", PROMPT)
     receive_into = tcp.receive_into
@@ -142,7 +155,9 @@ def test_what_is_spoilt_on_the_way_is_computed(tmp_path: Path, monkeypatch: Any)
     pair.close()
 
 
-def test_an_owner_that_is_gone_or_hangs_does_not_stop_a_request(tmp_path: Path) -> None:
+def test_an_owner_that_is_gone_or_hangs_does_not_stop_a_request(
+    tmp_path: Path, with_secret: None
+) -> None:
     pair = Pair(tmp_path, kv_transfer="tcp")
     expected = pair.owner.run("a", PROMPT)
     silent = KvSource("nobody", 1, f"ipc://{tmp_path}/nobody.sock", NUM_BLOCKS)
@@ -155,7 +170,52 @@ def test_an_owner_that_is_gone_or_hangs_does_not_stop_a_request(tmp_path: Path) 
     pair.close()
 
 
-def test_nothing_is_left_behind(tmp_path: Path) -> None:
+def test_without_a_secret_no_port_is_opened(tmp_path: Path) -> None:
+    def ports() -> int:
+        return sum(
+            connection.status == "LISTEN" for connection in psutil.Process().net_connections("tcp")
+        )
+
+    before = ports()
+    pair = Pair(tmp_path)
+    assert ports() == before and "tcp" not in pair.owner.card.endpoints
+    expected = pair.owner.run("a", PROMPT)
+    fetched = pair.receiver.fetch("b", PROMPT, pair.owner)
+    assert (fetched.num_blocks, fetched.means) == (NUM_BLOCKS, "map")
+    assert pair.receiver.run("b", PROMPT) == expected
+    pair.close()
+    for means in ("tcp", "mooncake,tcp"):
+        with pytest.raises(ConfigError, match="any user of this host could ask"):
+            Pair(tmp_path, kv_transfer=means)
+    assert ports() == before
+
+
+def test_a_port_gives_no_block_to_who_does_not_know_what_is_in_it(
+    tmp_path: Path, with_secret: None
+) -> None:
+    pair = Pair(tmp_path, kv_transfer="tcp")
+    pair.owner.run("a", PROMPT)
+    layout, pool = pair.owner.card.layout, scheduler_of(pair, 0).pool
+    key = secret.current()
+    assert key is not None
+    connection = tcp.Connection(
+        pair.owner.card.endpoints["tcp"],
+        tcp.Expected(1, layout.block_bytes),
+        key.derive("kv blocks"),
+    )
+    guesses = [
+        BlockHandle(block, int(generation), b"guess".ljust(16))
+        for block, generation in enumerate(pool.generations)
+    ]
+    assert connection.checksums(guesses) == [None] * len(guesses)
+    true = [pool.block_of(each) for each in split_keys(pair.owner.keys(PROMPT))]
+    known = [BlockHandle(b, int(pool.generations[b]), pool.key_of(b)) for b in true]
+    assert None not in connection.checksums(known)
+    connection.close()
+    pair.close()
+
+
+def test_nothing_is_left_behind(tmp_path: Path, with_secret: None) -> None:
     def left() -> tuple[int, int, int]:
         gc.collect()
         fds = [str(f.readlink()) for f in Path("/proc/self/fd").iterdir() if f.is_symlink()]

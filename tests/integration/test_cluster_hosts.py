@@ -124,7 +124,7 @@ print(isinstance(connection._socket, ssl.SSLSocket), came[0], int(into.sum()))
 
 def test_blocks_travel_sealed_to_another_host_and_plain_within_one(other_host: OtherHost) -> None:
     pool = np.random.default_rng(0).integers(0, 256, (1, 100_000)).astype(np.uint8)
-    served = Served(pool.__getitem__, np.full(1, 5, np.uint64), 7, 100_000)
+    served = Served(pool.__getitem__, np.full(1, 5, np.uint64), 7, 100_000, lambda block: bytes(16))
     server = BlockServer(served, other_host.here, SECRET.encode())
 
     def fetched(*where: str, secret: str = SECRET) -> subprocess.CompletedProcess[str]:

@@ -32,6 +32,7 @@ class Node:
         self.header = PoolHeader(PoolIdentity(LAYOUT.digest(), incarnation, NUM_BLOCKS, stride))
         tiers = Tiers({"host": HostTier(4, LAYOUT.block_bytes)}, LAYOUT.block_bytes)
         self.plane = DataPlane(self.memory, self.header, MoverConfig(**config), tiers)
+        self.plane.offer(lambda block: KEY)
         self.incarnation = incarnation
         self.ended: SimpleQueue[Moved] = SimpleQueue()
 

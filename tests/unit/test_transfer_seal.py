@@ -43,7 +43,9 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 def serving(
     secret: bytes = SECRET, is_sealed: Callable[[socket.socket], bool] = always
 ) -> Iterator[str]:
-    served = Served(POOL.__getitem__, np.full(8, 5, np.uint64), 7, BLOCK_BYTES)
+    served = Served(
+        POOL.__getitem__, np.full(8, 5, np.uint64), 7, BLOCK_BYTES, lambda block: b"k" * 16
+    )
     server = BlockServer(served, secret=secret, is_sealed=is_sealed)
     yield server.endpoint
     server.close()

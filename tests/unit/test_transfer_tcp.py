@@ -31,6 +31,10 @@ SHARED: Any = {
 }
 
 
+def key_of(block: int) -> bytes | None:
+    return KEY
+
+
 class Owner:
     """A pool of 100 blocks, served."""
 
@@ -38,7 +42,7 @@ class Owner:
         rng = np.random.default_rng(0)
         self.pool = rng.integers(0, 256, (100, BLOCK_BYTES)).astype(np.uint8)
         self.generations = np.full(100, 5, np.uint64)
-        served = Served(self.pool.__getitem__, self.generations, 7, BLOCK_BYTES)
+        served = Served(self.pool.__getitem__, self.generations, 7, BLOCK_BYTES, key_of)
         self.server = BlockServer(served, secret=secret)
 
     def handles(self, *blocks: int) -> list[BlockHandle]:
@@ -87,6 +91,21 @@ def test_a_block_that_has_moved_on_or_is_none_does_not_come(owner: Owner) -> Non
     connection.close()
 
 
+def test_who_does_not_say_its_key_gets_no_block(owner: Owner) -> None:
+    owner.server.close()
+    named = {1: KEY, 2: b"another's" + bytes(7)}
+    served = Served(owner.pool.__getitem__, owner.generations, 7, BLOCK_BYTES, named.get)
+    server = BlockServer(served)
+    connection = Connection(server.endpoint, EXPECTED)
+    into, came = fetch(connection, owner.handles(1, 2, 3))
+    assert came == [True, False, False] and not into[1:].any()
+    assert [value is None for value in connection.checksums(owner.handles(1, 2, 3))] == [
+        False, True, True,
+    ]  # fmt: skip
+    connection.close()
+    server.close()
+
+
 def test_a_block_taken_back_while_it_is_read_does_not_count() -> None:
     owner = Owner()
 
@@ -95,7 +114,7 @@ def test_a_block_taken_back_while_it_is_read_does_not_count() -> None:
         return owner.pool[block]
 
     owner.server.close()
-    served = Served(taken_back, owner.generations, 7, BLOCK_BYTES)
+    served = Served(taken_back, owner.generations, 7, BLOCK_BYTES, key_of)
     server = BlockServer(served)
     connection = Connection(server.endpoint, EXPECTED)
     assert fetch(connection, owner.handles(1))[1] == [False]
@@ -129,7 +148,7 @@ def test_the_secret_is_asked_for_on_both_sides() -> None:
 def test_other_hosts_are_let_in_with_a_secret_only() -> None:
     owner = Owner()
     owner.server.close()
-    served = Served(owner.pool.__getitem__, owner.generations, 7, BLOCK_BYTES)
+    served = Served(owner.pool.__getitem__, owner.generations, 7, BLOCK_BYTES, key_of)
     with pytest.raises(ConfigError, match="only with a cluster secret"):
         BlockServer(served, "0.0.0.0")
     BlockServer(served, "0.0.0.0", b"secret").close()

@@ -28,6 +28,7 @@ from penstock.engine.models.config import ModelConfig
 from penstock.engine.platforms.base import Platform
 from penstock.engine.platforms.cpu import kernels, placement
 from penstock.engine.platforms.select import platform_for
+from penstock.engine.quantization.select import quantization_of
 from penstock.engine.runtime.executor import StepExecutor
 from penstock.engine.runtime.forms import Forms, FormsConfig
 from penstock.engine.runtime.torch_runner import TorchRunner
@@ -147,6 +148,7 @@ def _assemble(
         )
         on_failure.callback(transfer.mover.close)
         scheduler = _scheduler(config, loaded.config, memory.num_blocks, transfer)
+        transfer.mover.offer(scheduler.pool.key_of)
         in_use = platform.kernels() | {"attention": attention.name}
         card = _card(config, loaded, place, memory, transfer, in_use)
         core = InstanceCore(
@@ -275,6 +277,7 @@ def _card(
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         can=CAPABILITIES,
+        quantization=quantization_of(loaded.checkpoint, config.quantization).name,
         kernels=kernels_in_use,
         endpoints=transfer.mover.endpoints,
         host=transfer.host,

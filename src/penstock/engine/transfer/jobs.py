@@ -106,6 +106,9 @@ class Mover(Protocol):
     #: Where peers find what it offers, by means, for `BlocksReady.endpoint`.
     endpoints: dict[str, str]
 
+    def offer(self, key_of: Callable[[int], bytes | None]) -> None:
+        """From now on peers may have blocks: those whose key they say. Before that, none."""
+
     def start(self, job: Job, done: Callable[[Moved], None]) -> None:
         """`done` is called once, from any thread, whatever happens (never for a `LetGo`)."""
 

@@ -70,6 +70,7 @@ class DataPlane:
         self._config = config
         self._tiers = tiers
         self._closing = False
+        self._key_of: Callable[[int], bytes | None] = _nothing
         self._connections = _Connections(memory.layout.block_bytes, config.secret)
         self._windows = _PeerWindows(memory, header.identity.layout_digest)
         self._undo = contextlib.ExitStack()
@@ -88,7 +89,13 @@ class DataPlane:
         if not {"tcp", "mooncake"} & {*config.means}:
             return
         incarnation, block_bytes = header.identity.incarnation, memory.layout.block_bytes
-        served = Served(memory.block_bytes, header.generations, incarnation, block_bytes)
+        served = Served(
+            memory.block_bytes,
+            header.generations,
+            incarnation,
+            block_bytes,
+            lambda block: self._key_of(block),
+        )
         server = BlockServer(served, config.host, config.secret)
         self._undo.callback(server.close)
         for means in config.means:
@@ -100,6 +107,9 @@ class DataPlane:
                 self._undo.callback(self._mooncake.close)
                 self.means["mooncake"] = protocol
                 self.endpoints["mooncake"] = self._mooncake.endpoint
+
+    def offer(self, key_of: Callable[[int], bytes | None]) -> None:
+        self._key_of = key_of
 
     # --- jobs ----------------------------------------------------------------------------------
 
@@ -176,6 +186,11 @@ class DataPlane:
         self._tiers.close()
         self._windows.close()
         self._header.close()
+
+
+def _nothing(block: int) -> bytes | None:
+    """The key of every block while there are none."""
+    return None
 
 
 @dataclass(slots=True)

@@ -37,6 +37,8 @@ class NoMover:
         self.means: dict[str, str] = {}
         self.endpoints: dict[str, str] = {}
 
+    def offer(self, key_of: Any) -> None: ...
+
     def start(self, job: Job, done: Any) -> None:
         blocks = getattr(job, "blocks", None)
         if blocks is not None:
@@ -58,11 +60,25 @@ class Transfer:
     host: str = ""
 
 
-def _means(config: EngineConfig) -> tuple[Means, ...]:
-    if config.kv_transfer == "off":
+def _means(config: EngineConfig, address: str | None) -> tuple[Means, ...]:
+    """Those wanted that may be. Raises `ConfigError` if none of them may.
+
+    Who meets its peers at Unix sockets has them all on this host, where pages are mapped and each
+    side knows the other's user. A port, even on loopback, is open to every user.
+    """
+    if config.kv_transfer == "off" or address is None or address.startswith("memory://"):
         return ()
     words = (word.strip() for word in config.kv_transfer.split(","))
-    return tuple(dict.fromkeys(cast(Means, word) for word in words))
+    wanted = tuple(dict.fromkeys(cast(Means, word) for word in words))
+    if not address.startswith("ipc://") or secret.current() is not None:
+        return wanted
+    if "map" not in wanted:
+        raise ConfigError(
+            f"--kv-transfer {config.kv_transfer} opens a port where any user of this host could "
+            "ask for KV: use map, which is enough within a host, or give --cluster-secret-file "
+            "(openssl rand -hex 32 > FILE)"
+        )
+    return ("map",)
 
 
 def open_transfer(
@@ -77,9 +93,7 @@ def open_transfer(
 ) -> Transfer:
     """`address` is where the instance will listen. Where that is inside the process (or nowhere),
     there are no peers. Raises `ConfigError` for what cannot work here."""
-    means = _means(config)
-    if address is None or address.startswith("memory://"):
-        means = ()
+    means = _means(config, address)
     wanted = TierConfig(
         config.kv_host_cache_bytes, config.kv_disk_cache_bytes, config.kv_disk_path, config.kv_store
     )

@@ -2,7 +2,9 @@
 
 A thread for each connection, few of them. Nothing that a peer does holds up compute: what it reads
 is guarded by the generation word, before and after, and by the checksum, so a block that is taken
-back while it is being sent is known to be spoilt on both sides.
+back while it is being sent is known to be spoilt on both sides. A block is given only to who says
+its key, which nobody can who does not know the tokens in it: where there is no secret, a process
+that finds the port cannot leaf through the pool.
 """
 
 from __future__ import annotations
@@ -34,19 +36,25 @@ _IDLE_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """What is served. `generations` is live, uint64 [num_blocks]."""
+    """What is served. `generations` is live, uint64 [num_blocks]; `key_of` says what a block holds
+    at this moment (None: nothing to be given) and is called from any thread."""
 
     block_bytes_of: Callable[[int], tcp.Bytes]
     generations: npt.NDArray[np.uint64]
     incarnation: int
     block_bytes: int
+    key_of: Callable[[int], bytes | None]
 
     @property
     def num_blocks(self) -> int:
         return len(self.generations)
 
-    def holds(self, block: int, generation: int) -> bool:
-        return block < self.num_blocks and int(self.generations[block]) == generation
+    def holds(self, block: int, generation: int, key: bytes) -> bool:
+        return (
+            block < self.num_blocks
+            and int(self.generations[block]) == generation
+            and self.key_of(block) == key
+        )
 
 
 class BlockServer:
@@ -181,7 +189,7 @@ class BlockServer:
     ) -> None:
         operation, block, generation, key = request
         served = self._served
-        if not served.holds(block, generation):
+        if not served.holds(block, generation, key):
             head = tcp.HEAD.pack(number, tcp.STALE, 0)
             tcp.send(connection, [memoryview(head)], progress)
             return
@@ -191,5 +199,5 @@ class BlockServer:
         head = tcp.HEAD.pack(number, tcp.OK, len(data) if sends_bytes else 0)
         tcp.send(connection, [memoryview(head), *([data.data] * sends_bytes)], progress)
         loads_before_are_done()
-        status = tcp.OK if served.holds(block, generation) else tcp.STALE
+        status = tcp.OK if served.holds(block, generation, key) else tcp.STALE
         tcp.send(connection, [memoryview(tcp.TAIL.pack(status, value))], progress)
