@@ -6,9 +6,9 @@ predicts nonsense for any step unlike the last ones. Old steps are forgotten at 
 model follows a machine whose speed drifts; but steps with prompts and steps without are forgotten
 each by the next of their kind, or an instance that only decodes for a while would no longer know
 what a prompt costs (in its steps tokens and rows are the same number). Errors count relative to the
-step's length, as noise does. With five features the best set of non-zero ones is found by trying them all (the solution of
-a non-negative least squares problem is the plain one on some subset: Lawson and Hanson, Solving
-Least Squares Problems, chapter 23).
+step's length, as noise does. With five features the best set of non-zero ones is found by trying
+them all: the solution of a non-negative least squares problem is the plain one on some subset
+(Lawson and Hanson, Solving Least Squares Problems, chapter 23).
 """
 
 from __future__ import annotations
