@@ -288,6 +288,17 @@ def test_a_tier_that_only_fails_is_given_up_and_the_next_one_serves() -> None:
     index.check()
 
 
+def test_what_comes_too_late_for_a_tier_that_is_given_up_is_own_below() -> None:
+    index = TierIndex(TierSizes(host_blocks=32, disk_blocks=2), {"disk": keys(100)})
+    (late,) = index.plan_store(keys(100))
+    for number in range(MAX_FAILURES_IN_A_ROW):
+        (plan,) = index.plan_store(keys(number))
+        index.end_store(plan, [False])
+    index.end_store(late, [True])
+    assert index.match(keys(100)) == ["disk"]
+    index.check()
+
+
 def test_a_success_in_between_keeps_a_tier() -> None:
     index = TierIndex(TierSizes(host_blocks=32))
     for number in range(5 * MAX_FAILURES_IN_A_ROW):
@@ -351,7 +362,8 @@ def test_over_no_tiers_nothing_happens() -> None:
 # ---- against a model ------------------------------------------------------------------------
 
 
-NUMBERS = st.integers(0, 11)
+NUMBERS = st.integers(0, 7)
+TROUBLES = st.sampled_from(["few failures", "tiers given up", "new weights"])
 
 
 @dataclass
@@ -374,8 +386,8 @@ class Books(RuleBasedStateMachine):
     out step by step beside the others. Beside the books stand a data plane (which key's bytes are
     where) and a router (which follows the events)."""
 
-    @initialize(host=st.integers(0, 4), disk=st.integers(0, 4), may_give_up=st.booleans())
-    def start(self, host: int, disk: int, may_give_up: bool = False) -> None:
+    @initialize(host=st.integers(0, 4), disk=st.integers(0, 4), trouble=TROUBLES)
+    def start(self, host: int, disk: int, trouble: str) -> None:
         self.capacity = {"host": host, "disk": disk}
         self.index = TierIndex(TierSizes(host, disk))
         self.device: set[int] = set()
@@ -385,7 +397,7 @@ class Books(RuleBasedStateMachine):
         self.weights = 0
         self.stores: list[Running] = []
         self.loads: list[tuple[Tier, list[int], int]] = []
-        self.may_give_up = may_give_up
+        self.trouble = trouble
         self.failures = 0
 
     @rule(number=NUMBERS)
@@ -419,7 +431,7 @@ class Books(RuleBasedStateMachine):
     @rule(data=st.data())
     def go_on_with_a_store(self, data: st.DataObject) -> None:
         running = data.draw(st.sampled_from(self.stores))
-        for _ in range(data.draw(st.integers(0, running.num_left))):
+        for _ in range(data.draw(st.sampled_from([running.num_left, 1]))):
             self.one_step(running, data)
 
     @precondition(lambda self: self.stores)
@@ -438,6 +450,8 @@ class Books(RuleBasedStateMachine):
 
     def one_step(self, running: Running, data: st.DataObject) -> None:
         plan = running.plan
+        if not running.num_left:
+            return
         well = not self.may_fail(1) or data.draw(st.booleans())
         if len(running.demoted) < len(plan.before):
             step = plan.before[len(running.demoted)]
@@ -467,8 +481,9 @@ class Books(RuleBasedStateMachine):
         return True
 
     def may_fail(self, count: int) -> bool:
-        return self.may_give_up or self.failures + count < MAX_FAILURES_IN_A_ROW
+        return self.trouble == "tiers given up" or self.failures + count < MAX_FAILURES_IN_A_ROW
 
+    @precondition(lambda self: self.trouble == "new weights")
     @rule()
     def change_weights(self) -> None:
         self.weights += 1

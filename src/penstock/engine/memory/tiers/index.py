@@ -323,8 +323,7 @@ class TierIndex:
             return
         below = self._by_tier[step.to]
         del below.arriving[step.key]
-        op = "moved" if is_seen_above else "stored"
-        if went_well and self._put(below, step.key, plan, op):
+        if went_well and self._put(below, step.key, plan, "moved" if is_seen_above else "stored"):
             above.stats.demoted += 1
         else:
             above.stats.evicted += 1
@@ -336,6 +335,7 @@ class TierIndex:
         """The bytes of `key` have been written: may it be found from now on?"""
         if plan.generation != self._generation or not shelf.stats.capacity:
             shelf.bury(key)
+            self._settle(key)  # slower copies were spare for its sake
             return False
         shelf.dead.pop(key, None)
         self._changed(op, key, shelf.tier)
