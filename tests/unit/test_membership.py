@@ -15,6 +15,7 @@ from penstock.registry.base import INSTANCES, InstanceEntry
 from penstock.registry.open import open_registry
 from penstock.registry.registry import Registry
 from penstock.service.cluster import membership
+from penstock.service.cluster.fit import Wanted
 from penstock.service.cluster.membership import Membership
 
 _numbers = itertools.count()
@@ -156,6 +157,17 @@ async def test_a_model_may_be_exchanged_once_nobody_serves_the_old_one(world: Wo
     await world.delete("a")
     world.driver.alive.discard("a")
     await world.calls(("remove", "a"), ("replace", "b", "tcp://127.0.0.1:98"))
+
+
+async def test_what_the_service_was_told_decides_and_not_who_came_first(world: World) -> None:
+    await world.membership.close()
+    world.membership = Membership(world.registry, world.driver, wanted=Wanted(dtype="float32"))
+    await world.put("a", dtype="bfloat16", model_digest="of bfloat16")
+    await world.put("b", dtype="float32")
+    await world.until(lambda: len(world.driver.calls) == 2)
+    refused, taken = world.driver.calls
+    assert refused[:2] == ("refuse", "a") and taken == ("connect", "b", "tcp://127.0.0.1:98")
+    assert "--dtype bfloat16" in refused[2] and "--dtype float32" in refused[2]
 
 
 async def test_garbage_in_the_registry_harms_nobody(world: World) -> None:

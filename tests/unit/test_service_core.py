@@ -256,7 +256,7 @@ def test_two_models_are_not_mixed() -> None:
     bench._take(bench.core.add_instance("b", bench.now))
     other = msgspec.structs.replace(card("b", 1), model_digest="another")
     bench.say("b", Attached(other, PROTOCOL_VERSION))
-    assert bench.core.instances["b"].state == "connecting"
+    assert bench.core.instances["b"].state == "refused"
     assert "another model" in bench.core.instances["b"].refusal
 
 

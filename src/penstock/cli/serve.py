@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from penstock.checkpoint import resolve
 from penstock.cli import logs, ports, process
@@ -29,11 +30,13 @@ from penstock.cli.flags import (
     model_of,
 )
 from penstock.cli.parser import Parser, count, seconds
+from penstock.cli.wanted import wanted_of
 from penstock.engine.config import EngineConfig, WorkerConfig
 from penstock.engine.platforms.cpu import placement
 from penstock.protocol.errors import ConfigError
 from penstock.protocol.transport.base import check_address
-from penstock.service.config import RestartPolicy, ServeConfig
+from penstock.service.cluster.fit import ANYTHING, Wanted
+from penstock.service.config import ClusterConfig, RestartPolicy, ServeConfig
 from penstock.trace import new_file
 
 _DESCRIPTION = "Serve MODEL over HTTP with OpenAI's API: the service and its engine in one go."
@@ -159,6 +162,7 @@ def config_of(
         )
     config = ServeConfig(
         model=model,
+        wanted=_wanted(parser, said, cluster),
         served_model_names=tuple(said.get("served_model_names", (model,))),
         engine_addresses=tuple(said.get("engine_addresses", ())),
         api_keys=api_keys_of(options, environment),
@@ -170,6 +174,15 @@ def config_of(
         **{name: said[name] for name in plain if name in said},
     )
     return config, engine
+
+
+def _wanted(parser: Parser, said: Mapping[str, Any], cluster: ClusterConfig) -> Wanted:
+    if cluster.api_worker is not None:
+        # Its parent has been asked, and may well start engines with these flags.
+        return ANYTHING if cluster.engines_return else Wanted.among(said)
+    if parser.prog.endswith(" router") or said.get("engine_addresses"):
+        return wanted_of(parser, said)
+    return ANYTHING
 
 
 def worker_arguments(engine: EngineConfig, log_level: str) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ _STATE_STYLES = {
     "connecting": "cyan",
     "suspect": "yellow",
     "lost": "bold red",
+    "refused": "bold yellow",
     "draining": "magenta",
     "drained": "bright_black",
 }

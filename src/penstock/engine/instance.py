@@ -327,6 +327,10 @@ def _announce(config: WorkerConfig, card: InstanceCard, bound: str) -> Announcer
         layout_digest=card.layout.digest(),
         protocol_version=PROTOCOL_VERSION,
         version=__version__,
+        dtype=card.dtype,
+        kv_cache_dtype=card.layout.dtype,
+        quantization=card.quantization,
+        max_model_len=card.max_model_len,
     )
     return Announcer(config.registry, entry)
 

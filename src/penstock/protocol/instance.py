@@ -65,6 +65,8 @@ class InstanceCard(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     host: str = ""
     can: tuple[str, ...] = ()
     cost: CostModel = CostModel()
+    #: What the weights are in memory: int8, int4, a format's name, or none; "": it does not say.
+    quantization: str = ""
     #: Names of the kernels in use, e.g. {"attention": "cpu-native", "linear": "onednn-packed"}.
     kernels: dict[str, str] = {}
 

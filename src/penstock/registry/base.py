@@ -45,6 +45,11 @@ class InstanceEntry(msgspec.Struct, frozen=True, kw_only=True):
     protocol_version: int
     #: Of Penstock, for people.
     version: str
+    #: How it computes, in the words of the flags; "" and 0: it does not say.
+    dtype: str = ""
+    kv_cache_dtype: str = ""
+    quantization: str = ""
+    max_model_len: int = 0
 
 
 class RouterEntry(msgspec.Struct, frozen=True, kw_only=True):

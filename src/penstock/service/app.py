@@ -152,6 +152,7 @@ class _Service:
             incarnation=core.incarnation,
             url=self._url(),
             they_return=self._config.cluster.engines_return,
+            wanted=self._config.wanted,
         )
 
     def _attached(self, name: str) -> None:

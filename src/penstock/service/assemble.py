@@ -42,6 +42,7 @@ def build_core(config: ServeConfig) -> ServiceCore:
             ttft_slo_s=cluster.ttft_slo_s,
             tpot_slo_s=cluster.tpot_slo_s,
             roles=_roles(config),
+            wanted=config.wanted,
         ),
         _policy(cluster),
         _finder(config),

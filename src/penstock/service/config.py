@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from penstock.protocol.errors import ConfigError
+from penstock.service.cluster.fit import ANYTHING, Wanted
 
 MIB = 1 << 20
 
@@ -125,6 +126,8 @@ class ServeConfig:
     admin_keys: tuple[str, ...] = field(default=(), repr=False)
     cluster: ClusterConfig = ClusterConfig()
     tls: TlsConfig = TlsConfig()
+    #: What instances that were started elsewhere must be; others are refused.
+    wanted: Wanted = ANYTHING
     revision: str | None = None
     #: A file or the template itself; None: the checkpoint's.
     chat_template: str | None = None

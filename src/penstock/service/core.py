@@ -25,6 +25,7 @@ from penstock.protocol.instance import (
     Attached,
     Detach,
     Drain,
+    InstanceCard,
     Load,
     Probe,
     Resync,
@@ -35,6 +36,7 @@ from penstock.protocol.kv import Fetched, KvEvents, Refused
 from penstock.protocol.request import Cancel
 from penstock.protocol.tokens import Credit, PromptLogprobs, TokenRow, Tokens
 from penstock.service.cluster.finder import Finder, NoFinder
+from penstock.service.cluster.fit import ANYTHING, Kind, Wanted, why_not
 from penstock.service.cluster.instances import Instance
 from penstock.service.cluster.roles import RoleKeeper, RoleKeeperConfig
 from penstock.service.explain import Explanation
@@ -43,6 +45,9 @@ from penstock.service.journal import Entry, Journal
 from penstock.service.placement import Placement, PlacementConfig
 from penstock.service.policies.routing import Policy, least_load
 from penstock.service.prospects import Prospects
+
+#: Nothing runs there for us, but it may attach.
+_GONE = ("lost", "refused")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +76,8 @@ class ServiceCoreConfig:
     drain_within_s: float = 5.0
     placement: PlacementConfig = field(default_factory=PlacementConfig)
     roles: RoleKeeperConfig = field(default_factory=RoleKeeperConfig)
+    #: What instances must be; others are refused.
+    wanted: Wanted = ANYTHING
 
 
 class ServiceCore:
@@ -103,14 +110,7 @@ class ServiceCore:
 
     def explain(self, request_id: str) -> Explanation | None:
         """Of a live request, or one of the last that have ended; None if it is neither."""
-        live = self.journal.of_request(request_id)
-        choices = [e.record.explain(len(e.emitted), e.progress_s) for e in live]
-        for record in self.placement.explainer.of_request(request_id):
-            choices.append(record.explain(record.output_tokens, record.last_token_s))
-        if not choices:
-            return None
-        choices.sort(key=lambda c: c.choice)
-        return Explanation(request_id, bool(live), tuple(choices))
+        return self.placement.explain(request_id)
 
     def check(self) -> None:
         self.placement.check()
@@ -163,6 +163,10 @@ class ServiceCore:
     def on_instance_lost(self, name: str, now: float) -> list[Effect]:
         """`name` has died or fallen silent: its sequences go on elsewhere, from the journal."""
         return self._give_up(self.instances[name], now)
+
+    def on_instance_refused(self, name: str, reason: str, now: float) -> list[Effect]:
+        """`name` is there and may not be used; status says why."""
+        return self._give_up(self.instances[name], now, refusal=reason)
 
     def lead(self, term: int | None, now: float) -> list[Effect]:
         """This service decides on roles from now on, in a term greater than all before; with None
@@ -319,11 +323,10 @@ class ServiceCore:
 
     def _attached(self, instance: Instance, message: Attached, now: float) -> list[Effect]:
         effects: list[Effect] = []
-        if message.card.incarnation < instance.incarnation and instance.state != "lost":
+        if message.card.incarnation < instance.incarnation and instance.state not in _GONE:
             return []  # of the past; once the newer one is silent, its host's clock was put back
-        if reason := self._other_model(instance, message.card.model_digest):
-            instance.refusal = reason
-            return []
+        if reason := self._why_not(instance, message.card):
+            return self._give_up(instance, now, refusal=reason)
         if instance.card is not None and message.card.incarnation != instance.incarnation:
             # A new process under this name: whatever ran on the old one is gone.
             effects += self._give_up(instance, now)
@@ -334,27 +337,20 @@ class ServiceCore:
         instance.tokens_seen = instance.tokens_credited = 0
         instance.attached(message.card, now)
         instance.is_now(message.role, message.epoch)
-        self.prospects.model_digest = message.card.model_digest
+        self.prospects.kind = Kind.of(message.card)
         self.placement.expect(instance.name, False)
         if self.prospects.finder.attached(message.card):
             instance.snapshot_wanted = True
             effects += self._resync(instance, now)
         return effects + self.placement.house(now)
 
-    def _other_model(self, instance: Instance, digest: str) -> str:
-        """Two models must not share an answer: while one is in use, another is refused."""
-        others = [i for i in self.instances.values() if i is not instance and i.state == "active"]
-        if digest == self.prospects.model_digest or not (others or len(self.journal)):
-            return ""
-        return (
-            f"{instance.name} serves another model (digest {digest[:12]}, in use is "
-            f"{self.prospects.model_digest[:12]})"
-        )
+    def _why_not(self, instance: Instance, card: InstanceCard) -> str:
+        wanted, others = self.config.wanted, self.instances.values()
+        return why_not(card, instance, wanted, others, self.journal, self.prospects.kind)
 
     def _refused(self, instance: Instance, message: Refused, now: float) -> list[Effect]:
         if message.what == "attach":
-            instance.refusal = message.reason
-            return self._give_up(instance, now)
+            return self._give_up(instance, now, refusal=message.reason)
         if message.code == "not_attached":
             # It has forgotten us: nothing of ours runs there any more.
             return self._give_up(instance, now)
@@ -375,7 +371,7 @@ class ServiceCore:
         instance.loaded(load, now)
         instance.draining = load.draining
         instance.is_now(load.role, load.epoch)
-        if instance.state == "lost":
+        if instance.state in _GONE:
             # It was only stopped. It must attach anew, and be rid of what runs elsewhere by now.
             return self._resync(instance, now)
         return self.placement.house(now)
@@ -438,7 +434,7 @@ class ServiceCore:
 
     def _look_after(self, instance: Instance, now: float) -> list[Effect]:
         config = self.config
-        if instance.state in ("connecting", "lost"):
+        if instance.state == "connecting" or instance.state in _GONE:
             return self._attach(instance, now)
         silent_s = now - instance.heard_s
         if silent_s > config.lost_after_s:
@@ -478,8 +474,11 @@ class ServiceCore:
         attach = Attach(self.config.name, self.config.incarnation, PROTOCOL_VERSION, listens)
         return [Send(instance.name, attach)]
 
-    def _give_up(self, instance: Instance, now: float) -> list[Effect]:
-        instance.state = "lost"
+    def _give_up(self, instance: Instance, now: float, refusal: str = "") -> list[Effect]:
+        instance.state = "refused" if refusal else "lost"
+        if refusal:
+            instance.refusal = refusal
+            self.placement.expect(instance.name, False)  # it is here, and of no use
         self.prospects.finder.gone(instance.name)
         return self.placement.evacuate(instance, now)
 

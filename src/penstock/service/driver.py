@@ -136,8 +136,8 @@ class ServiceDriver:
         if name not in self.core.instances:
             self._carry_out(self.core.add_instance(name, self._loop.time()))
         self._close_endpoint(name)
-        self.instance_lost(name, coming_back=False)
-        self.core.instances[name].refusal = reason
+        self._active.discard(name)
+        self._carry_out(self.core.on_instance_refused(name, reason, self._loop.time()))
 
     def remove(self, name: str) -> None:
         self._active.discard(name)
@@ -181,7 +181,9 @@ class ServiceDriver:
             if trouble and trouble != instance.refusal:
                 log.warning("%s: %s", name, trouble)
                 instance.refusal = trouble
-            broken = instance.state == "lost" or (trouble and instance.state == "connecting")
+            broken = instance.state in ("lost", "refused") or (
+                trouble and instance.state == "connecting"
+            )
             if broken and now - self._connected_s[name] > _RENEW_EVERY_S:
                 self._close_endpoint(name)
                 self._open(name, endpoint.address)
@@ -217,9 +219,10 @@ class ServiceDriver:
                 self._active.discard(name)
                 log.info("%s is drained", name)
                 self._on_lost(name)
-            elif instance.state == "lost" and name in self._active:
+            elif instance.state in ("lost", "refused") and name in self._active:
                 self._active.discard(name)
-                log.warning("%s is lost; its requests go on elsewhere or wait for it", name)
+                word = "lost" if instance.state == "lost" else f"refused ({instance.refusal})"
+                log.warning("%s is %s; its requests go on elsewhere or wait for it", name, word)
                 self._on_lost(name)
 
     def _carry_out(self, effects: list[Effect]) -> None:

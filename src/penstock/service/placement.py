@@ -24,7 +24,7 @@ from penstock.protocol.tokens import TokenRow
 from penstock.service import orders
 from penstock.service.cluster.instances import Instance
 from penstock.service.cluster.view import LiveView
-from penstock.service.explain import Explainer, PlacementRecord
+from penstock.service.explain import Explainer, Explanation, PlacementRecord
 from penstock.service.generation import TokenDelta
 from penstock.service.journal import Entry, Journal, Reservation
 from penstock.service.policies.routing import ClusterView, Decision, Policy
@@ -104,6 +104,16 @@ class Placement:
     def expect(self, name: str, coming: bool) -> None:
         """`name` is being (re)started: who has no instance may wait longer."""
         (self._expected.add if coming else self._expected.discard)(name)
+
+    def explain(self, request_id: str) -> Explanation | None:
+        live = self.journal.of_request(request_id)
+        choices = [e.record.explain(len(e.emitted), e.progress_s) for e in live]
+        for record in self.explainer.of_request(request_id):
+            choices.append(record.explain(record.output_tokens, record.last_token_s))
+        if not choices:
+            return None
+        choices.sort(key=lambda c: c.choice)
+        return Explanation(request_id, bool(live), tuple(choices))
 
     # --- moving --------------------------------------------------------------------------------
 

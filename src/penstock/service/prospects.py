@@ -14,6 +14,7 @@ import numpy as np
 
 from penstock.protocol.kv import BLOCK_TOKENS, KEY_BYTES
 from penstock.service.cluster.finder import Finder
+from penstock.service.cluster.fit import Kind
 from penstock.service.cluster.instances import Instance
 from penstock.service.cluster.roles import Attainment
 from penstock.service.explain import PlacementRecord
@@ -29,13 +30,17 @@ _LOOKED_AT = 8
 @dataclass(slots=True)
 class Prospects:
     finder: Finder
-    #: Of the model that the instances serve; "" until one has attached.
-    model_digest: str = ""
+    #: What the instances are; None until one has attached.
+    kind: Kind | None = None
     #: Mean length of the answers of late, in tokens; 0 until there was one.
     mean_output_tokens: float = 0.0
     attainment: Attainment = field(default_factory=Attainment)
     #: Decisions made so far.
     num_decisions: int = 0
+
+    @property
+    def model_digest(self) -> str:
+        return "" if self.kind is None else self.kind.model_digest
 
     def request(
         self, entry: Entry, able: Sequence[Instance], prefilled_on: str | None, now: float

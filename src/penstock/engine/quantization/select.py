@@ -60,6 +60,11 @@ class Quantization:
             return self.scheme.name
         return "none" if self.format is not PLAIN and not self.keep_bits else ""
 
+    @property
+    def name(self) -> str:
+        """What the weights are in memory, as --quantization has it."""
+        return self.label or self.format.method
+
     def describe(self) -> str:
         """For people, of the weights in memory."""
         if self.scheme is not None:

@@ -14,6 +14,7 @@ from penstock import __version__
 from penstock.registry.base import LEADER, ROUTERS, Deleted, Listing, Put, RouterEntry
 from penstock.registry.open import open_registry
 from penstock.registry.registry import first_term
+from penstock.service.cluster.fit import ANYTHING, Wanted
 from penstock.service.cluster.membership import Connections, Membership
 
 
@@ -49,6 +50,7 @@ class AmongOthers:
         incarnation: int,
         url: str,
         they_return: bool = False,
+        wanted: Wanted = ANYTHING,
     ) -> None:
         self._service = service
         self._routers: dict[str, bytes] = {}
@@ -62,7 +64,7 @@ class AmongOthers:
             version=__version__,
         )
         service.facts |= {"routers": [name], "leader": None}
-        self._membership = Membership(registry, service, they_return=they_return)
+        self._membership = Membership(registry, service, they_return=they_return, wanted=wanted)
         self._registration = registry.register(ROUTERS + name, msgspec.json.encode(entry))
         self._campaign = registry.campaign(name.encode(), service.lead)
         self._tasks = [

@@ -11,9 +11,10 @@ from penstock.service.journal import Entry, Reservation
 from penstock.service.policies.correction import PrefillShare, TransferFitter, TtftCorrection
 
 #: connecting: known, not attached yet · active: takes work · suspect: silent, takes no new work ·
-#: lost: its sequences have been placed elsewhere or wait for an instance · drained: the same, by an
-#: operator's order, and it stays so until he takes it back
-InstanceState = Literal["connecting", "active", "suspect", "lost", "drained"]
+#: lost: its sequences have been placed elsewhere or wait for an instance · refused: it is there and
+#: may not be used (`refusal` says why) · drained: emptied by an operator's order, and it stays so
+#: until he takes it back
+InstanceState = Literal["connecting", "active", "suspect", "lost", "refused", "drained"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from penstock.protocol.codec import PROTOCOL_VERSION
 from penstock.protocol.errors import ConfigError
 from penstock.registry.base import INSTANCES, Deleted, InstanceEntry, Listing, Put
 from penstock.registry.registry import Registry
+from penstock.service.cluster.fit import ANYTHING, Kind, Wanted
 
 log = logging.getLogger(__name__)
 
@@ -51,10 +52,12 @@ class Membership:
         connections: Connections,
         *,
         they_return: bool = False,
+        wanted: Wanted = ANYTHING,
     ) -> None:
         """`they_return`: somebody starts these instances again, so none of them is removed."""
         self._registry = registry
         self._connections = connections
+        self._wanted = wanted
         #: What the registry says, and which of it this service goes by.
         self._listed: dict[str, bytes] = {}
         self._known: dict[str, InstanceEntry] = {}
@@ -111,28 +114,21 @@ class Membership:
         self._known[entry.name] = entry
 
     def _why_not(self, entry: InstanceEntry) -> str:
-        """Other protocols cannot be spoken to. Of one model, instances with another layout could
-        not exchange blocks, and would answer with other digits: the first who came decide."""
+        """Other protocols cannot be spoken to. What this service was told that instances are holds
+        before anything else; beyond that the first who came decide (see `fit.Kind`)."""
         if entry.protocol_version != PROTOCOL_VERSION:
             return (
                 f"it speaks protocol version {entry.protocol_version}, this side "
                 f"{PROTOCOL_VERSION}: run the same Penstock release everywhere"
             )
+        if reason := self._wanted.refuses(entry):
+            return reason
         for other in self._known.values():
             if other.name in self._refused or other.name in (entry.name, *self._leaving):
                 continue
-            if other.model_digest != entry.model_digest:
-                return (
-                    f"it serves another model than {other.name} (digest "
-                    f"{entry.model_digest[:12]}, not {other.model_digest[:12]}): give the same "
-                    "MODEL and --quantization, or another cluster's name in --registry"
-                )
-            if other.layout_digest != entry.layout_digest:
-                return (
-                    f"its KV has another layout than that of {other.name} (digest "
-                    f"{entry.layout_digest}, not {other.layout_digest}): give the same --dtype "
-                    "and --kv-cache-dtype"
-                )
+            kind = Kind(entry.model_digest, entry.layout_digest)
+            if reason := kind.differs(Kind(other.model_digest, other.layout_digest), other.name):
+                return reason
         return ""
 
     def _gone(self, name: str) -> None:
