@@ -134,8 +134,9 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         "--kv-transfer",
         metavar="MEANS",
         help="how KV comes from other instances, best first, of map, mooncake and tcp (map,tcp; "
-        "at Unix sockets without a cluster secret map alone); off: it does not. mooncake listens on all interfaces without authentication or "
-        "encryption: only where nobody else can reach it",
+        "at Unix sockets without a cluster secret map alone); off: it does not. mooncake listens "
+        "on all interfaces without authentication or encryption: only where nobody else can reach "
+        "it",
     )
     add("--enable-prefix-caching", action=boolean, help="share the KV of common prefixes (on)")
     add(
