@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from types import FrameType
+
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
 from penstock.engine.scheduler.block_pool import BlockPool
+from penstock.engine.scheduler.reusable import Reusable
 from penstock.protocol.kv import KvChange, block_keys, root_key, split_keys
 
 
@@ -145,3 +149,66 @@ def test_every_block_is_accounted_for_whatever_happens(
         pool.release(blocks)
     pool.check([])
     assert pool.num_available == num_blocks
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["add", "remove", "take", "detain", "let_go"]), st.integers(0, 11)
+        ),
+        max_size=80,
+    )
+)
+def test_detained_blocks_keep_their_place(steps: list[tuple[str, int]]) -> None:
+    """The oracle is one list, looked through from its beginning."""
+    reusable, lru, detained = Reusable(12), [], set()
+    for op, block in steps:
+        if op == "add" and block not in lru:
+            reusable.add(block, block in detained)
+            lru.append(block)
+        elif op == "remove" and block in lru:
+            reusable.remove(block)
+            lru.remove(block)
+        elif op == "take" and set(lru) - detained:
+            expected = next(b for b in lru if b not in detained)
+            assert reusable.take_oldest() == expected
+            lru.remove(expected)
+        elif op == "detain" and block in lru and block not in detained:
+            reusable.detain(block)
+            detained.add(block)
+        elif op == "let_go":
+            some = [b for b in sorted(detained) if b >= block]
+            reusable.let_go(some)
+            detained -= set(some)
+        assert reusable.in_order() == lru and len(reusable) == len(lru)
+        assert list(reusable.evictable()) == [b for b in lru if b not in detained]
+        assert reusable.num_evictable == len(set(lru) - detained)
+        assert all((b in reusable) == (b in lru) for b in range(12))
+
+
+def test_what_is_being_stored_makes_nothing_slower() -> None:
+    """In lines executed, which do not depend on the machine."""
+
+    def num_lines(num_storing: int) -> int:
+        pool = BlockPool(400)
+        for number in range(400):
+            pool.release(store(pool, [number]))
+        pool.begin_store(pool.oldest(num_storing))
+        lines = 0
+
+        def count(frame: FrameType, event: str, arg: object) -> object:
+            nonlocal lines
+            lines += event == "line"
+            return count
+
+        before = sys.gettrace()
+        sys.settrace(count)
+        try:
+            for _ in range(20):
+                assert pool.num_available
+                pool.allocate()
+        finally:
+            sys.settrace(before)
+        return lines
+
+    assert num_lines(150) == num_lines(1)

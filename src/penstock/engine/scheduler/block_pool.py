@@ -25,13 +25,14 @@ holders. Both arrays may be memory that other processes see.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from penstock.engine.scheduler.reusable import Reusable
 from penstock.protocol.kv import KvChange
 
 Generations = npt.NDArray[np.uint64]
@@ -61,20 +62,18 @@ class BlockPool:
         self._fleeting = [False] * num_ids
         self._free_windows = list(range(num_ids - 1, num_blocks - 1, -1))
         self._let_go: list[int] = []  # windows without holders, not free before they are taken
-        self._storing: dict[int, None] = {}
+        self._storing: dict[int, bytes] = {}  # with the key before each
+        self._storing_behind: dict[bytes, dict[int, None]] = {}  # the same by that key
         self._block_of: dict[bytes, int] = {}
         # A stack, so that the block that was written last (and is in the CPU's caches) goes first.
         self._free = list(range(num_blocks - 1, -1, -1))
-        self._reusable: OrderedDict[int, None] = OrderedDict()
+        self._reusable = Reusable(num_blocks)
         self._changes: list[tuple[str, bytes]] = []
 
     @property
     def num_available(self) -> int:
         """Blocks that `allocate` can give: free ones and, by eviction, reusable ones."""
-        available = len(self._free) + len(self._reusable)
-        if self._storing:
-            available -= sum(block in self._reusable for block in self._storing)
-        return available
+        return len(self._free) + self._reusable.num_evictable
 
     @property
     def num_free(self) -> int:
@@ -132,8 +131,7 @@ class BlockPool:
             block = self._free.pop()
         else:
             assert self.num_available, "allocate() needs num_available > 0"
-            block = next(b for b in self._reusable if b not in self._storing)
-            self._evict(block)
+            block = self._evict()
         self.generations[block] += 1
         self._refs[block] = self._holders[block] = 1
         return block
@@ -157,7 +155,7 @@ class BlockPool:
         """One more holder for a block that has a key."""
         assert self._keys[block] is not None, "only blocks with a key are shared"
         if not self._refs[block]:
-            del self._reusable[block]
+            self._reusable.remove(block)
         self._refs[block] += 1
         if block < self.num_blocks:
             self._holders[block] += 1
@@ -178,7 +176,7 @@ class BlockPool:
             if block >= self.num_blocks:
                 self._let_go.append(block)
             elif self._keys[block] is not None:
-                self._reusable[block] = None
+                self._reusable.add(block, detained=block in self._storing)
             elif block not in self._storing:
                 self._free.append(block)
 
@@ -227,10 +225,10 @@ class BlockPool:
         """The blocks that others may match and that will be evicted next, first ones first; not
         those that are being stored."""
         found: list[int] = []
-        for block in self._reusable:
+        for block in self._reusable.evictable():
             if len(found) == num_blocks:
                 break
-            if self._public[block] and block not in self._storing:
+            if self._public[block]:
                 found.append(block)
         return found
 
@@ -238,13 +236,22 @@ class BlockPool:
         """The content of these blocks, which have keys, must stay as it is until `end_store`."""
         for block in blocks:
             assert self._keys[block] is not None and block not in self._storing
-            self._storing[block] = None
+            parent = self._storing[block] = self._parents[block]
+            self._storing_behind.setdefault(parent, {})[block] = None
+            if block in self._reusable:
+                self._reusable.detain(block)
 
     def end_store(self, blocks: Iterable[int]) -> None:
+        blocks = list(blocks)
         for block in blocks:
-            del self._storing[block]
+            parent = self._storing.pop(block)
+            behind = self._storing_behind[parent]
+            del behind[block]
+            if not behind:
+                del self._storing_behind[parent]
             if not self._refs[block] and self._keys[block] is None:
                 self._free.append(block)
+        self._reusable.let_go(blocks)
 
     def freed_by(self, holdings: Iterable[Sequence[int]], besides: Sequence[int]) -> Iterator[int]:
         """How many blocks become available, other than `besides`, if the first holder lets go, if
@@ -262,8 +269,7 @@ class BlockPool:
 
     def clear_keys(self) -> None:
         """No block can be matched from now on; held blocks stay held."""
-        self._free.extend(b for b in reversed(self._reusable) if b not in self._storing)
-        self._reusable.clear()
+        self._free.extend(reversed(self._reusable.clear()))
         self._block_of.clear()
         self._keys = [None] * len(self._keys)
         self._fleeting = [False] * len(self._keys)
@@ -286,15 +292,21 @@ class BlockPool:
         assert all(refs == held[b] for b, refs in enumerate(self._refs)), "reference counts"
         assert self._holders.tolist() == self._refs[: self.num_blocks], "counts that others see"
         limbo = [b for b in self._storing if not self._refs[b] and self._keys[b] is None]
+        stored = [(b, key) for key, blocks in self._storing_behind.items() for b in blocks]
+        assert sorted(stored) == sorted(self._storing.items()), "who is being stored behind whom"
+        reusable = self._reusable.in_order()
+        detained = Counter(reusable) - Counter(self._reusable.evictable())
+        assert all(b in self._storing for b in detained), "detained for nothing"
+        assert len(detained) == sum(b in self._reusable for b in self._storing), "not detained"
         windows = [*self._free_windows, *self._let_go, *let_go]
-        places = Counter([*self._free, *self._reusable, *limbo, *windows, *held])
+        places = Counter([*self._free, *reusable, *limbo, *windows, *held])
         assert places == Counter(range(len(self._refs))), "a block is lost or in two places"
         assert all(w >= self.num_blocks for w in windows), "a block among the windows"
         assert all(self._keys[b] is None for b in [*self._free, *windows]), "a free block has a key"
         keyed = {b: key for b, key in enumerate(self._keys) if key is not None}
         assert {key: b for b, key in keyed.items()} == self._block_of, "keys and blocks disagree"
-        assert all(b in keyed for b in self._reusable), "a reusable block has no key"
-        age = {b: i for i, b in enumerate(self._reusable)}
+        assert all(b in keyed for b in reusable), "a reusable block has no key"
+        age = {b: i for i, b in enumerate(reusable)}
         for block in keyed:
             parent = self._block_of.get(self._parents[block])
             behind = parent is not None and self._fleeting[parent]
@@ -311,22 +323,20 @@ class BlockPool:
         """Do others hear of it?"""
         return self._public[block] and not self._fleeting[block]
 
-    def _evict(self, block: int) -> None:
-        """Forget a reusable block. What is being stored behind it goes with it: everything else
-        behind it was older, and is gone."""
-        del self._reusable[block]
-        self._forget(block)
-        orphans = list(self._storing)
-        while orphans:
-            orphans = [
-                b for b in self._storing
-                if b in self._reusable
-                and self._parents[b] != b""
-                and self._parents[b] not in self._block_of
-            ]  # fmt: skip
-            for orphan in orphans:
-                del self._reusable[orphan]
-                self._forget(orphan)
+    def _evict(self) -> int:
+        """Forget the oldest reusable block. What is being stored behind it goes with it: everything
+        else behind it was older, and is gone."""
+        evicted = self._reusable.take_oldest()
+        gone = [evicted]
+        for block in gone:  # it grows
+            key = self._keys[block]
+            assert key is not None, "a reusable block has no key"
+            for orphan in self._storing_behind.get(key, ()):
+                if orphan in self._reusable:
+                    self._reusable.remove(orphan)
+                    gone.append(orphan)
+            self._forget(block)
+        return evicted
 
     def _forget(self, block: int) -> None:
         key = self._keys[block]

@@ -212,7 +212,7 @@ class Scheduler:
         if seq.state is not State.RUNNING or not num_tokens:
             return
         missing = self._room.num_blocks(seq.num_computed + num_tokens) - len(seq.blocks)
-        while missing > self.pool.num_available:
+        while missing > 0 and missing > self.pool.num_available:
             if self.holds.make_room():
                 continue
             victim = max(self._running, key=self._room.victim_rank)
