@@ -17,6 +17,7 @@ import pytest
 from penstock.engine.core import InstanceCore
 from penstock.protocol.effects import Effect
 from penstock.protocol.errors import InvalidRequest
+from penstock.protocol.instance import Assign
 from penstock.protocol.kv import BLOCK_TOKENS
 from penstock.protocol.request import SamplingParams
 from penstock.service.cluster.finder import IndexFinder
@@ -380,12 +381,26 @@ def test_an_older_leaders_word_is_refused() -> None:
     c.call(0.5, lambda now: c.service.lead(2, now))
     c.call(0.6, lambda now: c.service.assign("a", "prefill", now))
     c.world.run(until_s=1.0)
-    node = c.world._nodes["t"]
-    other.lead(1, 1.0)
-    c.world.at(1.1, lambda: c.world._carry_out(node, other.assign("a", "decode", 1.1)))
+    c.world.send("t", "a", Assign("decode", 1 << 32 | 7))
     c.world.run(until_s=2.0)
     assert c.engines["a"].role == "prefill"
     assert other.instances["a"].role == "prefill"  # told by the instance itself
+
+
+@pytest.mark.parametrize("elected", [True, False])
+def test_a_service_started_again_on_an_earlier_clock_leads_within_seconds(elected: bool) -> None:
+    c = cluster(3, 3, slo_aware, config=roles_config(static=(1, 2)))
+    c.call(0.5, lambda now: c.service.lead(90_000, now, elected=elected))
+    c.world.run(until_s=10.0)
+    assert sorted(e.role for e in c.engines.values()) == ["decode", "decode", "prefill"]
+    c.world.kill("s")
+    config = replace(roles_config(static=(2, 1)), name="t")
+    later = c.world.add_service("t", NAMES[:3], policy=slo_aware, config=config)
+    # An hour is 3600 terms; and the registry that elects has forgotten the last one.
+    c.world._carry_out(c.world._nodes["t"], later.lead(90_000 - 3600, 10.0, elected=elected))
+    c.world.run(until_s=20.0)
+    assert sorted(e.role for e in c.engines.values()) == ["decode", "prefill", "prefill"]
+    assert later.roles.term == 90_001 and not later.roles.has_yielded
 
 
 def test_two_routers_over_one_cluster() -> None:

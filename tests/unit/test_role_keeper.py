@@ -227,6 +227,26 @@ def test_two_who_agree_leave_each_other_alone() -> None:
     assert len(rivals.turns) <= 4
 
 
+def test_who_was_elected_begins_above_whatever_he_hears() -> None:
+    c = Cluster(2)
+    c.keeper.lead(1, 0.0, elected=True)
+    c.instances[0].is_now("prefill", 7 << 32 | 5)
+    c.run(5.0)
+    assert c.keeper.term == 8 and sorted(c.roles) == ["decode", "prefill"]
+
+
+def test_two_who_are_not_elected_do_not_climb_over_each_other() -> None:
+    """Each has met what the other gave before; only the first look takes that for the past."""
+    rivals = Rivals([5, 1], [(1, 2), (2, 1)])
+    rivals.turn(0, 0.0)
+    for instance in rivals.clusters[1].instances:
+        instance.is_now(*rivals.truth[instance.name])
+        instance.found_epoch = instance.epoch
+    for number in range(1, 60):
+        rivals.turn(number % 2, 0.3 * number)
+    assert rivals.leading == [1] and rivals.clusters[1].keeper.term == 6
+
+
 def test_who_is_elected_after_yielding_leads_again() -> None:
     c = Cluster(2)
     c.keeper.lead(1, 0.0)

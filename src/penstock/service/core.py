@@ -168,10 +168,10 @@ class ServiceCore:
         """`name` is there and may not be used; status says why."""
         return self._give_up(self.instances[name], now, refusal=reason)
 
-    def lead(self, term: int | None, now: float) -> list[Effect]:
+    def lead(self, term: int | None, now: float, *, elected: bool = False) -> list[Effect]:
         """This service decides on roles from now on, in a term greater than all before; with None
-        another one does."""
-        self.roles.lead(term, now)
+        another one does. `elected`: a registry sees to it that nobody else leads."""
+        self.roles.lead(term, now, elected=elected)
         return []
 
     def assign(self, name: str, role: Role, now: float) -> list[Effect]:
@@ -335,7 +335,7 @@ class ServiceCore:
         # It may have forgotten us meanwhile and count from one again. If it has not, there is a gap
         # now, which a resync mends; what comes twice is known by its start.
         instance.tokens_seen = instance.tokens_credited = 0
-        instance.attached(message.card, now)
+        instance.attached(message.card, now, message.epoch)
         instance.is_now(message.role, message.epoch)
         self.prospects.kind = Kind.of(message.card)
         self.placement.expect(instance.name, False)

@@ -147,10 +147,10 @@ class ServiceDriver:
     def still_lives(self, name: str) -> bool:
         return self.core.instances[name].state in ("active", "suspect")
 
-    def lead(self, term: int | None) -> None:
+    def lead(self, term: int | None, *, elected: bool = False) -> None:
         """From now on this service leads, in that term; or not any more."""
         log.info("this service %s", "follows" if term is None else f"leads, in term {term}")
-        self._carry_out(self.core.lead(term, self._loop.time()))
+        self._carry_out(self.core.lead(term, self._loop.time(), elected=elected))
 
     def _close_endpoint(self, name: str) -> None:
         endpoint = self._endpoints.pop(name, None)

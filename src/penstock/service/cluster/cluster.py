@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import socket
+from functools import partial
 from typing import Protocol
 
 import msgspec
@@ -24,7 +25,7 @@ class Service(Connections, Protocol):
     #: For /admin: who else there is, and who leads.
     facts: dict[str, object]
 
-    def lead(self, term: int | None) -> None: ...
+    def lead(self, term: int | None, *, elected: bool = False) -> None: ...
 
 
 class Alone:
@@ -66,7 +67,7 @@ class AmongOthers:
         service.facts |= {"routers": [name], "leader": None}
         self._membership = Membership(registry, service, they_return=they_return, wanted=wanted)
         self._registration = registry.register(ROUTERS + name, msgspec.json.encode(entry))
-        self._campaign = registry.campaign(name.encode(), service.lead)
+        self._campaign = registry.campaign(name.encode(), partial(service.lead, elected=True))
         self._tasks = [
             asyncio.ensure_future(task) for task in (self._see_routers(), self._see_leader())
         ]

@@ -60,6 +60,8 @@ class Instance:
     #: As it says itself. In doubt: it has refused a plan for being older than its role.
     role: Role = "any"
     epoch: int = 0
+    #: What its epoch was when this service met it.
+    found_epoch: int = 0
     epoch_in_doubt: bool = False
     #: Number of the last `Tokens` message taken in, and the last one acknowledged by a Credit.
     tokens_seen: int = 0
@@ -121,10 +123,11 @@ class Instance:
         if self.state == "suspect":
             self.state = "active"
 
-    def attached(self, card: InstanceCard, now: float) -> None:
+    def attached(self, card: InstanceCard, now: float, epoch: int = 0) -> None:
         if card.incarnation != self.incarnation:
             self.load, self.others, self.leaving_since_s = None, NO_OTHERS, None
             self.role, self.epoch, self.epoch_in_doubt = "any", 0, False
+            self.found_epoch = epoch
             self.resync_sent_s = None
         self.card = card
         self.state = "active"

@@ -5,9 +5,14 @@ has a `RoleKeeper`, but only that of the leader acts: the driver tells it the te
 leadership, and epochs are `term << 32 | counter`, so that the word of an older leader is refused.
 What an instance is, it says itself; this side only remembers what it has asked for.
 
-Without a registry nobody elects: each of several services begins as a leader. Whoever hears an
-epoch above all that he has given yields for as long as he lives. Whoever has given the greatest one
-never hears a greater, so somebody goes on leading, and of two who disagree only one.
+Terms come from a clock where a registry has forgotten the last one, and a clock may be put back. So
+a leader's term rises above whatever epochs instances have already.
+
+Without a registry nobody elects: each of several services begins as a leader. An epoch that an
+instance had when it was met is of the past. But whoever hears one rise above all that he has given
+yields for as long as he lives. Whoever has given the greatest one never hears a greater, so
+somebody goes on leading, and of two who disagree only one. Who was elected never yields: his
+registry tells him when he leads no more.
 """
 
 from __future__ import annotations
@@ -96,6 +101,7 @@ class RoleKeeper:
     term: int | None = None
     #: It led, without having been elected, and so does another one.
     has_yielded: bool = False
+    _elected: bool = False
     forecast: Forecast = field(default_factory=Forecast)
     #: What was decided last, and why.
     plan: RolePlan | None = None
@@ -109,8 +115,10 @@ class RoleKeeper:
     _next_s: float = 0.0
     _own_share: float = 1.0
 
-    def lead(self, term: int | None, now: float) -> None:
-        """This service leads from now on, in a term that is greater than all before; or no more."""
+    def lead(self, term: int | None, now: float, *, elected: bool = False) -> None:
+        """This service leads from now on, in a term that is greater than all before, as far as is
+        known; or no more. `elected`: nobody else does."""
+        self._elected = elected
         if term == self.term:
             return
         self.term, self.has_yielded = term, False
@@ -134,7 +142,7 @@ class RoleKeeper:
     ) -> list[Effect]:
         """Raises `NotLeading` where another service leads, and `InvalidRequest` where
         nobody would be left to prefill, or to decode."""
-        self._yield_to_another(instances.values())
+        self._meet_epochs(instances.values())
         if self.term is None:
             raise NotLeading(
                 "this service does not lead the cluster: ask the one that does (/admin/cluster)"
@@ -164,7 +172,7 @@ class RoleKeeper:
         if not instances:
             return []
         self._next_s = now + self.config.every_s
-        self._yield_to_another(instances)
+        self._meet_epochs(instances)
         if self.has_yielded:
             return []
         effects = self._remind(instances, now)
@@ -184,8 +192,16 @@ class RoleKeeper:
         self.num_rollbacks += plan.rollback
         return [*effects, self._assign(instance, plan.role, now)]
 
-    def _yield_to_another(self, instances: Iterable[Instance]) -> None:
-        if self.term is not None and any(i.epoch > self._last_epoch for i in instances):
+    def _meet_epochs(self, instances: Iterable[Instance]) -> None:
+        """Those above ours: begin above them if they are of the past, else yield."""
+        if self.term is None:
+            return
+        above = [i for i in instances if i.epoch > self._last_epoch]
+        if not above:
+            return
+        if self._elected or all(i.epoch == i.found_epoch for i in above):
+            self.term, self._counter = (max(i.epoch for i in above) >> 32) + 1, 0
+        else:
             self.term, self.has_yielded = None, True
 
     @property
