@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from queue import SimpleQueue
@@ -15,7 +16,18 @@ from penstock.engine.memory.sizing import kv_layout
 from penstock.engine.memory.tiers.data import Tiers
 from penstock.engine.memory.tiers.host import HostTier
 from penstock.engine.memory.xtensor import XTensorMemory
-from penstock.engine.transfer.jobs import Import, Incoming, Job, LetGo, Load, Moved, Peer, Store
+from penstock.engine.transfer import tcp
+from penstock.engine.transfer.jobs import (
+    Abandon,
+    Import,
+    Incoming,
+    Job,
+    LetGo,
+    Load,
+    Moved,
+    Peer,
+    Store,
+)
 from penstock.engine.transfer.mover import DataPlane, MoverConfig
 from penstock.engine.transfer.pages import PoolHeader, PoolIdentity
 from penstock.protocol.kv import BlockHandle
@@ -121,6 +133,93 @@ def test_closing_ends_what_waits_for_a_peer() -> None:
         assert time.monotonic() - began_s < 10
     numbers = sorted(node.ended.get_nowait().number for _ in range(20))
     assert numbers == list(range(20))
+
+
+@pytest.fixture
+def silent() -> Iterator[Peer]:
+    """It can be connected to, and never says a word."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield Peer("silent", 9, "tcp", f"tcp://127.0.0.1:{listener.getsockname()[1]}")
+
+
+def test_a_silent_peer_holds_up_nobody_else(
+    nodes: tuple[Node, Node], silent: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Told by the order in which jobs end: those of the silent peer come after all others."""
+    owner, ours = nodes
+    stall = threading.Event()
+    connect = tcp.Connection.__init__
+
+    def until_told(self: tcp.Connection, endpoint: str, *args: Any) -> None:
+        if endpoint == silent.endpoint:
+            assert stall.wait(20)
+            raise tcp.TransferFailed("nothing came for 2 s")
+        connect(self, endpoint, *args)
+
+    monkeypatch.setattr(tcp.Connection, "__init__", until_told)
+    for number in range(8):
+        ours.plane.start(Import(number, silent, incoming((1, number))), ours.ended.put)
+    for number in range(100, 110):
+        there = number % NUM_BLOCKS
+        moved = ours.run(Import(number, owner.peer("map"), incoming((there, 16))))
+        assert (moved.number, moved.ok) == (number, (True,))
+        moved = ours.run(Import(number, owner.peer("tcp"), incoming((there, 9))))
+        assert (moved.number, moved.ok) == (number, (True,))
+        ours.plane.start(LetGo((16,)), ours.ended.put)
+    stall.set()
+    ended = [ours.ended.get(timeout=20) for _ in range(8)]
+    assert sorted(moved.number for moved in ended) == list(range(8))
+    assert {moved.reason for moved in ended} == {"nothing came for 2 s"}
+
+
+def test_what_is_queued_behind_a_failure_fails_with_it_and_what_comes_later_is_tried(
+    nodes: tuple[Node, Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner, ours = nodes
+    peer, tried, stall = owner.peer("tcp"), [], threading.Event()
+    connect = tcp.Connection.__init__
+
+    def fails(self: tcp.Connection, *args: Any) -> None:
+        tried.append(args)
+        assert stall.wait(20)
+        raise tcp.TransferFailed("it hangs")
+
+    monkeypatch.setattr(tcp.Connection, "__init__", fails)
+    for number in range(20):
+        ours.plane.start(Import(number, peer, incoming((1, 1))), ours.ended.put)
+    stall.set()
+    ended = [ours.ended.get(timeout=20) for _ in range(20)]
+    assert {(moved.ok, moved.reason) for moved in ended} == {((False,), "it hangs")}
+    assert len(tried) <= 2 * 3  # those at work, and what they took before the first had failed
+    monkeypatch.setattr(tcp.Connection, "__init__", connect)
+    assert ours.run(Import(30, peer, incoming((1, 1)))).ok == (True,)
+
+
+def test_jobs_that_nobody_waits_for_are_not_begun(
+    nodes: tuple[Node, Node], silent: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, ours = nodes
+    tried, begun, stall = [], threading.Semaphore(0), threading.Event()
+
+    def waits(self: tcp.Connection, *args: Any) -> None:
+        tried.append(args)
+        begun.release()
+        assert stall.wait(20)
+        raise RuntimeError("not the peer's fault, so that what is queued is tried")
+
+    monkeypatch.setattr(tcp.Connection, "__init__", waits)
+    for number in range(3):
+        ours.plane.start(Import(number, silent, incoming((1, 1))), ours.ended.put)
+        assert begun.acquire(timeout=20)
+    for number in range(3, 9):
+        ours.plane.start(Import(number, silent, incoming((1, 1))), ours.ended.put)
+    ours.plane.start(Abandon((*range(8), 77)), ours.ended.put)
+    stall.set()
+    reasons = {
+        moved.number: moved.reason for moved in (ours.ended.get(timeout=20) for _ in range(9))
+    }
+    assert len(tried) == 4 and "not the peer" in reasons[8]
+    assert {reasons[number] for number in range(3, 8)} == {"nobody waits for it any more"}
 
 
 def test_without_means_nothing_listens() -> None:

@@ -11,7 +11,17 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from penstock.engine.transfer.jobs import Demotion, Import, Incoming, Job, LetGo, Load, Moved, Store
+from penstock.engine.transfer.jobs import (
+    Abandon,
+    Demotion,
+    Import,
+    Incoming,
+    Job,
+    LetGo,
+    Load,
+    Moved,
+    Store,
+)
 from penstock.protocol.kv import Tier
 from penstock.simulator.kv import KvMemory, Page
 
@@ -62,6 +72,8 @@ class SimulatedDataPlane:
             for window in job.windows:
                 del self._memory.windows[window]
             return
+        if isinstance(job, Abandon):
+            return  # here every job begins at once
         began_s = self._clock()
         fails = self._draw.random() < self._faults.fails
         seconds = self._seconds(job)

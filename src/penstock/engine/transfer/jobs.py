@@ -81,7 +81,15 @@ class LetGo:
     windows: tuple[int, ...]
 
 
-Job = Import | Load | Store | LetGo
+@dataclass(frozen=True, slots=True)
+class Abandon:
+    """Nobody waits for these jobs any more: those that have not begun end at once, as not ok. Has
+    no end of its own."""
+
+    numbers: tuple[int, ...]
+
+
+Job = Import | Load | Store | LetGo | Abandon
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +118,8 @@ class Mover(Protocol):
         """From now on peers may have blocks: those whose key they say. Before that, none."""
 
     def start(self, job: Job, done: Callable[[Moved], None]) -> None:
-        """`done` is called once, from any thread, whatever happens (never for a `LetGo`)."""
+        """`done` is called once, from any thread, whatever happens (never for a `LetGo` or an
+        `Abandon`)."""
 
     def close(self) -> None:
         """Unfinished jobs end as not ok. Returns when no thread touches KV memory any more."""

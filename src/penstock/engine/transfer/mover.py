@@ -1,17 +1,18 @@
 """The data plane of one instance: threads that bring blocks in and put blocks out (`jobs.Mover`).
 
 Copies run beside compute: they let go of the interpreter, and nobody else writes to a job's blocks
-while it runs. Tiers have threads of their own, so that a peer that makes us wait holds up no load
-from memory.
+while it runs. Tiers and mapped pages have threads of their own, so that a peer that makes us wait
+holds up no load from memory and no mapping; and of those that copy from peers, some are always left
+for others (`threads.py`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +22,18 @@ from penstock.engine.memory.tiers.data import NO_TIER_DATA, Tiers
 from penstock.engine.memory.windows import Page
 from penstock.engine.memory.xtensor import XTensorMemory
 from penstock.engine.transfer import tcp
-from penstock.engine.transfer.jobs import Import, Incoming, Job, LetGo, Load, Means, Moved, Store
+from penstock.engine.transfer.jobs import (
+    Abandon,
+    Import,
+    Incoming,
+    Job,
+    LetGo,
+    Load,
+    Means,
+    Moved,
+    Peer,
+    Store,
+)
 from penstock.engine.transfer.mooncake import Mooncake, MooncakeEndpoint
 from penstock.engine.transfer.pages import (
     CannotAttach,
@@ -32,11 +44,13 @@ from penstock.engine.transfer.pages import (
     host_id,
 )
 from penstock.engine.transfer.server import BlockServer, Served
+from penstock.engine.transfer.threads import Threads
 
 log = logging.getLogger(__name__)
 
 _Done = Callable[[Moved], None]
-_IMPORT_THREADS = 4
+_COPY_THREADS = 4
+_COPIES_OF_A_PEER = 3
 _TIER_THREADS = 2
 _IDLE_CONNECTIONS = 32
 
@@ -74,8 +88,11 @@ class DataPlane:
         self._connections = _Connections(memory.layout.block_bytes, config.secret)
         self._windows = _PeerWindows(memory, header.identity.layout_digest)
         self._undo = contextlib.ExitStack()
-        self._importers = _Threads(_IMPORT_THREADS, "kv-import")
-        self._tier_threads = _Threads(_TIER_THREADS, "kv-tier")
+        #: Numbers of jobs that wait for a thread.
+        self._waiting: dict[int, None] = {}
+        self._copiers = Threads(_COPY_THREADS, "kv-import", _COPIES_OF_A_PEER)
+        self._mapper = Threads(1, "kv-map")
+        self._tier_threads = Threads(_TIER_THREADS, "kv-tier")
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(self._undo.close)
             self._open(memory, header, config)
@@ -116,27 +133,52 @@ class DataPlane:
     def start(self, job: Job, done: _Done) -> None:
         match job:
             case LetGo():
-                self._windows.closing(job.windows)
-                self._importers.put(partial(self._windows.close_windows, job.windows))
+                # On the thread that opens windows, so that what is asked for later comes later.
+                self._mapper.put(partial(self._let_go, job))
+            case Abandon():
+                for number in job.numbers:
+                    self._waiting.pop(number, None)
             case Import():
-                self._importers.put(partial(self._run, job, done, self._import))
+                threads = self._mapper if job.peer.means == "map" else self._copiers
+                self._queue(threads, job, done, self._import, job.peer)
             case Load():
-                self._tier_threads.put(partial(self._run, job, done, self._load))
+                self._queue(self._tier_threads, job, done, self._load)
             case Store():
-                self._tier_threads.put(partial(self._run, job, done, self._store))
+                self._queue(self._tier_threads, job, done, self._store)
 
-    def _run(
-        self, job: Import | Load | Store, done: _Done, work: Callable[[Any, _Outcome], None]
+    def _queue(
+        self,
+        threads: Threads,
+        job: Import | Load | Store,
+        done: _Done,
+        work: _Work,
+        peer: Peer | None = None,
     ) -> None:
+        self._waiting[job.number] = None
+        threads.put(partial(self._run, job, done, work), peer)
+
+    def _let_go(self, job: LetGo, _reason: str) -> str:
+        self._windows.close_windows(job.windows)
+        return ""
+
+    def _run(self, job: Import | Load | Store, done: _Done, work: _Work, spoilt_by: str) -> str:
+        """See `threads.Work`."""
         started_s = time.perf_counter()
         outcome = _Outcome([False] * len(job.blocks))
+        is_wanted = self._waiting.pop(job.number, job) is None
+        peer_failed = False
         try:
             if self._closing:
                 outcome.reason = "the instance is closing"
+            elif not is_wanted:
+                outcome.reason = "nobody waits for it any more"
+            elif spoilt_by:
+                outcome.reason = spoilt_by
             else:
                 work(job, outcome)
         except (tcp.TransferFailed, CannotAttach) as exc:
             outcome.reason = str(exc)
+            peer_failed = True
         except Exception as exc:
             log.exception("job %d failed", job.number)
             outcome.reason = f"{type(exc).__name__}: {exc}"
@@ -146,6 +188,7 @@ class DataPlane:
         seconds = time.perf_counter() - started_s
         ok = tuple(outcome.ok)
         done(Moved(job.number, ok, num_bytes, seconds, outcome.reason, tuple(outcome.demoted)))
+        return outcome.reason if peer_failed else ""
 
     def _import(self, job: Import, outcome: _Outcome) -> None:
         if job.peer.means == "map":
@@ -178,9 +221,9 @@ class DataPlane:
         if self._closing:
             return
         self._closing = True
-        self._windows.stop_waiting()
         self._connections.close()
-        self._importers.close()
+        self._copiers.close()
+        self._mapper.close()
         self._tier_threads.close()
         self._undo.close()
         self._tiers.close()
@@ -201,31 +244,24 @@ class _Outcome:
     demoted: tuple[bool, ...] | list[bool] = ()
 
 
+_Work = Callable[[Any, _Outcome], None]
+
+
 class _PeerWindows:
-    """Peers whose pages are mapped here, each attached as long as a window shows one."""
+    """Peers whose pages are mapped here, each attached as long as a window shows one. For one
+    thread, but for `close`, which comes after its end."""
 
     def __init__(self, memory: XTensorMemory, layout_digest: str) -> None:
         self._memory = memory
         self._layout_digest = layout_digest
         self._attached: dict[tuple[str, int], PeerPages] = {}
         self._peer_of: dict[int, tuple[str, int]] = {}  # by open window
-        self._num_users: dict[tuple[str, int], int] = {}  # its windows, and jobs at work
-        #: Windows that are let go but not closed yet: the same ids may already be asked for again.
-        self._closing: dict[int, None] = {}
-        self._changes = threading.Condition()
-        self._stopping = False
+        self._num_windows: Counter[tuple[str, int]] = Counter()
 
     def open_windows(self, job: Import, ok: list[bool]) -> None:
         """Raises `CannotAttach`."""
-        wanted = [incoming.block for incoming in job.blocks]
-        with self._changes:
-            self._changes.wait_for(
-                lambda: self._stopping or not any(w in self._closing for w in wanted)
-            )
-            if self._stopping:
-                raise CannotAttach("the instance is closing")
         key = (job.peer.endpoint, job.peer.incarnation)
-        pages = self._use(key)
+        pages = self._attached.get(key) or self._attach(key)
         try:
             for i, incoming in enumerate(job.blocks):
                 handle = incoming.handle
@@ -233,33 +269,19 @@ class _PeerWindows:
                 if in_pool and int(pages.generations[handle.block]) == handle.generation:
                     page = Page(pages, handle.block, handle.generation)
                     self._memory.open_window(incoming.block, page)
-                    with self._changes:
-                        self._peer_of[incoming.block] = key
-                        self._num_users[key] += 1
+                    self._peer_of[incoming.block] = key
+                    self._num_windows[key] += 1
                     ok[i] = True
         finally:
-            self._unuse(key)
-
-    def closing(self, windows: tuple[int, ...]) -> None:
-        with self._changes:
-            self._closing.update(dict.fromkeys(windows))
+            self._part_unless_used(key)
 
     def close_windows(self, windows: tuple[int, ...]) -> None:
-        self._memory.close_windows([w for w in windows if w in self._peer_of])
-        for window in windows:
-            with self._changes:
-                key = self._peer_of.pop(window, None)
-            if key is not None:
-                self._unuse(key)
-        with self._changes:
-            for window in windows:
-                self._closing.pop(window, None)
-            self._changes.notify_all()
-
-    def stop_waiting(self) -> None:
-        with self._changes:
-            self._stopping = True
-            self._changes.notify_all()
+        open_now = [w for w in windows if w in self._peer_of]
+        self._memory.close_windows(open_now)
+        for window in open_now:
+            key = self._peer_of.pop(window)
+            self._num_windows[key] -= 1
+            self._part_unless_used(key)
 
     def close(self) -> None:
         """The descriptors; what is mapped stays until the memory is closed."""
@@ -267,33 +289,20 @@ class _PeerWindows:
             pages.close()
         self._attached.clear()
 
-    def _use(self, key: tuple[str, int]) -> PeerPages:
-        with self._changes:
-            if key in self._attached:
-                self._num_users[key] += 1
-                return self._attached[key]
+    def _attach(self, key: tuple[str, int]) -> PeerPages:
         endpoint, incarnation = key
-        pages = attach(  # it may make us wait
+        self._attached[key] = attach(  # it may make us wait
             endpoint,
             incarnation=incarnation,
             layout_digest=self._layout_digest,
             block_stride_bytes=self._memory.block_stride_bytes,
         )
-        with self._changes:
-            if key in self._attached:
-                pages.close()
-            else:
-                self._attached[key] = pages
-                self._num_users[key] = 0
-            self._num_users[key] += 1
-            return self._attached[key]
+        return self._attached[key]
 
-    def _unuse(self, key: tuple[str, int]) -> None:
-        with self._changes:
-            self._num_users[key] -= 1
-            if not self._num_users[key]:
-                del self._num_users[key]
-                self._attached.pop(key).close()
+    def _part_unless_used(self, key: tuple[str, int]) -> None:
+        if not self._num_windows[key]:
+            del self._num_windows[key]
+            self._attached.pop(key).close()
 
 
 class _Connections:
@@ -358,36 +367,3 @@ class _Connections:
             self._idle.clear()
         for connection in idle:
             connection.close()
-
-
-class _Threads:
-    """A few threads, there from the first job on, that work off one queue."""
-
-    def __init__(self, count: int, name: str) -> None:
-        self._count = count
-        self._name = name
-        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._threads: list[threading.Thread] = []
-
-    def put(self, work: Callable[[], None]) -> None:
-        """Called by one thread, and not after `close`."""
-        self._work.put(work)
-        if len(self._threads) < self._count:
-            number = len(self._threads)
-            thread = threading.Thread(target=self._run, name=f"{self._name}-{number}", daemon=True)
-            self._threads.append(thread)
-            thread.start()
-
-    def close(self) -> None:
-        """What is queued is still run."""
-        for _ in self._threads:
-            self._work.put(None)
-        for thread in self._threads:
-            thread.join()
-
-    def _run(self) -> None:
-        while (work := self._work.get()) is not None:
-            try:
-                work()
-            except Exception:
-                log.exception("%s: a job raised", self._name)

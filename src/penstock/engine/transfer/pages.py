@@ -44,6 +44,8 @@ _HEAD = struct.Struct("<8sI16sxxxxQQQ")
 _TABLES_AT = 4096
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid, as SO_PEERCRED has them
 _TIMEOUT_S = 2.0
+#: Others wait behind it, and what waits for 2 s is given up.
+_ATTACH_TIMEOUT_S = 1.0
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 
 
@@ -188,7 +190,7 @@ def attach(
     incarnation: int,
     layout_digest: str,
     block_stride_bytes: int,
-    timeout_s: float = _TIMEOUT_S,
+    timeout_s: float = _ATTACH_TIMEOUT_S,
 ) -> PeerPages:
     """The pages of the peer at `endpoint`, if they are what the caller was told of. Raises
     `CannotAttach`."""

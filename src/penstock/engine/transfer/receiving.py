@@ -18,8 +18,8 @@ from typing import Protocol, cast
 from penstock.engine.memory.tiers.index import TierIndex
 from penstock.engine.scheduler.imports import Import
 from penstock.engine.scheduler.scheduler import Scheduler
+from penstock.engine.transfer.jobs import Abandon, Incoming, LetGo, Load, Means, Moved, Peer
 from penstock.engine.transfer.jobs import Import as ImportJob
-from penstock.engine.transfer.jobs import Incoming, LetGo, Load, Means, Moved, Peer
 from penstock.engine.transfer.transfers import ExchangeConfig, Moves, Transfer, Want
 from penstock.protocol.effects import Connect, Effect, Move, Send
 from penstock.protocol.instance import InstanceCard, MoveCounts
@@ -278,6 +278,8 @@ class Receiving:
                     want.asked_source = True
         if not transfer.jobs:
             self._close(transfer)
+        else:
+            self._effects.append(Move(Abandon(tuple(transfer.jobs))))
         for want in wants:
             if not want.done:
                 self._wanting.advance(want, now)
@@ -317,6 +319,8 @@ class Receiving:
             _, transfer, job = self._fenced.popleft()
             transfer.num_fenced -= 1
             self._effects.append(Move(job))
+            if not transfer.importing:
+                self._effects.append(Move(Abandon((job.number,))))
 
     def _return_windows(self) -> None:
         """Back to their owners with what nobody here uses any more."""
