@@ -256,6 +256,31 @@ def test_windows_outlive_a_dead_owner() -> None:
     check_nothing_is_left(pair.b)
 
 
+@pytest.mark.parametrize("num_own_blocks", [0, 4])
+def test_what_was_computed_behind_windows_outlives_its_sequence(num_own_blocks: int) -> None:
+    """For a moment, wherever in the chain the windows begin."""
+    pair = Pair()
+    ids = prompt(17, 400)
+    if num_own_blocks:
+        pair.service.submit("b", "own", ids[: num_own_blocks * 16])
+        pair.until(pair.finished("own"))
+    pair.service.submit("a", "first", ids)
+    pair.until(pair.finished("first"))
+    pair.service.submit("b", "r", ids, source=source_of(pair.a, 25), max_tokens=64)
+    pair.until(lambda: len(pair.service.output("r")) > 40)
+    (seq,) = pair.b.scheduler.live()
+    pool = pair.b.scheduler.pool
+    assert [pool.is_window(block) for block in seq.blocks[:24]] == [
+        index >= num_own_blocks for index in range(24)
+    ]
+    pair.until(pair.finished("r"))
+    num_whole = (400 + 63) // 16
+    assert len(pool.match(seq.keys)) == num_whole
+    pair.wait(5)
+    assert len(pool.match(seq.keys)) == num_own_blocks
+    check_nothing_is_left(pair.a, pair.b)
+
+
 def test_several_wants_share_one_import() -> None:
     pair = Pair(means=("tcp",))
     ids = prompt(14, 320)

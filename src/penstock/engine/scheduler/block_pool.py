@@ -112,14 +112,23 @@ class BlockPool:
     def is_window(self, block: int) -> bool:
         return block >= self.num_blocks
 
+    def is_kept(self, block: int) -> bool:
+        """Does the cache keep it, if it has a key, once nobody holds it? Not windows, nor what
+        stands behind one."""
+        return block < self.num_blocks and not self._fleeting[block]
+
     def num_held_once(self, blocks: Iterable[int]) -> int:
         """How many of `blocks` would become available if one holder of them let go."""
         return sum(block < self.num_blocks and self._refs[block] == 1 for block in blocks)
 
     def match(self, keys: Sequence[bytes]) -> list[int]:
         """The blocks of the longest cached prefix of `keys`. Takes no reference."""
-        num_hits = bisect_left(keys, True, key=lambda key: key not in self._block_of)
-        return [self._block_of[key] for key in keys[:num_hits]]
+        return [self._block_of[key] for key in keys[: self.num_cached(keys, len(keys))]]
+
+    def num_cached(self, keys: Sequence[bytes], end: int) -> int:
+        """How many of keys[:end] can be matched."""
+        block_of = self._block_of
+        return bisect_left(keys, True, hi=end, key=lambda key: key not in block_of)
 
     def num_reusable_in(self, prefix: Sequence[int]) -> int:
         """How many blocks of a matched prefix nobody holds (they are at its end)."""

@@ -163,9 +163,10 @@ class Scheduler:
     def _finish(self, seq: Sequence) -> None:
         queue = self._queues[seq.request_class]
         if seq.state is State.RUNNING:
-            has_windows = any(map(self.pool.is_window, seq.blocks[:1]))
-            if seq.public and has_windows and self.left_behind is not None:
-                keys = seq.keys[: seq.num_keyed_blocks]
+            keyed = seq.blocks[: seq.num_keyed_blocks]
+            fleeting = bool(keyed) and not self.pool.is_kept(keyed[-1])
+            if seq.public and fleeting and self.left_behind is not None:
+                keys = seq.keys[: len(keyed)]
                 self.left_behind.append(self.holds.hold(keys, soft=True))
             self._leave_slot(seq, keep=seq.public)
         else:
