@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import cProfile
+import pstats
+
 from tests.helpers.scheduling import Harness, extend, submit, undisturbed_output
 
 from penstock.engine.scheduler.imports import Import
@@ -176,6 +179,29 @@ def test_a_block_in_several_holds_counts_once() -> None:
         holds.release(pin)
     assert holds.num_held == 11 and holds.pin_more(short) == 2  # held by `brief` all the time
     harness.scheduler.check()
+
+
+def test_who_waits_for_an_import_is_passed_over_cheaply() -> None:
+    """A step's cost for each who waits does not depend on how long the prompts are (in calls)."""
+
+    def num_calls(num_blocks: int) -> int:
+        harness = Harness(4096, max_model_len=10_000)
+        scheduler = harness.scheduler
+        prompt = list(range(1000, 1000 + num_blocks * BLOCK))
+        for number in range(20):
+            scheduler.add(submit(f"r{number}", [*prompt, number]))
+        keys = split_keys(submit("r", prompt).block_keys)
+        imp = scheduler.holds.begin_import(keys)
+        assert imp is not None and harness.launch() is None
+        profile = cProfile.Profile()
+        assert profile.runcall(scheduler.schedule) is None
+        scheduler.holds.give_up(imp)  # what nobody brings any more is computed, by one of them
+        scheduler.holds.release(imp)
+        batch = harness.launch()
+        assert batch is not None and len(batch.rows) == 1
+        return pstats.Stats(profile).total_calls  # type: ignore[attr-defined]
+
+    assert num_calls(400) == num_calls(4)
 
 
 def test_what_is_promised_is_left_alone_while_anything_runs() -> None:

@@ -39,13 +39,27 @@ class Room:
 
     def awaits(self, seq: Sequence) -> bool:
         """Will somebody store the next block that `seq` lacks? Then waiting is cheaper than
-        computing it twice; this is how the choices of a request come to share their prompt."""
-        num_hits = len(self.match(seq))
-        if not seq.public or num_hits >= seq.max_reusable_blocks(self._block_tokens):
+        computing it twice; this is how the choices of a request come to share their prompt.
+
+        Hundreds may wait for one import, and all are asked in every step. What they waited for last
+        is looked at first: as long as it is claimed, and not here, nothing has changed for them,
+        since whoever claims a key holds what stands before it, or claims that too.
+        """
+        if not seq.public:
             return False
-        return num_hits < len(seq.keys) and self._claims.is_worth_waiting(
-            seq.keys[num_hits], seq, self._paused
-        )
+        key = seq.awaited_key
+        if key and self._is_coming(key, seq):
+            return True
+        end = min(len(seq.keys), seq.max_reusable_blocks(self._block_tokens))
+        num_hits = self._pool.num_cached(seq.keys, end)
+        if num_hits == end or not self._is_coming(seq.keys[num_hits], seq):
+            seq.awaited_key = b""
+            return False
+        seq.awaited_key = seq.keys[num_hits]
+        return True
+
+    def _is_coming(self, key: bytes, seq: Sequence) -> bool:
+        return self._claims.is_worth_waiting(key, seq, self._paused) and not self._pool.has(key)
 
     def victims_for(self, seq: Sequence, hits: list[int]) -> list[Sequence] | None:
         """Who must be preempted so that there is a slot, and blocks for all known tokens of `seq`,

@@ -60,6 +60,7 @@ class Sequence:
     slot: int = -1
     run: int = 0
     spoilt_run: int = -1
+    awaited_key: bytes = b""  # that others store it: why it did not come in when last looked at
     is_new: bool = True  # the runner does not know this residence yet
     trusted: bool = True  # its KV may be named (false after a cache reset, until recomputed)
     num_preemptions: int = 0
