@@ -8,7 +8,7 @@ import logging
 import signal
 import socket
 import ssl
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import uvicorn
@@ -37,6 +37,20 @@ _STOP_S = 5.0
 
 class _Server(uvicorn.Server):
     """Signals belong to the service: uvicorn would die of them before the engines are stopped."""
+
+    def __init__(self, config: uvicorn.Config, private: Sequence[socket.socket]) -> None:
+        """`private`: served besides, and never with TLS, whatever the public socket speaks."""
+        super().__init__(config)
+        self._private = private
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        loop = asyncio.get_running_loop()
+        for listener in self._private:
+            self.servers.append(await loop.create_server(self._protocol, sock=listener))
+
+    def _protocol(self) -> Connection:
+        return Connection(self.config, self.server_state, self.lifespan.state)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -106,8 +120,9 @@ class _Service:
             "ttft_slo_s": config.cluster.ttft_slo_s,
             "tpot_slo_s": config.cluster.tpot_slo_s,
         }
-        self._listeners = [listener]
-        self._server = _Server(_uvicorn_config(config, self._application()))
+        self._private: list[socket.socket] = []
+        application = self._application()
+        self._server = _Server(_uvicorn_config(config, application), self._private)
 
     def _roster_of(self, config: ServeConfig) -> Roster:
         cluster = config.cluster
@@ -126,7 +141,7 @@ class _Service:
             return app
         assert cluster.api_worker_folder is not None
         folder, number = cluster.api_worker_folder, cluster.api_worker
-        self._listeners.append(private_listener(socket_of(folder, number)))
+        self._private.append(private_listener(socket_of(folder, number)))
         return Siblings(app, folder, number)
 
     # --- engines -------------------------------------------------------------------------------
@@ -195,7 +210,7 @@ class _Service:
     async def run(self) -> int:
         self._connect()
         if self._failure is None:
-            await self._server.serve(sockets=self._listeners)
+            await self._server.serve(sockets=[self._listener])
         if self._failure is not None:
             raise StartupError(self._failure)
         return 0
