@@ -277,3 +277,16 @@ async def test_what_a_service_cannot_do_is_said(texts: Any) -> None:
     assert call.status == 400 and "cannot drain" in call.json()["error"]["message"]
     call = await site.call("POST", "/admin/instances/fake-0/start")
     assert call.status == 400 and "cannot start" in call.json()["error"]["message"]
+
+
+async def test_an_operators_mistakes_are_no_refused_requests(texts: Any) -> None:
+    site = Site(texts)
+    statuses = [
+        (await site.call("POST", "/admin/instances/a/role", {"role": "king"})).status,
+        (await site.call("GET", "/admin/requests/nobody/explain")).status,
+        (await site.call("GET", "/admin/nothing")).status,
+    ]
+    assert statuses == [400, 404, 404]
+    assert not site.app.state.context.metrics.refused
+    assert (await site.call("POST", "/v1/completions", {"prompt": ""})).status == 400
+    assert sum(site.app.state.context.metrics.refused.values()) == 1

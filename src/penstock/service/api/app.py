@@ -20,7 +20,7 @@ from penstock.service.api.admin import (
     LiveResponse,
     RoleRequest,
 )
-from penstock.service.api.auth import AdminDoor, Keys
+from penstock.service.api.auth import AdminDoor, Keys, is_admin
 from penstock.service.api.chat import ChatEndpoint
 from penstock.service.api.completions import CompletionEndpoint
 from penstock.service.api.config import ApiConfig
@@ -82,7 +82,12 @@ def create_app(generator: Generator, texts: Texts, config: ApiConfig) -> FastAPI
         app.router.routes.append(
             Route(api.path, api.handler, methods=[api.method], include_in_schema=False)
         )
-    install(app, context.metrics.on_refused)
+
+    def on_refused(path: str, code: str) -> None:
+        if not is_admin(path):  # an operator's mistake is no client's refused request
+            context.metrics.on_refused(code)
+
+    install(app, on_refused)
     app.add_middleware(
         Edge,
         keys=Keys(config.api_keys),

@@ -113,29 +113,34 @@ def from_http_exception(request: Request, exc: HTTPException) -> PenstockError:
     return found
 
 
-def install(app: FastAPI, on_refused: Callable[[str], None]) -> None:
-    """OpenAI's error shape for everything that a route of `app` raises; each is counted by code."""
+def install(app: FastAPI, on_refused: Callable[[str, str], None]) -> None:
+    """OpenAI's error shape for everything that a route of `app` raises; `on_refused` is told
+    of each by path and code."""
 
-    def refuse(exc: PenstockError, headers: dict[str, str] | None = None) -> Response:
-        on_refused(exc.code)
+    def refuse(
+        request: Request, exc: PenstockError, headers: dict[str, str] | None = None
+    ) -> Response:
+        on_refused(request.scope["path"], exc.code)
         return error_response(exc, headers)
 
-    async def penstock(_: Request, exc: Exception) -> Response:
+    async def penstock(request: Request, exc: Exception) -> Response:
         assert isinstance(exc, PenstockError)
-        return refuse(exc)
+        return refuse(request, exc)
 
     async def http(request: Request, exc: Exception) -> Response:
         assert isinstance(exc, HTTPException)
-        return refuse(from_http_exception(request, exc), dict(exc.headers or {}))
+        return refuse(request, from_http_exception(request, exc), dict(exc.headers or {}))
 
-    async def too_deep(_: Request, exc: Exception) -> Response:
-        return refuse(InvalidRequest("the request is nested too deeply"))
+    async def too_deep(request: Request, exc: Exception) -> Response:
+        return refuse(request, InvalidRequest("the request is nested too deeply"))
 
     async def gone(_: Request, exc: Exception) -> Response:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
 
-    async def unforeseen(_: Request, exc: Exception) -> Response:
-        return refuse(PenstockError(UNFORESEEN))  # the server logs it: it is raised further
+    async def unforeseen(request: Request, exc: Exception) -> Response:
+        return refuse(
+            request, PenstockError(UNFORESEEN)
+        )  # the server logs it: it is raised further
 
     app.add_exception_handler(PenstockError, penstock)
     app.add_exception_handler(HTTPException, http)
