@@ -12,7 +12,9 @@ import msgspec
 import psutil
 import pytest
 
+from penstock.engine import build
 from penstock.engine.transfer import tcp
+from penstock.engine.transfer.pages import CannotAttach, attach
 from penstock.protocol import secret
 from penstock.protocol.errors import ConfigError
 from penstock.protocol.kv import BlockHandle, Fetched, KvSource, split_keys
@@ -168,6 +170,45 @@ def test_an_owner_that_is_gone_or_hangs_does_not_stop_a_request(
     assert pair.receiver.run("d", longer, kv_source=other) == expected
     assert pair.receiver.wait_for(Fetched).num_blocks == 0
     pair.close()
+
+
+def test_instances_that_compute_otherwise_share_no_key(tmp_path: Path) -> None:
+    """Their int8 KV is laid out alike, and is not the same."""
+    engines = [
+        engine_thread(tmp_path, name, kv_cache_dtype="int8", dtype=dtype)
+        for name, dtype in (("owner", "bfloat16"), ("receiver", "float32"))
+    ]
+    owner, receiver = (Instance(address(tmp_path, name), name) for name in ("owner", "receiver"))
+    assert owner.card.layout.digest() == receiver.card.layout.digest()
+    assert not {*split_keys(owner.keys(PROMPT))} & {*split_keys(receiver.keys(PROMPT))}
+    owner.run("a", PROMPT)
+    fetched = receiver.fetch("b", PROMPT, owner)
+    assert fetched.num_blocks == 0 and "different models" in fetched.reason
+    for each in (owner, receiver, *engines):
+        each.close()
+
+
+@pytest.mark.parametrize("part", ["Scheduler", "_card", "InstanceCore", "Premapper"])
+def test_a_start_that_fails_late_closes_the_data_plane(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    opened: list[Any] = []
+    open_transfer = build.open_transfer
+
+    def watched(*args: Any, **settings: Any) -> Any:
+        opened.append(open_transfer(*args, **settings))
+        return opened[-1]
+
+    def fails(*args: Any, **settings: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(build, "open_transfer", watched)
+    monkeypatch.setattr(build, part, fails)
+    with pytest.raises(ZeroDivisionError):
+        engine_thread(tmp_path, "owner")
+    endpoint = opened[0].mover.endpoints["map"]
+    with pytest.raises(CannotAttach, match="refused"):
+        attach(endpoint, incarnation=1, layout_digest="", block_stride_bytes=1)
 
 
 def test_without_a_secret_no_port_is_opened(tmp_path: Path) -> None:
