@@ -192,12 +192,21 @@ class ImportsMachine(RuleBasedStateMachine):
     @rule(
         stem=st.sampled_from(range(len(STEMS))),
         num_blocks=st.integers(1, 10),
-        kind=st.sampled_from(["pin", "soft", "hard"]),
+        kind=st.sampled_from(["pin", "brief", "soft", "hard"]),
     )
     def hold(self, stem: int, num_blocks: int, kind: str) -> None:
         _, keys = self._ids(stem, num_blocks)
-        pinned = self.holds.pin(keys) if kind == "pin" else self.holds.hold(keys, kind == "soft")
-        assert kind != "pin" or all(b < self.pool.num_blocks for b in pinned.blocks)
+        if kind in ("pin", "brief"):
+            had_room = self.holds.has_room_for_pin(keys, besides=0)
+            num_cached = len(self.pool.match(keys))
+            pinned = self.holds.pin(keys, brief=kind == "brief")
+            assert all(b < self.pool.num_blocks for b in pinned.blocks)
+            behind = keys[len(pinned.blocks) : num_cached]
+            is_window = bool(behind) and self.pool.is_window(self.pool.match(keys)[-len(behind)])
+            assert self.holds.is_stuck(pinned) == bool(behind)
+            assert not (had_room and behind and not is_window), "there was room for all of it"
+        else:
+            pinned = self.holds.hold(keys, kind == "soft")
         self.pins.append(pinned)
 
     @precondition(lambda self: self.pins)
