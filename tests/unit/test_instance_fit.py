@@ -66,7 +66,7 @@ def test_a_name_that_comes_back_as_another_kind_does_not_go_on_with_what_it_had(
     bench.core.expect("a", True)
     assert come(bench, other("a", 2)) == "refused"
     bench.wait(2.5)
-    assert ends_of(bench) == ["engine_unavailable"], "it is not waited for as one that is being started"
+    assert ends_of(bench) == ["engine_unavailable"], "nothing else is on its way"
     assert come(bench, other("a", 2)) == "active"
 
 

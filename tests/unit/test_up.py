@@ -3,12 +3,15 @@ tests/integration/test_up_ray.py."""
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -200,3 +203,38 @@ def test_what_does_not_stop_is_killed(tmp_path: Path, monkeypatch: pytest.Monkey
     wait_for((tmp_path / "up").exists)
     keeper.stop(timeout_s=0.2)
     assert not keeper.status()["running"]
+
+
+def test_passwords_of_a_registry_are_on_no_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    from penstock.cli.serve import config_of, make_parser
+    from penstock.cli.worker import worker_config
+
+    url = "etcd://me:geheim@127.0.0.1:2379/demo"
+    spec = ClusterSpec(model="toy")
+    one, first = worker(spec, 0, url), router(spec, 0, url, "")
+    assert "geheim" not in " ".join([*one.arguments, *first.arguments])
+    for name, value in one.env.items():
+        monkeypatch.setenv(name, value)
+    assert worker_config(list(one.arguments[1:])).registry == url
+    flags = [word for word in first.arguments[1:] if word != "--stop-with-parent"]
+    config, _ = config_of(make_parser("router"), flags, first.env)
+    assert config.cluster.registry == url
+
+
+def test_a_machine_without_processes_for_a_moment_ends_no_keeper(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keeper = keeper_of(tmp_path, monkeypatch, "import time; time.sleep(1000)")
+    real, failures = subprocess.Popen, iter([OSError(errno.EAGAIN, "no processes")] * 2)
+
+    def popen(*args: Any, **more: Any) -> Any:
+        for failure in failures:
+            raise failure
+        return real(*args, **more)
+
+    try:
+        monkeypatch.setattr("penstock.up.keeper.subprocess.Popen", popen)
+        os.kill(keeper.status()["pid"], signal.SIGKILL)
+        wait_for(lambda: keeper.status()["running"] and keeper.status()["restarts"] == 3)
+    finally:
+        keeper.stop()

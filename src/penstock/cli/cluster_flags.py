@@ -15,6 +15,8 @@ from penstock.protocol.errors import ConfigError
 from penstock.service.config import ClusterConfig, TlsConfig
 
 ADMIN_VARIABLE = "PENSTOCK_ADMIN_KEY"
+#: A registry's URL may hold a password, and a command line is for everybody to read.
+REGISTRY_VARIABLE = "PENSTOCK_REGISTRY"
 _SECRET_FILE = "--cluster-secret-file"
 
 
@@ -25,7 +27,7 @@ def add_registry(parser: Parser) -> None:
         "--registry",
         metavar="URL",
         help="where processes find each other: etcd://host:2379, or penstock://host:8040 of a "
-        "router; /NAME behind it for one of several clusters",
+        f"router; /NAME behind it for one of several clusters; or ${REGISTRY_VARIABLE}",
     )
     add(
         _SECRET_FILE,
@@ -33,6 +35,14 @@ def add_registry(parser: Parser) -> None:
         help="what all processes of a cluster on several hosts share "
         f"(openssl rand -hex 32 > FILE; or ${secret.VARIABLE})",
     )
+
+
+def use_registry_variable(
+    options: argparse.Namespace, environment: Mapping[str, str] = os.environ
+) -> None:
+    """Of a router or worker that is given no --registry."""
+    if not hasattr(options, "registry") and environment.get(REGISTRY_VARIABLE):
+        options.registry = environment[REGISTRY_VARIABLE]
 
 
 def add_cluster_flags(parser: Parser) -> None:

@@ -78,14 +78,16 @@ _SUFFIXES = {
 
 def count(text: str) -> int:
     """A whole number of at least 1; as in vLLM, 1k is 1000 and 1K is 1024."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([A-Za-z]*)", text.strip())
+    match = re.fullmatch(r"(-?\d+(?:\.\d+)?)([A-Za-z]*)", text.strip())
     if match is None or match[2] not in _SUFFIXES:
         raise argparse.ArgumentTypeError(f"{text!r} is no number (4096, 4k, 4K, 2GiB)")
     value = float(match[1]) * _SUFFIXES[match[2]] if "." in match[1] else (
         int(match[1]) * _SUFFIXES[match[2]]
     )  # fmt: skip
-    if value != int(value) or value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    if value != int(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number")
     return int(value)
 
 

@@ -19,6 +19,7 @@ from penstock.cli.cluster_flags import (
     cluster_config,
     tls_config,
     use_cluster_secret,
+    use_registry_variable,
 )
 from penstock.cli.config_file import parse_with_file
 from penstock.cli.flags import (
@@ -140,6 +141,9 @@ def config_of(
 ) -> tuple[ServeConfig, EngineConfig]:
     """What a parser with the flags of `make_parser` reads. Raises `ConfigError`."""
     options = parse_with_file(parser, arguments)
+    named = hasattr(options, "engine_addresses") and not hasattr(options, "api_worker")
+    if parser.prog.endswith(" router") and not named:
+        use_registry_variable(options, environment)
     model = model_of(parser, options)
     engine = engine_config(model, options)
     plain = (
@@ -160,6 +164,8 @@ def config_of(
             "`serve` starts its own engines: `penstock router MODEL --registry URL` uses those of "
             "a registry, `penstock worker MODEL --registry URL` is one"
         )
+    if parser.prog.endswith(" serve"):
+        _check_split(cluster, len(said.get("engine_addresses", ())) or cluster.instances)
     config = ServeConfig(
         model=model,
         wanted=_wanted(parser, said, cluster),
@@ -174,6 +180,15 @@ def config_of(
         **{name: said[name] for name in plain if name in said},
     )
     return config, engine
+
+
+def _check_split(cluster: ClusterConfig, instances: int) -> None:
+    """Here it is known how many instances there will be. Raises `ConfigError`."""
+    if cluster.static_split is not None and sum(cluster.static_split) > instances:
+        raise ConfigError(
+            f"--pd {cluster.pd} needs {sum(cluster.static_split)} instances, and there "
+            f"{'is' if instances == 1 else 'are'} {instances}: see --instances"
+        )
 
 
 def _wanted(parser: Parser, said: Mapping[str, Any], cluster: ClusterConfig) -> Wanted:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from penstock.checkpoint import resolve
 from penstock.cli import logs
-from penstock.cli.cluster_flags import add_registry, use_cluster_secret
+from penstock.cli.cluster_flags import add_registry, use_cluster_secret, use_registry_variable
 from penstock.cli.config_file import parse_with_file
 from penstock.cli.flags import add_engine_flags, add_log_level, add_model, engine_config, model_of
 from penstock.cli.parser import Parser, count
@@ -32,7 +32,11 @@ def worker_config(arguments: list[str]) -> WorkerConfig:
         "interface towards it by default",
     )
     parser.add_argument("--name", help="what services call it; host and process id by default")
-    parser.add_argument("--incarnation", type=count, help="grows with each start of a name (1)")
+    parser.add_argument(
+        "--incarnation",
+        type=count,
+        help="grows with each start of a name (the clock, in nanoseconds)",
+    )
     parser.add_argument("--parent-pid", type=count, help="end when this process is gone")
     parser.add_argument("--config", metavar="FILE", help="these flags in YAML, TOML or JSON")
     add_registry(parser)
@@ -40,6 +44,8 @@ def worker_config(arguments: list[str]) -> WorkerConfig:
     add_engine_flags(parser)
     options = parse_with_file(parser, arguments)
     use_cluster_secret(options)
+    if not hasattr(options, "address"):
+        use_registry_variable(options)
     registry = getattr(options, "registry", None)
     if not hasattr(options, "address"):
         if registry is None:

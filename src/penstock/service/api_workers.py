@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -58,6 +59,17 @@ async def _serve(config: ServeConfig, held: socket.socket, on_ready: Callable[[s
         await parent.close()
 
 
+def _without_registry(arguments: Sequence[str]) -> list[str]:
+    kept: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        if word == "--registry":
+            next(words, None)
+        elif not word.startswith("--registry="):
+            kept.append(word)
+    return kept
+
+
 class ApiWorker(Process):
     """A router process on the shared port."""
 
@@ -71,8 +83,10 @@ class ApiWorker(Process):
         inherits: socket.socket | None,
         policy: RestartPolicy,
         on_exit: Callable[[str, int, bool], None],
+        registry: str,
     ) -> None:
         super().__init__(f"api-{number}", policy, on_exit)
+        self._registry = registry
         self._arguments = arguments
         self._inherits = inherits
         self.ready_file = ready_file
@@ -80,6 +94,10 @@ class ApiWorker(Process):
     def arguments(self) -> list[str]:
         self.ready_file.unlink(missing_ok=True)
         return ["router", *self._arguments, "--stop-with-parent"]
+
+    def environment(self) -> dict[str, str]:
+        """With the registry's URL, whose password is for no command line."""
+        return os.environ | {"PENSTOCK_REGISTRY": self._registry}
 
     def inherited(self) -> tuple[int, ...]:
         return () if self._inherits is None else (self._inherits.fileno(),)
@@ -130,9 +148,8 @@ class _Parent:
     def _worker(self, number: int) -> ApiWorker:
         config, uds = self._config, self._config.uds is not None
         words = [
-            *config.arguments,
+            *_without_registry(config.arguments),
             *("--api-workers", "1", "--instances", "1", "--no-banner"),
-            *("--registry", self._registry_url),
             *(f"--api-worker={number}", f"--api-worker-folder={self._folder.path}"),
         ]
         if uds:
@@ -146,6 +163,7 @@ class _Parent:
             self._held if uds else None,
             config.restart,
             self._worker_ended,
+            self._registry_url,
         )
 
     # --- what happens --------------------------------------------------------------------------

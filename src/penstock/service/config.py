@@ -9,6 +9,8 @@ from penstock.protocol.errors import ConfigError
 from penstock.service.cluster.fit import ANYTHING, Wanted
 
 MIB = 1 << 20
+#: Policies under which a request stays where its prompt is computed.
+_NEVER_SPLIT = ("round-robin", "least-load", "kv-aware")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +58,17 @@ class ClusterConfig:
     def __post_init__(self) -> None:
         for name in ("instances", "api_workers"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+                flag = "--" + name.replace("_", "-")
+                raise ConfigError(f"{flag} must be at least 1, got {getattr(self, name)}")
         if (split := self.static_split) is not None and min(split) < 1:
             raise ConfigError(f"--pd {self.pd}: at least one instance of each kind is needed")
+        if self.pd == "off" and self.policy == "split":
+            raise ConfigError("--pd off never splits a request, --policy split always: choose one")
+        if split is not None and self.policy in _NEVER_SPLIT:
+            raise ConfigError(
+                f"--policy {self.policy} never splits a request between instances, as --pd "
+                f"{self.pd} wants it: take split or slo-aware, or leave --policy out"
+            )
 
     @property
     def engines_return(self) -> bool:

@@ -83,4 +83,7 @@ class Keeper:
                 if self._stopping.is_set():
                     return
                 print(f"{self._name} ended with {code}: starting it again", flush=True)
-                self._process = self._start()
+                try:
+                    self._process = self._start()
+                except OSError as exc:  # such as no memory; the next try comes after a longer pause
+                    print(f"{self._name} cannot be started: {exc.strerror or exc}", flush=True)

@@ -142,25 +142,36 @@ class Process(Struct, kw_only=True, frozen=True):
 def router(spec: ClusterSpec, number: int, registry: str | None, host: str) -> Process:
     """`registry` None: it offers one, at `host`."""
     group = spec.routers
-    where = (
-        f"--registry={registry}"
-        if registry is not None
-        else f"--registry-address=tcp://{host}:{group.registry_port}"
-    )
-    flags = [f"--port={group.port + number}", where, "--no-banner", "--stop-with-parent"]
-    return _process(spec, "router", number, group, [spec.model, *flags, *words(group.args)])
+    where = [f"--registry-address=tcp://{host}:{group.registry_port}"]
+    env: dict[str, str] = {}
+    if registry is not None:
+        where, env = _told_of(registry)
+    flags = [f"--port={group.port + number}", *where, "--no-banner", "--stop-with-parent"]
+    return _process(spec, "router", number, group, [spec.model, *flags, *words(group.args)], env)
 
 
 def worker(spec: ClusterSpec, number: int, registry: str) -> Process:
-    flags = [f"--registry={registry}", f"--name={spec.name}-worker-{number}"]
-    args = [spec.model, *flags, *words(spec.workers.args)]
-    return _process(spec, "worker", number, spec.workers, args)
+    where, env = _told_of(registry)
+    args = [spec.model, *where, f"--name={spec.name}-worker-{number}", *words(spec.workers.args)]
+    return _process(spec, "worker", number, spec.workers, args, env)
+
+
+def _told_of(registry: str) -> tuple[list[str], dict[str, str]]:
+    """As a flag; where there is a password in it, by the environment, which others cannot read."""
+    if "@" in registry:
+        return [], {"PENSTOCK_REGISTRY": registry}
+    return [f"--registry={registry}"], {}
 
 
 def _process(
-    spec: ClusterSpec, command: str, number: int, group: Group, arguments: list[str]
+    spec: ClusterSpec,
+    command: str,
+    number: int,
+    group: Group,
+    arguments: list[str],
+    more_env: dict[str, str],
 ) -> Process:
-    env = dict(spec.env)
+    env = spec.env | more_env
     secret = spec.secret()
     if secret is not None:
         env["PENSTOCK_CLUSTER_SECRET"] = secret

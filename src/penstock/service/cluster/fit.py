@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from penstock.protocol.instance import InstanceCard
 from penstock.registry.base import InstanceEntry
-from penstock.service.cluster.instances import Instance
-from penstock.service.journal import Entry
+
+if TYPE_CHECKING:  # the command line imports this module, and no numpy
+    from penstock.service.cluster.instances import Instance
+    from penstock.service.journal import Entry
 
 #: Other names of the same checkpoints' formats.
 _SAME = {
