@@ -38,8 +38,8 @@ class Kind(NamedTuple):
             return (
                 f"it computes with another model than {who}, or with another dtype (digest "
                 f"{self.model_digest[:12]}, not {other.model_digest[:12]}): give the same MODEL, "
-                "--dtype and --quantization everywhere (with dynamic rope also --max-model-len), or "
-                "another cluster's name in --registry"
+                "--dtype and --quantization everywhere (with dynamic rope --max-model-len "
+                "too), or another cluster's name in --registry"
             )
         if self.layout_digest != other.layout_digest:
             return (
