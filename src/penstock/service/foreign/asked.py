@@ -16,6 +16,9 @@ CHUNK_BYTES = 256
 #: Keys of one request at most: a prefix of a megabyte. What follows changes no decision.
 _MAX_CHUNKS = 4096
 
+#: A limit above this one is none.
+_MOST_TOKENS = 1 << 31
+
 #: Computed anew wherever they are sent; to send them twice does no harm.
 GENERATES = frozenset(
     f"/v1/{name}"
@@ -129,5 +132,5 @@ def _text_bytes(text: bytes) -> int:
 def _limit(fields: _Body) -> int | None:
     for value in (fields.max_completion_tokens, fields.max_tokens, fields.max_output_tokens):
         if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-            return value
+            return min(value, _MOST_TOKENS)
     return None

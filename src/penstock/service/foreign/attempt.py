@@ -8,21 +8,16 @@ die within one, the error event that follows must not be a part of it.
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 
 from penstock.service.foreign.engine import Engine
-from penstock.service.foreign.upstream import Headers, Upstream, UpstreamError
+from penstock.service.foreign.headers import Headers, end_to_end
+from penstock.service.foreign.upstream import Upstream, UpstreamError
 
 if TYPE_CHECKING:
     from penstock.service.foreign.exchange import Exchange
-
-#: Of a connection, not of the message: they end here (RFC 9110, 7.6.1).
-HOP_BY_HOP = frozenset(
-    (b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"te",
-     b"trailer", b"transfer-encoding", b"upgrade", b"proxy-connection")
-)  # fmt: skip
 
 #: Another engine may have more luck with a request that was answered so.
 RETRIED = frozenset((429, 500, 502, 503, 504))
@@ -31,17 +26,21 @@ _LAST_CHUNK = b"0\r\n\r\n"
 _DONE = b"data: [DONE]"
 
 
+#: What is no such count is no usage: an engine's slip must not end up in sums for good.
+_Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 40)]
+
+
 class _Details(msgspec.Struct):
-    cached_tokens: int | None = None
+    cached_tokens: _Count | None = None
 
 
 class _Usage(msgspec.Struct):
     """Of chat and text completions, and of responses."""
 
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-    input_tokens: int | None = None
-    output_tokens: int | None = None
+    prompt_tokens: _Count | None = None
+    completion_tokens: _Count | None = None
+    input_tokens: _Count | None = None
+    output_tokens: _Count | None = None
     prompt_tokens_details: _Details | None = None
     input_tokens_details: _Details | None = None
 
@@ -134,14 +133,15 @@ class Attempt:
         if self.committed:
             self._send(body)
             return
-        self.committed = True
+        self.committed = self.exchange.begun = True
         self.exchange.client.write(self._head() + self._framed(body))
 
     def send_whole(self) -> None:
         """The answer is complete, and held."""
         assert not self.committed and self.done.done()
         body = b"".join(self.held)
-        self.held, self.committed = [], True
+        self.held = []
+        self.committed = self.exchange.begun = True
         request = self.exchange.request
         bodiless = self.status in (204, 304) or request.method == "HEAD"
         length = None if bodiless else len(body)
@@ -201,7 +201,7 @@ class Attempt:
     def _head(self, length: int | None = None) -> bytes:
         """`length` of a body that is known whole; else as the engine framed it, or in chunks."""
         exchange = self.exchange
-        headers = [h for h in self.headers if h[0] not in HOP_BY_HOP]
+        headers = end_to_end(self.headers)
         if length is not None:
             headers = [h for h in headers if h[0] != b"content-length"]
             headers.append((b"content-length", b"%d" % length))

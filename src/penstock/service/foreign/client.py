@@ -13,13 +13,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Protocol
-from urllib.parse import unquote
 
 import httptools
 
 from penstock.protocol.errors import InvalidRequest, PayloadTooLarge, PenstockError
 from penstock.service.foreign.config import RouterConfig
-from penstock.service.foreign.upstream import Headers
+from penstock.service.foreign.headers import Headers
+from penstock.service.foreign.target import origin_form
 
 #: Bytes that may come in a row without completing a head or adding to a body.
 MAX_HEAD_BYTES = 64 * 1024
@@ -38,6 +38,7 @@ class Request:
     """One request, whole. Header names are in lower case."""
 
     method: str
+    #: Path and query as engines get them, and the path unescaped (`origin_form`).
     target: bytes
     path: str
     headers: Headers
@@ -95,6 +96,8 @@ class Client(asyncio.Protocol):
         self.deadline_s: float | None = None
         self.transport: asyncio.Transport | None = None
         self.draining = False
+        #: Its address; "unknown" on a Unix socket.
+        self.peer = "unknown"
 
     # --- the answer ----------------------------------------------------------------------------
 
@@ -130,6 +133,10 @@ class Client(asyncio.Protocol):
             self.transport.resume_reading()
             self._wait(RECEIVE_TIMEOUT_S)
 
+    def answers(self, request: Request) -> bool:
+        """It is this one's turn, and the answer is not complete."""
+        return self._answered is request
+
     def abort(self) -> None:
         """The client must see that the answer is not whole."""
         self._answering = None
@@ -153,6 +160,8 @@ class Client(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self.transport = transport
+        peer = transport.get_extra_info("peername")
+        self.peer = str(peer[0]) if isinstance(peer, tuple) and peer else "unknown"
         transport.set_write_buffer_limits(self._config.client_buffer_bytes)
         self._clients.add(self)
         self._wait(RECEIVE_TIMEOUT_S)
@@ -209,14 +218,19 @@ class Client(asyncio.Protocol):
     def on_headers_complete(self) -> None:
         self._in_head, self._head_bytes = False, 0
         parser = self._parser
-        path = self._target.partition(b"?")[0].decode("latin-1")
+        refusal: PenstockError | None = None
+        try:
+            target, path = origin_form(self._target)
+        except InvalidRequest as exc:
+            target, path, refusal = b"/", "/", exc
         self._request = request = Request(
             method=parser.get_method().decode(),
-            target=self._target,
-            path=unquote(path) if "%" in path else path,
+            target=target,
+            path=path,
             headers=self._headers,
             keep_alive=parser.should_keep_alive(),
             http_1_0=parser.get_http_version() == "1.0",
+            refusal=refusal,
         )
         if parser.should_upgrade():
             request.refusal = InvalidRequest("upgrades are not supported")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ipaddress
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -9,12 +11,14 @@ from urllib.parse import urlsplit
 from penstock.protocol.errors import ConfigError
 from penstock.service.config import TlsConfig
 
+#: Names with other letters are written in their ASCII form (xn--...).
+_HOST = re.compile(r"[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*\.?")
 KIB, MIB = 1 << 10, 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class RouterConfig:
-    #: Base URLs, with or without a /v1 at the end.
+    #: Base URLs: scheme, host and port, with or without a /v1 at the end.
     engines: tuple[str, ...]
     host: str = "127.0.0.1"
     port: int = 8000
@@ -79,7 +83,7 @@ class RouterConfig:
         names = [engine_name(url) for url in self.engines]
         doubles = {name for name in names if names.count(name) > 1}
         if doubles:
-            raise ConfigError(f"--engines names {min(doubles)} twice")
+            raise ConfigError(f"--engines names {min(doubles)} twice: name each engine once")
         if self.engine_ca_certs is not None and not Path(self.engine_ca_certs).is_file():
             raise ConfigError(f"--engine-ca-certs {self.engine_ca_certs}: there is no such file")
         if not 0 <= self.port <= 65535:
@@ -87,21 +91,36 @@ class RouterConfig:
 
 
 def engine_name(url: str) -> str:
-    """What an engine is called: host and port. Raises `ConfigError` for what is no URL."""
-    parts = urlsplit(url if "//" in url else f"//{url}", scheme="http")
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ConfigError(f"--engines {url}: give URLs such as http://10.0.0.1:8000")
+    """What an engine is called: host and port. Raises `ConfigError` for what is no base URL."""
+
+    def wrong(why: str) -> ConfigError:
+        return ConfigError(f"--engines {url!r}: {why}; write them as http://10.0.0.1:8000")
+
+    if "@" in url:  # not told again: what stands before it is a secret
+        raise ConfigError("--engines: keys go into --engine-api-key, not before an @ in a URL")
     try:
-        port = parts.port or (443 if parts.scheme == "https" else 80)
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as exc:
+        raise wrong(f"that is no URL ({exc})") from None
+    if "://" not in url:
+        raise wrong(f"http:// or https:// is missing (http://{url}?)")
+    if parts.scheme not in ("http", "https"):
+        raise wrong("engines are asked by http or https")
+    host = parts.hostname or ""
+    if not (_is_address(host) if ":" in host else _HOST.fullmatch(host) and len(host) <= 253):
+        raise wrong(f"{host!r} is no host name or address")
+    if port == 0:
+        raise wrong("0 is no port")
+    if parts.path not in ("", "/", "/v1", "/v1/") or "?" in url or "#" in url:
+        raise wrong("only host and port are wanted (and /v1, if you like)")
+    host = f"[{host}]" if ":" in host else host
+    return f"{host}:{port or (443 if parts.scheme == 'https' else 80)}"
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
     except ValueError:
-        raise ConfigError(f"--engines {url}: the port is not a number up to 65535") from None
-    if parts.query or parts.fragment or parts.username:
-        raise ConfigError(f"--engines {url}: a base URL has no query, fragment or user")
-    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-    return f"{host}:{port}{base_path(url)}"
-
-
-def base_path(url: str) -> str:
-    """What stands before /v1 in an engine's paths."""
-    path = urlsplit(url if "//" in url else f"//{url}").path.rstrip("/")
-    return path.removesuffix("/v1")
+        return False
+    return True

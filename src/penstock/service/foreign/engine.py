@@ -19,6 +19,8 @@ EngineState = Literal["connecting", "active", "lost", "draining"]
 
 #: A 429 or 503 may ask for a longer pause than this; it is not believed.
 _MOST_PAUSE_S = 60.0
+#: Nothing is kept for a model whose name is longer.
+_MOST_NAME_CHARS = 256
 
 
 class Breaker:
@@ -175,7 +177,7 @@ class BytesPerToken:
         return self._ratio.get(model or "", 4.0)
 
     def observe(self, model: str | None, prompt_bytes: int, prompt_tokens: int) -> None:
-        if prompt_tokens < 16 or not prompt_bytes:
+        if prompt_tokens < 16 or not prompt_bytes or len(model or "") > _MOST_NAME_CHARS:
             return
         ratio = min(max(prompt_bytes / prompt_tokens, 0.5), 32.0)
         known = self._ratio.get(model or "")

@@ -13,10 +13,11 @@ from penstock.protocol.errors import EngineUnavailable, Overloaded, PenstockErro
 from penstock.service.api.errors import error_body, internal_error
 from penstock.service.explain import PlacementRecord, Record
 from penstock.service.foreign.asked import Asked
-from penstock.service.foreign.attempt import HOP_BY_HOP, RETRIED, Attempt
+from penstock.service.foreign.attempt import RETRIED, Attempt
 from penstock.service.foreign.client import Client, Request
 from penstock.service.foreign.engine import Engine
 from penstock.service.foreign.fleet import Choice
+from penstock.service.foreign.headers import end_to_end, forwarded_for
 from penstock.service.foreign.upstream import UpstreamError
 
 if TYPE_CHECKING:
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("penstock.requests")
 
 #: Ours to say, or not for engines: bodies are read here, so they come uncompressed.
-_NOT_FORWARDED = HOP_BY_HOP | {b"host", b"content-length", b"expect", b"accept-encoding"}
+_OURS = frozenset(
+    (b"host", b"content-length", b"expect", b"accept-encoding", b"x-request-id", b"x-forwarded-for")
+)
 
 
 class Exchange:
@@ -41,6 +44,8 @@ class Exchange:
         self.asked = asked
         self.attempt: Attempt | None = None
         self.gone_away = False
+        #: The client has had a byte of an answer.
+        self.begun = False
         self.num_tokens = router.fleet.tokens_of(asked)
         now_s = self.clock()
         self.record = Record(
@@ -159,17 +164,19 @@ class Exchange:
         self._place(choice)
         engine.breaker.begin()
         fresh = False
-        while True:
-            error = await self._ask(engine, fresh)
-            if error is None or not error.stale or self.gone_away:
-                break
-            fresh = True  # the engine had closed the connection that we kept
-        self._leave(engine, error)
-        return error
+        error: UpstreamError | None = UpstreamError("could not be asked")
+        try:
+            while True:
+                error = await self._ask(engine, fresh)
+                if error is None or not error.stale or self.gone_away:
+                    return error
+                fresh = True  # the engine had closed the connection that we kept
+        finally:  # whatever happens, the engine is not charged with it any longer
+            self._leave(engine, error)
 
     async def _ask(self, engine: Engine, fresh: bool) -> UpstreamError | None:
-        connection = None if fresh else engine.pool.idle()
         self.attempt = attempt = Attempt(self, engine, self.clock())
+        connection = None if fresh else engine.pool.idle()
         if connection is None:
             try:
                 connection = await engine.pool.connect()
@@ -191,17 +198,16 @@ class Exchange:
             self.router.live.discard(attempt)
 
     def _head_for(self, engine: Engine) -> bytes:
-        request, pool = self.request, engine.pool
-        target = pool.path.encode() + request.target if pool.path else request.target
-        lines = [b"%b %b HTTP/1.1\r\nhost: %b" % (request.method.encode(), target, pool.netloc)]
+        request, host = self.request, engine.pool.netloc
+        lines = [b"%b %b HTTP/1.1" % (request.method.encode(), request.target), b"host: " + host]
         own_key = self.config.engine_api_key
         hides = own_key is not None or bool(self.config.api_keys)
-        for name, value in request.headers:
-            if name in _NOT_FORWARDED or (hides and name == b"authorization"):
-                continue
-            if name != b"x-request-id":
+        headers = end_to_end(request.headers)
+        for name, value in headers:
+            if name not in _OURS and not (hides and name == b"authorization"):
                 lines.append(name + b": " + value)
         lines.append(b"x-request-id: " + request.id.encode())
+        lines.append(b"x-forwarded-for: " + forwarded_for(headers, self.client.peer))
         if own_key is not None:
             lines.append(b"authorization: Bearer " + own_key.encode())
         if request.body or request.method in ("POST", "PUT", "PATCH"):
@@ -326,13 +332,19 @@ class Exchange:
         engine.counts.prompt_tokens += prompt if prompt is not None else self.num_tokens
         engine.counts.cached_tokens += cached or 0
         engine.counts.generation_tokens += count
+        model = self.router.models.of(self.asked.model, is_real=True)
+        model.prompt_tokens += prompt if prompt is not None else self.num_tokens
+        model.generation_tokens += count
 
     # --- ends ----------------------------------------------------------------------------------
 
     def _refuse(self, error: PenstockError) -> None:
-        """An error of ours, for an answer that has not begun."""
+        """An error of ours: the answer, or the end of one that has begun and is not complete."""
         self.router.metrics.on_refused(error.code)
-        if not self.gone_away:
+        if self.begun:
+            if self.client.answers(self.request):
+                self.client.abort()
+        elif not self.gone_away:
             respond_error(self.client, error, self.request.id)
 
     def _break_off(self, attempt: Attempt, error: UpstreamError) -> None:
@@ -354,6 +366,10 @@ class Exchange:
                 self.metrics.on_finish(0, "stop")
             self.metrics.close(end)
         if self.asked.generates:
+            is_real = end == "stop" or self.router.fleet.lists(self.asked.model)
+            model = self.router.models.of(self.asked.model, is_real)
+            model.requests += 1
+            model.failures += end == "error"
             self.record.ended(end, self.num_tokens_out, self._last_s)
             self.router.explainer.keep(self.record)
         if self.config.log_requests:

@@ -209,6 +209,9 @@ class Fleet:
     def ready(self) -> bool:
         return any(e.state == "active" for e in self.engines)
 
+    def lists(self, model: str | None) -> bool:
+        return any(model in e.models for e in self.engines if e.models)
+
     def models(self) -> list[dict[str, Any]]:
         """Cards of all engines that live, each model once."""
         found: dict[str, dict[str, Any]] = {}

@@ -13,6 +13,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from penstock import __version__
 from penstock.protocol.errors import ModelNotFound
 from penstock.service.api.admin import ExplainedPrompt, ExplainResponse, LiveResponse
+from penstock.service.api.auth import is_admin
 from penstock.service.api.context import bare_id
 from penstock.service.api.errors import MethodNotAllowed
 from penstock.service.api.responses import HealthResponse, InstanceHealth, VersionResponse
@@ -21,6 +22,7 @@ from penstock.service.explain_text import in_words
 from penstock.service.foreign.client import Client, Request
 from penstock.service.foreign.engine import Engine
 from penstock.service.foreign.exchange import Exchange, respond
+from penstock.service.foreign.target import for_engines
 from penstock.service.metrics import CONTENT_TYPE, PREFIX
 from penstock.service.operations import Conflict, LiveSequence, NotHere
 from penstock.service.report import cluster_report
@@ -38,6 +40,7 @@ class Pages:
         self._router = router
         self._registry = CollectorRegistry()
         self._registry.register(router.metrics)
+        self._registry.register(router.models)
         self._registry.register(_EngineMetrics(router))  # type: ignore[arg-type]
         self._pages: dict[str, Page] = {
             "/health": self._health,
@@ -50,13 +53,15 @@ class Pages:
         }
 
     def find(self, request: Request) -> Page | None:
-        """None: it is for an engine. Raises `NotHere` for what is under /admin and is not."""
+        """None: it is for an engine. Raises `NotHere` for what is neither theirs nor ours."""
         path = request.path
         page = self._pages.get(path)
         if page is None and path.startswith("/v1/models/"):
             page = self._model
-        if page is None and path.startswith("/admin"):
+        if page is None and is_admin(path):
             return self._under_admin(path)
+        if page is None and not for_engines(path):
+            raise NotHere(f"no such route: {path[:200]} (engines get what is under /v1)")
         if page is not None and request.method not in ("GET", "HEAD"):
             raise MethodNotAllowed(f"{request.method} is not allowed at {path}")
         return page

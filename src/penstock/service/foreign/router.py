@@ -18,6 +18,7 @@ from penstock.service.foreign.config import RouterConfig
 from penstock.service.foreign.engine import Engine
 from penstock.service.foreign.exchange import Exchange, respond_error
 from penstock.service.foreign.fleet import Fleet
+from penstock.service.foreign.model_counts import ModelCounts
 from penstock.service.foreign.pages import Pages
 from penstock.service.foreign.upstream import UpstreamError
 from penstock.service.generation import ServiceStatus
@@ -48,6 +49,7 @@ class Router:
         self.loop = asyncio.get_running_loop()
         self.fleet = Fleet(config, self.clock)
         self.metrics = Metrics("all", self.status)
+        self.models = ModelCounts()
         self.explainer = Explainer(config.explain_kept)
         self.clients: set[Client] = set()
         #: Requests under way, and those of them that wait for bytes of an engine.

@@ -10,9 +10,7 @@ from urllib.parse import urlsplit
 
 import httptools
 
-from penstock.service.foreign.config import base_path
-
-Headers = list[tuple[bytes, bytes]]
+from penstock.service.foreign.headers import Headers
 
 #: uvicorn closes a connection that was idle for 5 s: ours should have gone before.
 _IDLE_S = 4.0
@@ -192,7 +190,7 @@ class Pool:
     """Connections to one engine: as many as there are requests, and some kept for the next."""
 
     def __init__(self, url: str, connect_timeout_s: float, ca_certs: str | None = None) -> None:
-        parts = urlsplit(url if "//" in url else f"//{url}", scheme="http")
+        parts = urlsplit(url)
         assert parts.hostname is not None, "checked by RouterConfig"
         self._host = parts.hostname
         https = parts.scheme == "https"
@@ -200,8 +198,8 @@ class Pool:
         self._port = parts.port or (443 if self._ssl else 80)
         self._timeout_s = connect_timeout_s
         self._idle: deque[Upstream] = deque()
+        #: The Host of what goes there.
         self.netloc = parts.netloc.encode()
-        self.path = base_path(url)
 
     def idle(self) -> Upstream | None:
         """One that stands ready: the one used last, which is least likely to be closed."""
@@ -223,8 +221,10 @@ class Pool:
                 )
         except TimeoutError:
             raise UpstreamError(f"did not accept within {self._timeout_s:g} s") from None
-        except OSError as exc:
-            raise UpstreamError(f"cannot be reached ({exc.strerror or exc})") from exc
+        except (OSError, ValueError) as exc:  # ValueError: a name that cannot be one (UnicodeError)
+            raise UpstreamError(
+                f"cannot be reached ({getattr(exc, 'strerror', None) or exc})"
+            ) from exc
         return connection
 
     def give_back(self, connection: Upstream) -> None:

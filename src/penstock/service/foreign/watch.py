@@ -12,7 +12,8 @@ import msgspec
 from penstock.service.foreign.config import RouterConfig
 from penstock.service.foreign.engine import Engine
 from penstock.service.foreign.fleet import Fleet
-from penstock.service.foreign.upstream import Headers, UpstreamError
+from penstock.service.foreign.headers import Headers
+from penstock.service.foreign.upstream import UpstreamError
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +23,18 @@ _RUNNING = ("vllm:num_requests_running", "sglang:num_running_reqs",
             "llamacpp:requests_processing", "penstock:num_requests_running")  # fmt: skip
 _WAITING = ("vllm:num_requests_waiting", "sglang:num_queue_reqs",
             "llamacpp:requests_deferred", "penstock:num_requests_waiting")  # fmt: skip
-_SAMPLE = re.compile(rb"^([a-z_]+:[a-z_]+)(?:\{[^}\n]*\})? ([0-9.eE+-]+)", re.MULTILINE)
+_SAMPLE = re.compile(rb"^([a-z_]+:[a-z_]+)(?:\{[^}\n]*\})? (\S{1,64})", re.MULTILINE)
+#: More requests than an engine has: such a figure is none.
+_TOO_MANY = 1e6
+
+
+def _number(value: bytes) -> float:
+    """Of requests; 0 for what cannot be one, such as NaN and +Inf."""
+    try:
+        number = float(value)
+    except ValueError:
+        return 0.0
+    return number if 0.0 <= number <= _TOO_MANY else 0.0
 
 
 class _Whole:
@@ -67,6 +79,7 @@ class Watch:
 
     async def _watch(self, engine: Engine) -> None:
         models_at_s = 0.0
+        mistake = ""
         while True:
             try:
                 await self.check(engine)
@@ -78,6 +91,11 @@ class Watch:
                     await self.ask_load(engine)
             except UpstreamError as exc:
                 log.debug("engine %s %s", engine.name, exc.what)
+            except Exception as exc:
+                # Ours, but a watch that ends leaves its engine as it was, for good. Told once.
+                if repr(exc) != mistake:
+                    log.exception("engine %s could not be looked at", engine.name)
+                mistake = repr(exc)
             await asyncio.sleep(self._config.health_every_s)
 
     async def check(self, engine: Engine) -> None:
@@ -133,7 +151,7 @@ class Watch:
         for name, value in _SAMPLE.findall(body):
             key = name.decode()
             if key in _RUNNING or key in _WAITING:
-                values[key] = values.get(key, 0.0) + float(value)
+                values[key] = values.get(key, 0.0) + _number(value)
         running = sum(values.get(name, 0.0) for name in _RUNNING)
         waiting = sum(values.get(name, 0.0) for name in _WAITING)
         engine.others_running = max(0.0, running - engine.running)
@@ -157,7 +175,7 @@ class Watch:
         return sink.status, bytes(sink.body)
 
     def _request(self, engine: Engine, path: str) -> bytes:
-        lines = [f"GET {engine.pool.path}{path} HTTP/1.1".encode(), b"host: " + engine.pool.netloc]
+        lines = [f"GET {path} HTTP/1.1".encode(), b"host: " + engine.pool.netloc]
         if self._config.engine_api_key is not None:
             lines.append(b"authorization: Bearer " + self._config.engine_api_key.encode())
         return b"\r\n".join([*lines, b"connection: close", b"", b""])
