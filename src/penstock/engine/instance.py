@@ -47,9 +47,12 @@ from penstock.protocol.transport.open import listen
 from penstock.registry import here
 from penstock.registry.announce import Announcer, NoAnnouncer
 from penstock.registry.base import InstanceEntry
+from penstock.repeats import OneASecond
 from penstock.trace import NO_TRACE, Trace, new_file, open_trace
 
 log = logging.getLogger(__name__)
+_DROPPED = "dropped a frame from %s: %s"
+log.addFilter(OneASecond(_DROPPED))
 
 #: os.eventfd_write lets go of the interpreter lock: whoever it wakes would take it, and the compute
 #: thread, which rings after each step, would wait for all of the driver's turn before it could
@@ -171,7 +174,7 @@ class InstanceDriver:
             self._carry_out([Send(peer, refused)])
             return
         except ProtocolError as exc:
-            log.warning("dropped a frame from %s: %s", peer, exc)
+            log.warning(_DROPPED, peer, exc)
             return
         self._carry_out(self.core.on_message(peer, message, self._clock()))
 

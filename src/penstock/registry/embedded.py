@@ -22,8 +22,11 @@ from penstock.protocol.transport.base import Endpoint
 from penstock.protocol.transport.open import connect, listen
 from penstock.registry.base import Deleted, Event, Listing, Put, RegistryGone
 from penstock.registry.leases import Leases
+from penstock.repeats import OneASecond
 
 log = logging.getLogger(__name__)
+_DROPPED = "dropped a call of %s: %s"
+log.addFilter(OneASecond(_DROPPED))
 
 NAME = "registry"
 #: A call that is not answered is repeated, and given up in the end.
@@ -92,7 +95,7 @@ class RegistryServer:
                 call = _decode_call(frame)
                 result = self._act(peer, call)
             except (msgspec.DecodeError, TypeError, ValueError) as exc:
-                log.warning("dropped a call of %s: %s", peer, exc)
+                log.warning(_DROPPED, peer, exc)
                 continue
             self._publish()  # in order: changes before the answer that tells of them
             self._endpoint.send(peer, _encode(_Answer(call.number, result)))

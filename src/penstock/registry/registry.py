@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import logging
 import time
+import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine
-from typing import Any
+from typing import Any, ClassVar
 
 from penstock.registry.base import LEADER, ROOT, Deleted, Event, Listing, Put, RegistryGone, Store
 
@@ -39,7 +40,7 @@ class Registry:
 
     def register(self, key: str, value: bytes, ttl_s: float = LEASE_S) -> Registration:
         """Keep `key` there for as long as this process lives, whatever happens to the registry."""
-        return Registration(self._store, self._root + key, value, ttl_s)
+        return Registration(self._store, self._root + key, value, ttl_s, self.url)
 
     async def watch(self, prefix: str) -> AsyncIterator[Event]:
         """A `Listing` first, then changes; another `Listing` whenever something may have been
@@ -64,7 +65,7 @@ class Registry:
     ) -> Campaign:
         """Lead whenever nobody else does. `on_change(term)`, and `on_change(None)` at the latest
         when somebody else could begin to lead."""
-        return Campaign(self._store, self._root + name, value, on_change, ttl_s)
+        return Campaign(self._store, self._root + name, value, on_change, ttl_s, self.url)
 
     async def put(self, key: str, value: bytes) -> None:
         await self._store.put(self._root + key, value)
@@ -88,28 +89,33 @@ def _below(prefix: str, event: Event) -> Event:
 
 
 class _Trouble:
-    """Said once when it begins and once when it is over, not at every try."""
+    """Said once when it begins and once when it is over, not at every try, nor by everybody in this
+    process who has to do with the same registry."""
 
-    def __init__(self, what: str) -> None:
-        self._what = what
-        self._said = False
+    _having: ClassVar[dict[str, weakref.WeakSet[_Trouble]]] = {}
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._all = self._having.setdefault(url, weakref.WeakSet())
 
     def say(self, exc: RegistryGone) -> None:
-        if not self._said:
+        if not self._all:
             log.warning("%s; going on with what is known", exc)
-        self._said = True
+        self._all.add(self)
 
     def over(self) -> None:
-        if self._said:
-            log.warning("the registry %s answers again", self._what)
-        self._said = False
+        if self in self._all:
+            self._all.discard(self)
+            if not self._all:
+                log.info("the registry %s answers again", self._url)
 
 
 class Registration:
     """A key that is put again when its lease has ended. `close` takes it away."""
 
-    def __init__(self, store: Store, key: str, value: bytes, ttl_s: float) -> None:
+    def __init__(self, store: Store, key: str, value: bytes, ttl_s: float, url: str) -> None:
         self._store = store
+        self._url = url
         self._key = key
         self._value = value
         self._ttl_s = ttl_s
@@ -119,7 +125,7 @@ class Registration:
         self._task = _lasting(self._keep(), f"the registration of {key}")
 
     async def _keep(self) -> None:
-        trouble = _Trouble(self._key)
+        trouble = _Trouble(self._url)
         while True:
             try:
                 await self._renew()
@@ -158,8 +164,10 @@ class Campaign:
         value: bytes,
         on_change: Callable[[int | None], None],
         ttl_s: float,
+        url: str,
     ) -> None:
         self._store = store
+        self._url = url
         self._key = key
         self._value = value
         self._on_change = on_change
@@ -171,7 +179,7 @@ class Campaign:
         self._task = _lasting(self._run(), f"the campaign for {key}")
 
     async def _run(self) -> None:
-        trouble = _Trouble(self._key)
+        trouble = _Trouble(self._url)
         while True:
             try:
                 await self._win()

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp
 
 from penstock.protocol.errors import EngineUnavailable, StartupError
 from penstock.registry.embedded import RegistryServer
+from penstock.repeats import OneASecond
 from penstock.service.assemble import build_app, build_core, policy_name
 from penstock.service.cluster.cluster import Alone, AmongOthers
 from penstock.service.cluster.fleet import Fleet
@@ -28,6 +29,7 @@ from penstock.service.siblings import Siblings, ready_file, socket_of
 from penstock.trace import open_trace
 
 log = logging.getLogger(__name__)
+logging.getLogger("uvicorn.error").addFilter(OneASecond("Invalid HTTP request received."))
 
 #: What an engine that has fallen silent gets to attach anew, before it is killed.
 _ANSWER_S = 2.0
@@ -245,6 +247,7 @@ def _uvicorn_config(config: ServeConfig, app: ASGIApp) -> uvicorn.Config:
         ws="none",
         lifespan="off",
         access_log=False,
+        log_config=None,  # its lines look like ours
         log_level="warning",
         timeout_graceful_shutdown=max(1, int(config.drain_timeout_s)),
         ssl_keyfile=tls.ssl_keyfile,

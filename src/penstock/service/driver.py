@@ -13,6 +13,7 @@ from penstock.protocol.instance import InstanceCard
 from penstock.protocol.kv import Refused
 from penstock.protocol.transport.base import Endpoint
 from penstock.protocol.transport.open import connect
+from penstock.repeats import OneASecond
 from penstock.service.cluster.roster import NobodyHere, Roster
 from penstock.service.core import ServiceCore
 from penstock.service.generation import GenerationSpec, ServiceStatus, TokenDelta
@@ -20,6 +21,8 @@ from penstock.service.operations import CoreOperations
 from penstock.trace import NO_TRACE, Trace
 
 log = logging.getLogger(__name__)
+_DROPPED = "dropped a frame from %s: %s"
+log.addFilter(OneASecond(_DROPPED))
 
 #: Frames taken in before other tasks of the loop get their turn.
 _FRAMES_A_TURN = 64
@@ -201,11 +204,13 @@ class ServiceDriver:
             try:
                 message = decode(frame)
             except ProtocolError as exc:
-                log.warning("dropped a frame from %s: %s", peer, exc)
+                log.warning(_DROPPED, peer, exc)
                 self.core.instances[peer].refusal = exc.message
                 continue
             if isinstance(message, Refused):
-                log.warning("%s refused %s: %s", peer, message.what, message.reason)
+                # A plan that a change of role has overtaken is no news: it is made again.
+                level = logging.DEBUG if message.code == "stale_epoch" else logging.WARNING
+                log.log(level, "%s refused %s: %s", peer, message.what, message.reason)
             with self._trace.span(type(message).__name__):
                 self._carry_out(self.core.on_message(peer, message, self._loop.time()))
         self._watch_states()
@@ -221,6 +226,10 @@ class ServiceDriver:
                 self._on_lost(name)
             elif instance.state in ("lost", "refused") and name in self._active:
                 self._active.discard(name)
+                if instance.leaving_since_s is not None:
+                    log.info("%s has ended, as it was told to", name)
+                    self._on_lost(name)
+                    continue
                 word = "lost" if instance.state == "lost" else f"refused ({instance.refusal})"
                 log.warning("%s is %s; its requests go on elsewhere or wait for it", name, word)
                 self._on_lost(name)

@@ -89,8 +89,9 @@ def _quiet() -> logging.Logger:
 class Watch:
     """Tells why a connection does not stand, as far as the handshake says it."""
 
-    def __init__(self, socket: zmq.Socket[bytes], address: str) -> None:
+    def __init__(self, socket: zmq.Socket[bytes], address: str, guarded: bool = True) -> None:
         self._address = address
+        self._guarded = guarded
         self._socket = socket
         self._monitor: zmq.Socket[Any] = socket.get_monitor_socket(_WATCHED)
         self._monitor.setsockopt(zmq.LINGER, 0)
@@ -110,6 +111,11 @@ class Watch:
             return (
                 f"{self._address} and this side do not both have a cluster secret: give the same "
                 "--cluster-secret-file to all, or to none"
+            )
+        if not self._guarded:
+            return (
+                f"what listens at {self._address} does not speak this protocol: is it a Penstock "
+                "worker or router?"
             )
         return (
             f"{self._address} has another cluster secret: give the same --cluster-secret-file "

@@ -176,7 +176,7 @@ def connect(
     if guard is not None:
         curve.secure_connector(socket, guard)
     # A connection without a guard is watched too: it may meet a listener that has one.
-    watch = curve.Watch(socket, address) if address.startswith("tcp:") else None
+    watch = curve.Watch(socket, address, guard is not None) if address.startswith("tcp:") else None
     try:
         socket.connect(address)
     except zmq.ZMQError as exc:
