@@ -16,6 +16,7 @@ from tests.helpers.routed import CHAT, chat, idle, only
 
 from penstock.cli.router_foreign import config_of
 from penstock.protocol.errors import ConfigError
+from penstock.service.foreign import exchange as routed_exchange
 from penstock.service.foreign.attempt import Attempt
 from penstock.service.foreign.config import RouterConfig, engine_name
 from penstock.service.foreign.model_counts import MOST_NAMES
@@ -144,6 +145,18 @@ async def test_a_failure_of_ours_stays_on_nobodys_account(monkeypatch: pytest.Mo
         await asyncio.sleep(0.12)
         assert only(await raw_http.request(live.port, CHAT, chat())) == "a"
         assert engine.breaker.state == "closed"
+
+
+async def test_a_failure_of_ours_leaves_no_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> bytes:
+        raise RuntimeError("nobody thought of it")
+
+    async with MockEngine() as mock, live_router(mock, health_every_s=60.0) as live:
+        monkeypatch.setattr(routed_exchange.Exchange, "_head_for", fails)
+        for _ in range(3):
+            assert (await raw_http.request(live.port, CHAT, chat())).status == 500
+        await until(lambda: not mock._tasks)
+        idle(live)
 
 
 async def test_a_failure_of_ours_in_an_answer_does_not_begin_another(

@@ -196,6 +196,8 @@ class Exchange:
             return await attempt.done
         finally:
             self.router.live.discard(attempt)
+            if not attempt.done.done():  # a failure of ours: nobody waits for the answer
+                connection.abandon()
 
     def _head_for(self, engine: Engine) -> bytes:
         request, host = self.request, engine.pool.netloc
