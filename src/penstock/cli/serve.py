@@ -12,6 +12,7 @@ from typing import Any
 
 from penstock.checkpoint import resolve
 from penstock.cli import logs, ports, process
+from penstock.cli.before_start import check_disk, check_memory
 from penstock.cli.cluster_flags import (
     ADMIN_VARIABLE,
     add_cluster_flags,
@@ -222,6 +223,9 @@ def _run(parser: Parser, arguments: list[str], *, router: bool = False) -> int:
     if "--stop-with-parent" in arguments:
         process.stop_with_parent()
     cluster = config.cluster
+    if not (router or config.engine_addresses):
+        check_disk(engine)
+        check_memory(engine, cluster.instances)
     worker = None if cluster.api_worker is None else f"api-{cluster.api_worker}"
     logs.set_up(config.log_level, name=config.name or worker or "service")
     if config.uds is None and not cluster.reuse_port:

@@ -105,8 +105,10 @@ class EngineConfig:
             )
         if (self.kv_disk_cache_bytes is None) != (self.kv_disk_path is None):
             raise ConfigError(
-                "kv_disk_cache_bytes and kv_disk_path go together: how much, and where"
+                "--kv-disk-cache-bytes and --kv-disk-path go together: how much, and where"
             )
+        if self.kv_store is not None and not re.match(r"mooncake://[^/]", self.kv_store):
+            raise ConfigError(f"--kv-store {self.kv_store}: give mooncake://host:port")
         tiers = (self.kv_host_cache_bytes, self.kv_disk_cache_bytes, self.kv_store)
         if not self.enable_prefix_caching and any(tier is not None for tier in tiers):
             raise ConfigError("host, disk and store keep the prefix cache, which is switched off")
