@@ -22,6 +22,7 @@ import psutil
 import pytest
 
 from penstock.protocol.errors import StartupError
+from penstock.service.cluster.roster import LocalRoster
 from penstock.service.cluster.supervisor import Worker
 from penstock.service.config import RestartPolicy
 from tests.chaos.test_attacks import body, complete, settle
@@ -434,7 +435,9 @@ async def test_memory_that_runs_out_while_serving(checkpoint: str) -> None:
 async def test_no_processes_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     ends: list[tuple[str, int, bool]] = []
     policy = RestartPolicy(max_delay_s=0.01)
-    worker = Worker("w", (), policy, lambda *end: ends.append(end))
+    worker = Worker(
+        "w", (), policy, lambda *end: ends.append(end), LocalRoster(), lambda name: None
+    )
     real, failures = subprocess.Popen, 0
 
     def popen(_: list[str], **options: object) -> subprocess.Popen[bytes]:

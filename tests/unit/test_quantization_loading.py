@@ -125,7 +125,7 @@ def test_the_flag_reaches_the_worker() -> None:
     config = EngineConfig("toy", quantization="int4")
     words = ["--address", "ipc:///tmp/x", *engine_arguments(config)]
     assert worker_config(words).engine == config
-    assert worker_config(["--address", "memory://x", "toy", "-q", "int8"]).engine == (
+    assert worker_config(["--address", "ipc:///tmp/x", "toy", "-q", "int8"]).engine == (
         EngineConfig("toy", quantization="int8")
     )
 

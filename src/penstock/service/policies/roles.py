@@ -267,25 +267,33 @@ def _adaptive(
 
 def _pressure_with(view: ClusterView, load: Loads, pools: _Pools, num_prefill: int) -> float:
     """Of the split that has `num_prefill` and keeps who prefills already, as far as it can."""
-    order = _prefill_first(view, pools)
+    order = _prefill_first(view, pools, load)
     prefilling = np.zeros(len(view.names), dtype=np.bool_)
     prefilling[order[:num_prefill]] = True
     return load.split(prefilling, ~prefilling & ~pools.encode)
 
 
-def _prefill_first(view: ClusterView, pools: _Pools) -> list[int]:
+def _prefill_first(view: ClusterView, pools: _Pools, load: Loads) -> list[int]:
     """Who prefills already, then who would be turned to it first."""
     members = [i for i in range(len(view.names)) if not pools.encode[i]]
     return sorted(
-        members, key=lambda i: (not pools.prefill[i], _cost_to_turn(view, pools, i, PREFILL), i)
+        members,
+        key=lambda i: (not pools.prefill[i], *_cost_to_turn(view, pools, load, i, PREFILL), i),
     )
 
 
-def _cost_to_turn(view: ClusterView, pools: _Pools, i: int, to: int) -> float:
-    """Tokens that must be handed over or finished; one without a role has none to give up."""
+def _cost_to_turn(
+    view: ClusterView, pools: _Pools, load: Loads, i: int, to: int
+) -> tuple[float, float]:
+    """Tokens that must be handed over or finished (one without a role has none to give up); of
+    those that cost the same, whoever is better at it than at the other, by comparison, goes
+    first."""
+    burden = float(load.prefill[i] / max(load.decode[i], 1e-12))
+    if to != PREFILL:
+        burden = -burden
     if pools.neutral[i]:
-        return -1.0
-    return float(view.running_tokens[i] if to == PREFILL else view.queued_tokens[i])
+        return -1.0, burden
+    return float(view.running_tokens[i] if to == PREFILL else view.queued_tokens[i]), burden
 
 
 # --- the change -----------------------------------------------------------------------------------
@@ -305,11 +313,11 @@ def _towards(
     have_p, have_d = pools.counts
     if have_p < num_prefill:
         candidates = pools.neutral if pools.neutral.any() else pools.decode
-        i = _cheapest(view, pools, candidates, PREFILL)
+        i = _cheapest(view, pools, load, candidates, PREFILL)
         final, turning, busy = PREFILL, D_TO_P, bool(view.running[i] > 0)
     elif have_d < num_decode:
         candidates = pools.neutral if pools.neutral.any() else pools.prefill
-        i = _cheapest(view, pools, candidates, DECODE)
+        i = _cheapest(view, pools, load, candidates, DECODE)
         final, turning, busy = DECODE, P_TO_D, bool(view.queued[i] > 0)
     else:
         return RolePlan(
@@ -335,10 +343,10 @@ def _towards(
     )
 
 
-def _cheapest(view: ClusterView, pools: _Pools, candidates: Bools, to: int) -> int:
+def _cheapest(view: ClusterView, pools: _Pools, load: Loads, candidates: Bools, to: int) -> int:
     places = [int(i) for i in np.flatnonzero(candidates)]
     assert places, "a pool that is too large has an instance to give"
-    return min(places, key=lambda i: (_cost_to_turn(view, pools, i, to), i))
+    return min(places, key=lambda i: (*_cost_to_turn(view, pools, load, i, to), i))
 
 
 def _turned(view: ClusterView, state: RoleState, now: float) -> RolePlan | None:
