@@ -88,14 +88,14 @@ async def collect(
 
 
 async def test_kill_9_under_32_streams_loses_nothing(server: Server) -> None:
+    # Long enough that the engine is still at work when the first client has read its first words.
+    bodies = [body(i, max_tokens=440) for i in range(NUM_STREAMS)]
     async with http() as client:
-        calm = await asyncio.gather(
-            *(collect(client, server.url, body(i)) for i in range(NUM_STREAMS))
-        )
+        calm = await asyncio.gather(*(collect(client, server.url, data) for data in bodies))
         started = [asyncio.Event() for _ in range(NUM_STREAMS)]
         tasks = [
-            asyncio.create_task(collect(client, server.url, body(i), started[i]))
-            for i in range(NUM_STREAMS)
+            asyncio.create_task(collect(client, server.url, data, event))
+            for data, event in zip(bodies, started)
         ]
         await asyncio.gather(*(event.wait() for event in started[:4]))
         killed = server.kill_engine()
