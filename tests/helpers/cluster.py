@@ -23,7 +23,7 @@ def body(number: int, *, prompt_tokens: int = 0, **more: Any) -> dict[str, Any]:
     return {
         "model": MODEL,
         "prompt": [(7 * number + 3 * i) % 300 + 5 for i in range(prompt_tokens)],
-        "max_tokens": 120,
+        "max_tokens": 200,
         "ignore_eos": True,
         "temperature": float(number % 2),
         "seed": number,
