@@ -70,11 +70,14 @@ class KvLayout(msgspec.Struct, frozen=True):
         return hashlib.sha256(msgspec.msgpack.encode(self)).hexdigest()[:16]
 
 
+KvOp = Literal["stored", "removed", "moved", "cleared"]
+
+
 class KvChange(msgspec.Struct, frozen=True, array_like=True):
     """`keys` (packed) were stored in, removed from, or moved to `tier`; "moved": from the tier
     before it ("disk": from the host). A key may be in several tiers."""
 
-    op: Literal["stored", "removed", "moved", "cleared"]
+    op: KvOp
     keys: bytes = b""
     tier: Tier = "device"
 

@@ -33,7 +33,7 @@ import numpy as np
 import numpy.typing as npt
 
 from penstock.engine.scheduler.reusable import Reusable
-from penstock.protocol.kv import KvChange
+from penstock.protocol.kv import KvChange, KvOp
 
 Generations = npt.NDArray[np.uint64]
 Holders = npt.NDArray[np.uint32]
@@ -68,7 +68,7 @@ class BlockPool:
         # A stack, so that the block that was written last (and is in the CPU's caches) goes first.
         self._free = list(range(num_blocks - 1, -1, -1))
         self._reusable = Reusable(num_blocks)
-        self._changes: list[tuple[str, bytes]] = []
+        self._changes: list[tuple[KvOp, bytes]] = []
 
     @property
     def num_available(self) -> int:
@@ -286,13 +286,13 @@ class BlockPool:
 
     def take_changes(self) -> list[KvChange]:
         """What happened to public keys since the last call, in order; runs of one kind merged."""
-        merged: list[tuple[str, bytearray]] = []
+        merged: list[tuple[KvOp, bytearray]] = []
         for op, key in self._changes:
             if not merged or merged[-1][0] != op:
                 merged.append((op, bytearray()))
             merged[-1][1].extend(key)
         self._changes.clear()
-        return [KvChange(op, bytes(keys)) for op, keys in merged]  # type: ignore[arg-type]
+        return [KvChange(op, bytes(keys)) for op, keys in merged]
 
     def check(self, holdings: Iterable[Sequence[int]], let_go: Sequence[int] = ()) -> None:
         """Assert that every block is accounted for once, given what each holder holds, and which

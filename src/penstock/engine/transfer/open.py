@@ -12,7 +12,7 @@ from penstock.engine.memory.base import KvMemory
 from penstock.engine.memory.tiers.index import NO_TIERS, TierIndex
 from penstock.engine.memory.tiers.open import TierConfig, open_tiers
 from penstock.engine.memory.xtensor import XTensorMemory
-from penstock.engine.transfer.jobs import Job, Means, Moved, Mover
+from penstock.engine.transfer.jobs import Import, Job, Load, Means, Moved, Mover, Store
 from penstock.engine.transfer.mover import DataPlane, MoverConfig
 from penstock.engine.transfer.pages import (
     Generations,
@@ -40,9 +40,9 @@ class NoMover:
     def offer(self, key_of: Any) -> None: ...
 
     def start(self, job: Job, done: Any) -> None:
-        blocks = getattr(job, "blocks", None)
-        if blocks is not None:
-            done(Moved(job.number, (False,) * len(blocks), 0, 0.0, "no blocks are moved here"))  # type: ignore[union-attr]
+        if isinstance(job, (Import, Load, Store)):
+            none_came = (False,) * len(job.blocks)
+            done(Moved(job.number, none_came, 0, 0.0, "no blocks are moved here"))
 
     def close(self) -> None: ...
 

@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 from penstock.protocol.errors import StartupError
@@ -21,7 +22,7 @@ from penstock.service.config import RestartPolicy
 log = logging.getLogger(__name__)
 
 
-class Process:
+class Process(ABC):
     """One process under one name, a `penstock` command. `on_exit` is told of each end that was not
     asked for, and whether another start follows."""
 
@@ -43,9 +44,9 @@ class Process:
         self._restart: asyncio.TimerHandle | None = None
         self._exited = asyncio.Event()
 
+    @abstractmethod
     def arguments(self) -> list[str]:
         """The command and its arguments, for the next start."""
-        raise NotImplementedError
 
     def inherited(self) -> tuple[int, ...]:
         """Descriptors that it gets."""

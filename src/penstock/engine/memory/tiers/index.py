@@ -35,7 +35,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from penstock.engine.transfer.jobs import Demotion
-from penstock.protocol.kv import KvChange, Tier, split_keys
+from penstock.protocol.kv import KvChange, KvOp, Tier, split_keys
 
 #: A tier that fails so often without a success in between is given up.
 MAX_FAILURES_IN_A_ROW = 8
@@ -158,7 +158,7 @@ class TierIndex:
         self._in_store: OrderedDict[bytes, None] = OrderedDict()
         self._not_in_store: OrderedDict[bytes, None] = OrderedDict()
         self._generation = 0
-        self._changes: list[tuple[str, bytes, Tier]] = []
+        self._changes: list[tuple[KvOp, bytes, Tier]] = []
         for tier, keys in (recovered or {}).items():
             shelf = self._by_tier[tier]
             shelf.own.update(dict.fromkeys(keys[-shelf.stats.capacity :]))
@@ -331,7 +331,7 @@ class TierIndex:
                 self._changed("removed", step.key, step.tier)
         (self._succeeded if went_well else self._failed)(below)
 
-    def _put(self, shelf: _Shelf, key: bytes, plan: StorePlan, op: str) -> bool:
+    def _put(self, shelf: _Shelf, key: bytes, plan: StorePlan, op: KvOp) -> bool:
         """The bytes of `key` have been written: may it be found from now on?"""
         if plan.generation != self._generation or not shelf.stats.capacity:
             shelf.bury(key)
@@ -452,13 +452,13 @@ class TierIndex:
     def take_changes(self) -> list[KvChange]:
         """What happened in the tiers since the last call, in order; runs of one kind merged.
         "moved" says that a key has left the host for `tier`."""
-        merged: list[tuple[str, Tier, bytearray]] = []
+        merged: list[tuple[KvOp, Tier, bytearray]] = []
         for op, key, tier in self._changes:
             if not merged or merged[-1][:2] != (op, tier):
                 merged.append((op, tier, bytearray()))
             merged[-1][2].extend(key)
         self._changes.clear()
-        return [KvChange(op, bytes(keys), tier) for op, tier, keys in merged]  # type: ignore[arg-type]
+        return [KvChange(op, bytes(keys), tier) for op, tier, keys in merged]
 
     @property
     def stats(self) -> dict[Tier, TierStats]:
@@ -484,7 +484,7 @@ class TierIndex:
             assert not (shelf.spare.keys() | shelf.ahead.keys()) - faster, "spare, and the only one"
             faster |= held.keys() | shelf.arriving.keys()
 
-    def _changed(self, op: str, key: bytes, tier: Tier) -> None:
+    def _changed(self, op: KvOp, key: bytes, tier: Tier) -> None:
         self._changes.append((op, key, tier))
 
 
