@@ -90,6 +90,8 @@ class CostModelRunner:
         self._free_at_s = 0.0
         self._slots: dict[int, _Slot] = {}
         self.closed = False
+        #: Seconds computed since the start.
+        self.busy_s = 0.0
 
     def launch(self, batch: Batch, done: Callable[[StepResult], None]) -> None:
         step_s = self._cost.of(batch)
@@ -97,6 +99,7 @@ class CostModelRunner:
 
         def finish() -> None:
             if not self.closed:
+                self.busy_s += step_s
                 done(self._execute(batch, step_s))
 
         self._at(self._free_at_s, finish)

@@ -28,11 +28,13 @@ from penstock.service.cluster.finder import Finder
 from penstock.service.core import ServiceCore, ServiceCoreConfig
 from penstock.service.generation import GenerationSpec, TokenDelta
 from penstock.service.policies.routing import Policy, least_load
+from penstock.simulator.counting import CountingRunner
 from penstock.simulator.data_plane import DataFaults, SimulatedDataPlane
 from penstock.simulator.kv import KvMemory
 from penstock.simulator.runner import CostModelRunner, StepCost
 
 VOCAB_SIZE = 1000
+At = Callable[[float, Callable[[], None]], None]
 SMALL_SCHEDULER = SchedulerConfig(
     max_num_seqs=16, max_num_batched_tokens=256, max_model_len=1024, eos_token_ids=(0,)
 )
@@ -61,7 +63,7 @@ class _Node:
 
     name: str
     core: Core
-    runner: CostModelRunner | None = None
+    runner: CostModelRunner | CountingRunner | None = None
     data_plane: SimulatedDataPlane | None = None
     memory: KvMemory | None = None
     #: Instances that it has been told to connect to, and those that have connected to it.
@@ -71,6 +73,13 @@ class _Node:
     stopped: bool = False
     missed: list[Callable[[], None]] = field(default_factory=list)
     timer: int = 0
+
+
+class Client(Protocol):
+    """Who made a request."""
+
+    def take(self, delta: TokenDelta) -> None: ...
+    def refused(self) -> None: ...
 
 
 @dataclass(slots=True)
@@ -85,6 +94,9 @@ class Outcome:
         if delta.finish is not None:
             self.finish.setdefault(delta.choice, []).append(delta.finish)
 
+    def refused(self) -> None:
+        self.finish[0] = ["overloaded"]
+
 
 class World:
     """Add services and instances, submit requests at times, inject faults, `run`."""
@@ -94,8 +106,13 @@ class World:
         seed: int,
         faults: NetworkFaults | None = None,
         data_faults: DataFaults | None = None,
+        *,
+        counting: bool = False,
     ) -> None:
+        """`counting`: for large worlds. Runners only count (`counting.py`), messages are handed
+        over without being encoded, and no history is kept."""
         self.now = 0.0
+        self._counting = counting
         self.history: list[str] = []
         self.outcomes: dict[str, Outcome] = {}
         self._random = random.Random(seed)
@@ -160,13 +177,24 @@ class World:
         def at(when_s: float, call: Callable[[], None]) -> None:
             self.at(when_s, lambda: self._when_running(node, call))
 
-        node.runner = CostModelRunner(cost or StepCost(), VOCAB_SIZE, lambda: self.now, at, memory)
+        node.runner = self._runner(cost or StepCost(), at, memory)
         node.data_plane = SimulatedDataPlane(
             memory, self._data_faults, self._data_random, at, lambda: self.now,
             self._memory_at, layout.block_bytes,
         )  # fmt: skip
         self._carry_out(node, instance.on_timer(self.now))
         return instance
+
+    def _runner(self, cost: StepCost, at: At, memory: KvMemory) -> CostModelRunner | CountingRunner:
+        if self._counting:
+            return CountingRunner(cost, lambda: self.now, at)
+        return CostModelRunner(cost, VOCAB_SIZE, lambda: self.now, at, memory)
+
+    def busy_s(self, name: str) -> float:
+        """Seconds that the instance has computed."""
+        runner = self._nodes[name].runner
+        assert runner is not None
+        return runner.busy_s
 
     def _memory_at(self, endpoint: str) -> KvMemory | None:
         name, _, incarnation = endpoint.partition("/")
@@ -194,8 +222,11 @@ class World:
             self._carry_out(node, core.add_instance(instance, self.now))
         return core
 
-    def submit(self, service: str, spec: GenerationSpec, at_s: float) -> Outcome:
-        outcome = self.outcomes[spec.request_id] = Outcome()
+    def submit(
+        self, service: str, spec: GenerationSpec, at_s: float, client: Client | None = None
+    ) -> Client:
+        """`client` sees the replies; by default an `Outcome`."""
+        outcome = self.outcomes[spec.request_id] = client or Outcome()
 
         def arrive() -> None:
             node = self._nodes[service]
@@ -203,7 +234,7 @@ class World:
             try:
                 self._carry_out(node, node.core.submit(spec, self.now))
             except Overloaded:
-                outcome.finish[0] = ["overloaded"]
+                outcome.refused()
 
         self.at(at_s, arrive)
         return outcome
@@ -338,7 +369,7 @@ class World:
         if not passes or draw() < faults.loss:
             self._log("lost", source, target, type(message).__name__)
             return
-        frame = encode(message)
+        frame = message if self._counting else encode(message)
         copies = 2 if draw() < faults.duplicate else 1
         receiver = self._nodes.get(target)
         for _ in range(copies):
@@ -349,19 +380,22 @@ class World:
             self._last_arrival_s[link] = arrival_s
             self.at(arrival_s, lambda: self._deliver(source, target, receiver, frame))
 
-    def _deliver(self, source: str, target: str, receiver: _Node | None, frame: bytes) -> None:
+    def _deliver(self, source: str, target: str, receiver: _Node | None, frame: Any) -> None:
         node = self._nodes.get(target)
         sender = self._nodes[source]
         # What was on its way to (or from) a process that has died does not reach its successor.
         if node is None or node is not receiver or not node.alive or not sender.alive:
             return
-        message = decode(frame)
+        message = frame if self._counting else decode(frame)
 
         def take() -> None:
-            self._log("deliver", source, target, frame.hex())
+            if not self._counting:
+                self._log("deliver", source, target, frame.hex())
             self._carry_out(node, node.core.on_message(source, message, self.now))
 
         self._when_running(node, take)
 
     def _log(self, *what: object) -> None:
+        if self._counting:
+            return
         self.history.append(f"{self.now:.9f} " + " ".join(str(part) for part in what))

@@ -1,0 +1,78 @@
+"""What came of a simulated run: each request's times, and what the cluster did meanwhile."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from penstock.simulator.spec import ClusterSpec
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class RoleChange:
+    at_s: float
+    instance: str
+    role: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """The cluster at one moment, one number for each instance in the order of `instances`."""
+
+    at_s: float
+    roles: tuple[str, ...]
+    #: Seconds computed since the sample before, over the seconds between.
+    busy: tuple[float, ...]
+    running: tuple[int, ...]
+    waiting: tuple[int, ...]
+    kv_used: tuple[float, ...]
+
+
+@dataclass(slots=True)
+class Outcome:
+    """Arrays have one element for each request of the trace, in its order. Times are virtual
+    seconds since the first arrival; NaN: it never came to that (`finish` says why)."""
+
+    spec: ClusterSpec
+    seed: int
+    mode: str
+    instances: tuple[str, ...]
+    arrival_s: Floats
+    first_s: Floats
+    end_s: Floats
+    input_tokens: Floats
+    output_tokens: Floats
+    cached_tokens: Floats
+    finish: list[str]
+    samples: list[Sample] = field(default_factory=list)
+    role_changes: list[RoleChange] = field(default_factory=list)
+    handovers: int = 0
+    resumed: int = 0
+    preemptions: int = 0
+    #: Events on the virtual clock, and seconds and CPU seconds that the run took in the real world.
+    events: int = 0
+    wall_s: float = 0.0
+    #: sha256 over everything that was delivered, launched and replied, in order.
+    digest: str = ""
+
+    @property
+    def ttft_s(self) -> Floats:
+        return self.first_s - self.arrival_s
+
+    @property
+    def tpot_s(self) -> Floats:
+        """Seconds a token after the first; NaN where there was only one."""
+        gaps = np.where(self.output_tokens > 1, self.output_tokens - 1, np.nan)
+        found: Floats = (self.end_s - self.first_s) / gaps
+        return found
+
+    def attained(self, ttft_slo_s: float, tpot_slo_s: float) -> npt.NDArray[np.bool_]:
+        """Requests that were answered, with TTFT and TPOT within the SLOs."""
+        answered = np.array([f in ("stop", "length") for f in self.finish], dtype=np.bool_)
+        in_time = self.ttft_s <= ttft_slo_s
+        steady = np.isnan(self.tpot_s) | (self.tpot_s <= tpot_slo_s)
+        return answered & in_time & steady

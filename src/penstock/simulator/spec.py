@@ -1,0 +1,89 @@
+"""A cluster to simulate, as plain data: what stands in `cluster.yaml` (`cluster_file.py` reads it).
+
+Names are those of the flags of `penstock serve` wherever there is one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from penstock.protocol.errors import ConfigError
+from penstock.protocol.instance import Role
+
+#: GPUs in one machine; instances of one machine can map each other's KV.
+GPUS_PER_HOST = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolSpec:
+    """`count` equal instances. `hardware`: a name of `loadgen.costs` (gpu:model:dtype:tpN)."""
+
+    name: str = "gpu"
+    count: int
+    hardware: str
+    #: Fixed from the start; "any" is given a role by the service where `pd` says so.
+    role: Role = "any"
+    max_num_batched_tokens: int = 2048
+    max_num_seqs: int = 256
+    max_model_len: int = 131_072
+    enable_prefix_caching: bool = True
+    #: Tokens of KV that fit; None: what the hardware has room for.
+    kv_tokens: int | None = None
+    #: Tokens of KV in slower tiers.
+    host_kv_tokens: int = 0
+    disk_kv_tokens: int = 0
+    #: In US dollars, of one GPU for one hour; None: nothing is said about cost.
+    gpu_hour_usd: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkSpec:
+    """Between two processes: messages, and KV on its way from one host to another."""
+
+    latency_s: float = 0.0002
+    jitter_s: float = 0.0003
+    kv_gbit: float = 100.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterSpec:
+    """`pd`: "off", "auto" or "P:D". `admission`: refuse early what cannot meet the SLO (in
+    production it does whenever there is a TTFT SLO; comparisons measure everybody)."""
+
+    name: str = "cluster"
+    pools: tuple[PoolSpec, ...]
+    policy: str = "slo-aware"
+    pd: str = "auto"
+    ttft_slo_s: float | None = None
+    tpot_slo_s: float | None = None
+    admission: bool = False
+    kv_index: bool = True
+    max_queue: int = 1_000_000
+    link: LinkSpec = field(default_factory=LinkSpec)
+
+    def __post_init__(self) -> None:
+        if not self.pools or any(pool.count < 1 for pool in self.pools):
+            raise ConfigError("a cluster has at least one pool of at least one instance")
+        names = [pool.name for pool in self.pools]
+        if len(set(names)) < len(names):
+            raise ConfigError(f"two pools have the same name: {', '.join(names)}")
+
+    @property
+    def num_instances(self) -> int:
+        return sum(pool.count for pool in self.pools)
+
+    @property
+    def static_split(self) -> tuple[int, int] | None:
+        """Raises `ConfigError` where `pd` is neither off, auto nor P:D."""
+        if self.pd in ("off", "auto"):
+            return None
+        prefill, colon, decode = self.pd.partition(":")
+        if not colon or not (prefill.isdigit() and decode.isdigit()):
+            raise ConfigError(f"pd is {self.pd!r}: write off, auto or P:D, as in 2:6")
+        split = int(prefill), int(decode)
+        if not all(split) or sum(split) > self.num_instances:
+            raise ConfigError(
+                f"pd is {self.pd!r} and there are {self.num_instances} instances: P and D are at "
+                "least 1 and no more than those together"
+            )
+        return split
