@@ -164,8 +164,8 @@ def _submit(
     size, answer = (max(2, round(n * draw.uniform(0.5, 1.5))) for n in (size, answer))
     prompt = [draw.randrange(1, VOCAB_SIZE) for _ in range(size)]
     sampling = SamplingParams(max_tokens=answer, ignore_eos=True)
-    world.submit("s", GenerationSpec(name, prompt, sampling), at_s)
-    world.outcomes[name] = timed = _Timed(world)
+    timed = _Timed(world)
+    world.submit("s", GenerationSpec(name, prompt, sampling), at_s, timed)
     return at_s, timed
 
 

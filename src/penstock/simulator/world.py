@@ -115,6 +115,7 @@ class World:
         self._counting = counting
         self.history: list[str] = []
         self.outcomes: dict[str, Outcome] = {}
+        self._clients: dict[str, Client] = {}
         self._random = random.Random(seed)
         self._faults = faults or NetworkFaults()
         self._data_faults = data_faults or DataFaults()
@@ -226,7 +227,8 @@ class World:
         self, service: str, spec: GenerationSpec, at_s: float, client: Client | None = None
     ) -> Client:
         """`client` sees the replies; by default an `Outcome`."""
-        outcome = self.outcomes[spec.request_id] = client or Outcome()
+        outcome: Client = client or self.outcomes.setdefault(spec.request_id, Outcome())
+        self._clients[spec.request_id] = outcome
 
         def arrive() -> None:
             node = self._nodes[service]
@@ -313,7 +315,7 @@ class World:
                     self._set_timer(node, at_s)
                 case Reply(request_id=request_id, event=event):
                     self._log("reply", request_id, event.choice, event.ids, event.finish)
-                    self.outcomes[request_id].take(event)
+                    self._clients[request_id].take(event)
 
     def _when_running(self, node: _Node, call: Callable[[], None]) -> None:
         if node.stopped:
