@@ -76,6 +76,14 @@ def from_file(path: Path, step_tokens: int = 2048, max_running: int = 256) -> In
     return _model(str(path), found, step_tokens, max_running)
 
 
+def hardware_or_file(name: str, step_tokens: int = 2048, max_running: int = 256) -> InstanceModel:
+    """A name of `known_hardware`; or, with a slash in it or .json at its end, a file for
+    `from_file`, such as `penstock costs` writes."""
+    if "/" in name or name.endswith(".json"):
+        return from_file(Path(name), step_tokens, max_running)
+    return hardware(name, step_tokens, max_running)
+
+
 def _model(name: str, found: dict[str, Any], step_tokens: int, max_running: int) -> InstanceModel:
     values = {}
     for term in (*_TERMS, "kv_tokens", "kv_bytes_per_token"):
