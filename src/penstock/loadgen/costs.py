@@ -26,6 +26,9 @@ class InstanceModel:
     kv_bytes_per_token: int
     step_tokens: int = 2048
     max_running: int = 256
+    gpus: int = 1
+    #: Of the fit, relative, on what it was fitted to; 0 where nothing is known about it.
+    median_error: float = 0.0
 
     def step_s(self, new_tokens: int, rows: int, reads: int, products: int) -> float:
         """`reads`: context tokens summed over rows; `products`: new times context tokens."""
@@ -109,4 +112,6 @@ def _model(name: str, found: dict[str, Any], step_tokens: int, max_running: int)
         int(values["kv_bytes_per_token"]),
         int(found.get("step_tokens", step_tokens)),
         int(found.get("max_running", max_running)),
+        int(found.get("gpus", 1)),
+        float(found.get("median_error", 0.0)),
     )
