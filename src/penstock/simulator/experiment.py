@@ -15,8 +15,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from penstock.engine.core import InstanceCore
+from penstock.engine.memory.tiers.index import TierSizes
 from penstock.engine.scheduler.config import SchedulerConfig
-from penstock.loadgen.costs import hardware
+from penstock.loadgen.costs import hardware_or_file
 from penstock.loadgen.traces import TraceRequest
 from penstock.protocol.kv import BLOCK_TOKENS
 from penstock.protocol.request import SamplingParams
@@ -33,8 +34,9 @@ from penstock.service.policies.routing import (
     policy_named,
 )
 from penstock.simulator.data_plane import DataFaults
+from penstock.simulator.gaps import GapHistogram
 from penstock.simulator.outcome import Outcome, RoleChange, Sample
-from penstock.simulator.prompts import prompt_ids
+from penstock.loadgen.prompts import prompt_ids
 from penstock.simulator.runner import StepCost
 from penstock.simulator.spec import GPUS_PER_HOST, ClusterSpec, PoolSpec
 from penstock.simulator.world import NetworkFaults, World
@@ -50,18 +52,23 @@ class _Seen:
     """What the client of one request sees."""
 
     world: World
+    gaps: GapHistogram
     first_s: float = np.nan
+    last_s: float = np.nan
     end_s: float = np.nan
     tokens: int = 0
     cached_tokens: int = 0
     finish: str = ""
 
     def take(self, delta: TokenDelta) -> None:
-        if delta.ids:
-            if not self.tokens:
-                self.first_s = self.world.now
-                self.cached_tokens = delta.cached_tokens
-            self.tokens += len(delta.ids)
+        if count := len(delta.ids):
+            now = self.world.now
+            if self.tokens:
+                self.gaps.add((now - self.last_s) / count, count)
+            else:
+                self.first_s, self.cached_tokens = now, delta.cached_tokens
+            self.tokens += count
+            self.last_s = now
         if delta.finish is not None:
             assert not self.finish, "a second terminal reply"
             self.finish, self.end_s = delta.finish, self.world.now
@@ -83,7 +90,7 @@ def run(
     began_s = time.perf_counter()
     build = _Build(spec, seed)
     world, core = build.world, build.core
-    seen = []
+    seen, gaps = [], GapHistogram()
     for number, request in enumerate(requests):
         wanted = GenerationSpec(
             str(number),
@@ -91,7 +98,7 @@ def run(
             SamplingParams(max_tokens=request.output_tokens, ignore_eos=True, seed=number),
             ttft_slo_s=None,
         )
-        client = _Seen(world)
+        client = _Seen(world, gaps)
         seen.append(client)
         world.submit(SERVICE, wanted, WARM_UP_S + request.arrival_s, client)
     last_s = WARM_UP_S + requests[-1].arrival_s
@@ -116,6 +123,7 @@ def run(
         handovers=core.placement.num_handovers,
         resumed=core.placement.num_resumed,
         preemptions=sum(i.scheduler.stats.preemptions for i in build.instances.values()),
+        gaps=gaps,
         wall_s=time.perf_counter() - began_s,
     )
 
@@ -136,7 +144,7 @@ class _Build:
     def __post_init__(self) -> None:
         spec = self.spec
         largest = max(
-            (hardware(p.hardware) for p in spec.pools), key=lambda m: m.kv_bytes_per_token
+            (hardware_or_file(p.hardware) for p in spec.pools), key=lambda m: m.kv_bytes_per_token
         )
         block_s = BLOCK_TOKENS * largest.kv_bytes_per_token / (spec.link.kv_gbit * 1e9 / 8)
         self.world = World(
@@ -155,18 +163,22 @@ class _Build:
             finder=IndexFinder() if spec.kv_index else NoFinder(),
             config=_service(spec),
         )
-        if spec.pd != "off":
+        if spec.pd not in ("off", "pools"):
             self.core.lead(1, 0.0)
 
     def _add(self, pool: PoolSpec, number: int) -> None:
-        model = hardware(pool.hardware, pool.max_num_batched_tokens, pool.max_num_seqs)
+        model = hardware_or_file(pool.hardware, pool.max_num_batched_tokens, pool.max_num_seqs)
         kv_tokens = model.kv_tokens if pool.kv_tokens is None else pool.kv_tokens
-        name, c = f"{pool.name}-{number}", model.cost
-        self.instances[name] = self.world.add_instance(
+        name, c, slow = f"{pool.name}-{number}", model.cost, pool.slowdown
+        instance = self.instances[name] = self.world.add_instance(
             name,
             num_blocks=kv_tokens // BLOCK_TOKENS,
             cost=StepCost(
-                c.base_s, c.per_token_s, c.per_row_s, c.per_context_token_s, c.per_attention_s
+                slow * c.base_s,
+                slow * c.per_token_s,
+                slow * c.per_row_s,
+                slow * c.per_context_token_s,
+                slow * c.per_attention_s,
             ),
             scheduler=SchedulerConfig(
                 max_num_seqs=pool.max_num_seqs,
@@ -177,7 +189,11 @@ class _Build:
             host=f"{pool.name}-host-{number // GPUS_PER_HOST}",
             means=("tcp",),
             num_windows=0,
+            tiers=TierSizes(
+                pool.host_kv_tokens // BLOCK_TOKENS, pool.disk_kv_tokens // BLOCK_TOKENS
+            ),
         )
+        instance.role = pool.role
 
     def sample(self) -> None:
         """Note what every instance does, and which roles have changed since the last sample."""
@@ -222,7 +238,7 @@ def _service(spec: ClusterSpec) -> ServiceCoreConfig:
         ttft_slo_s=spec.ttft_slo_s if spec.admission else None,
         tpot_slo_s=spec.tpot_slo_s,
     )
-    if spec.pd == "off":
+    if spec.pd in ("off", "pools"):
         return config
     roles = RolesConfig(
         static=spec.static_split, ttft_slo_s=spec.ttft_slo_s, tpot_slo_s=spec.tpot_slo_s

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from penstock.simulator.gaps import GapHistogram
 from penstock.simulator.spec import ClusterSpec
 
 Floats = npt.NDArray[np.float64]
@@ -53,6 +54,8 @@ class Outcome:
     handovers: int = 0
     resumed: int = 0
     preemptions: int = 0
+    #: Between two tokens as clients saw them; tokens that came together share what passed.
+    gaps: GapHistogram = field(default_factory=GapHistogram)
     #: Events on the virtual clock, and seconds and CPU seconds that the run took in the real world.
     events: int = 0
     wall_s: float = 0.0

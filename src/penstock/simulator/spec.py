@@ -21,7 +21,7 @@ class PoolSpec:
     name: str = "gpu"
     count: int
     hardware: str
-    #: Fixed from the start; "any" is given a role by the service where `pd` says so.
+    #: For good, where `pd` is "pools".
     role: Role = "any"
     max_num_batched_tokens: int = 2048
     max_num_seqs: int = 256
@@ -32,6 +32,8 @@ class PoolSpec:
     #: Tokens of KV in slower tiers.
     host_kv_tokens: int = 0
     disk_kv_tokens: int = 0
+    #: Steps take so many times as long as the cost model says.
+    slowdown: float = 1.0
     #: In US dollars, of one GPU for one hour; None: nothing is said about cost.
     gpu_hour_usd: float | None = None
 
@@ -47,8 +49,9 @@ class LinkSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterSpec:
-    """`pd`: "off", "auto" or "P:D". `admission`: refuse early what cannot meet the SLO (in
-    production it does whenever there is a TTFT SLO; comparisons measure everybody)."""
+    """`pd`: "off", "auto", "P:D", or "pools": every pool keeps its `role`. `admission`: refuse
+    early what cannot meet the SLO (in production it does whenever there is a TTFT SLO; comparisons
+    measure everybody)."""
 
     name: str = "cluster"
     pools: tuple[PoolSpec, ...]
@@ -67,6 +70,15 @@ class ClusterSpec:
         names = [pool.name for pool in self.pools]
         if len(set(names)) < len(names):
             raise ConfigError(f"two pools have the same name: {', '.join(names)}")
+        self._check_roles()
+
+    def _check_roles(self) -> None:
+        roles = {pool.role for pool in self.pools}
+        if self.pd != "pools":
+            if roles != {"any"}:
+                raise ConfigError(f"a pool has a role of its own and pd is {self.pd!r}: say pools")
+        elif not (roles & {"any", "prefill"} and roles & {"any", "decode"}) or roles == {"any"}:
+            raise ConfigError("pd is 'pools': one pool's role is prefill and another's decode")
 
     @property
     def num_instances(self) -> int:
@@ -75,11 +87,11 @@ class ClusterSpec:
     @property
     def static_split(self) -> tuple[int, int] | None:
         """Raises `ConfigError` where `pd` is neither off, auto nor P:D."""
-        if self.pd in ("off", "auto"):
+        if self.pd in ("off", "auto", "pools"):
             return None
         prefill, colon, decode = self.pd.partition(":")
         if not colon or not (prefill.isdigit() and decode.isdigit()):
-            raise ConfigError(f"pd is {self.pd!r}: write off, auto or P:D, as in 2:6")
+            raise ConfigError(f"pd is {self.pd!r}: write off, auto, pools or P:D, as in 2:6")
         split = int(prefill), int(decode)
         if not all(split) or sum(split) > self.num_instances:
             raise ConfigError(
