@@ -28,12 +28,13 @@ HASH_BLOCK_TOKENS = 512
 
 @dataclass(frozen=True, slots=True)
 class TraceRequest:
-    """`hash_ids`: equal leading ids are equal leading blocks of `HASH_BLOCK_TOKENS`; or empty."""
+    """`hash_ids`: equal leading ids are equal leading blocks of `block_tokens`; or empty."""
 
     arrival_s: float
     input_tokens: int
     output_tokens: int
     hash_ids: tuple[int, ...] = ()
+    block_tokens: int = HASH_BLOCK_TOKENS
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from penstock.engine.core import InstanceCore
 from penstock.engine.memory.tiers.index import TierSizes
 from penstock.engine.scheduler.config import SchedulerConfig
 from penstock.loadgen.costs import hardware_or_file
+from penstock.loadgen.prompts import prompt_ids
 from penstock.loadgen.traces import TraceRequest
 from penstock.protocol.kv import BLOCK_TOKENS
 from penstock.protocol.request import SamplingParams
@@ -36,7 +37,6 @@ from penstock.service.policies.routing import (
 from penstock.simulator.data_plane import DataFaults
 from penstock.simulator.gaps import GapHistogram
 from penstock.simulator.outcome import Outcome, RoleChange, Sample
-from penstock.loadgen.prompts import prompt_ids
 from penstock.simulator.runner import StepCost
 from penstock.simulator.spec import GPUS_PER_HOST, ClusterSpec, PoolSpec
 from penstock.simulator.world import NetworkFaults, World
