@@ -239,6 +239,39 @@ def test_roles_are_soft() -> None:
     assert slo_aware(make_view(1, roles=["encode"]), request()).instance == "i0"
 
 
+# --- simple policies over pools -------------------------------------------------------------------
+
+
+def test_least_load_pairs_the_least_queue_of_p_with_the_fewest_tokens_of_d() -> None:
+    view = make_view(
+        5, roles=[*PD, "encode"], queued_tokens=[900, 100, 0, 0, 0], queued=[1, 1, 0, 0, 0],
+        running=[0, 0, 2, 4, 0], running_tokens=[0, 0, 3000, 2000, 0],
+    )  # fmt: skip
+    decision = least_load(view, request())
+    assert (decision.instance, decision.decode) == ("i1", "i3")
+    assert [c.instance for c in decision.candidates] == ["i1", "i0"]
+    goes_on = least_load(view, request(prefilled_on="i1"))
+    assert (goes_on.instance, goes_on.decode) == ("i3", None)
+    whole = least_load(view, request(aggregated_because="one token is wanted"))
+    assert whole.decode is None
+
+
+def test_round_robin_takes_turns_in_each_pool() -> None:
+    view = make_view(5, roles=["prefill", "decode", "decode", "prefill", "decode"])
+    turns = [round_robin(view, request(number=n)) for n in range(6)]
+    assert [d.instance for d in turns] == ["i0", "i3", "i0", "i3", "i0", "i3"]
+    assert [d.decode for d in turns] == ["i1", "i2", "i4", "i1", "i2", "i4"]
+    on = [round_robin(view, request(number=n, prefilled_on="i0")).instance for n in range(3)]
+    assert on == ["i1", "i2", "i4"]
+
+
+def test_simple_policies_take_whom_they_find_where_a_pool_is_empty() -> None:
+    for policy in (least_load, round_robin):
+        decision = policy(make_view(3, roles=["prefill"] * 3), request())
+        assert decision.decode not in (None, decision.instance)
+        assert policy(make_view(1, roles=["decode"]), request()).decode is None
+
+
 # --- in all cases ---------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ from penstock.service.cluster.fit import ANYTHING, Wanted
 
 MIB = 1 << 20
 #: Policies under which a request stays where its prompt is computed.
-_NEVER_SPLIT = ("round-robin", "least-load", "kv-aware")
+_NEVER_SPLIT = ("kv-aware",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class ClusterConfig:
         if split is not None and self.policy in _NEVER_SPLIT:
             raise ConfigError(
                 f"--policy {self.policy} never splits a request between instances, as --pd "
-                f"{self.pd} wants it: take split or slo-aware, or leave --policy out"
+                f"{self.pd} wants it: take another one, or leave --policy out"
             )
 
     @property

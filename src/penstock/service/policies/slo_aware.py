@@ -18,10 +18,20 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from penstock.protocol.instance import Role
 from penstock.service.policies import predict
 from penstock.service.policies.kv_aware import explain
 from penstock.service.policies.outlook import Outlook, look
+from penstock.service.policies.pools import (
+    DECODE,
+    ENCODE,
+    FOR_PROMPTS,
+    PREFILL,
+    TURNING_TO_DECODE,
+    TURNING_TO_PREFILL,
+    first_pool,
+    least,
+    why_not_split,
+)
 from penstock.service.policies.view import (
     ROLES,
     Bools,
@@ -49,7 +59,7 @@ def _decide(view: ClusterView, request: RouteRequest, always_apart: bool) -> Dec
     if request.prefilled_on is not None:
         return _after_prefill(stakes, request.prefilled_on, may_stay=not always_apart)
     together = _together(stakes)
-    why = request.aggregated_because or _why_not_split(view)
+    why = request.aggregated_because or why_not_split(view)
     if why:
         return _decision(stakes, together, f"prefill and decode together, since {why}")
     apart = _apart(stakes)
@@ -90,7 +100,7 @@ class _Stakes:
             holds_up = q.prompt_step_s + np.minimum(q.room, n) * s.token_s > request.tpot_slo_s
             holds_up &= view.running > 0.0
             if view.prefill_share is not None:
-                prompts = (view.prefill_share > _SEEN_BY_P99) & _FOR_PROMPTS[view.roles]
+                prompts = (view.prefill_share > _SEEN_BY_P99) & FOR_PROMPTS[view.roles]
                 over |= prompts & (mixed_s > request.tpot_slo_s)
         # After the queue comes the prompt. (Some of that may be waiting for blocks, which holds
         # nobody up, but is never more than computing them.) Its steps would have been there for
@@ -132,36 +142,10 @@ class _Stakes:
         return self.output * float(self.look.tpot_s[i] + self.token_delays_s[i])
 
 
-# --- pools ----------------------------------------------------------------------------------------
-
-
-def _mask(*roles: Role) -> Bools:
-    mask: Bools = np.array([role in roles for role in ROLES])
-    return mask
-
-
 #: Worse than any cost: a million seconds for each SLO that is missed.
 _BROKEN_S = 1e6
 #: A share of steps that a 99th percentile sees.
 _SEEN_BY_P99 = 0.01
-_ENCODE = _mask("encode")
-_SPLIT = _mask("prefill", "decode")
-_FOR_PROMPTS = _mask("prefill", "decode_to_prefill")
-_PREFILL, _TURNING_TO_PREFILL = _mask("prefill", "any"), _mask("decode_to_prefill")
-_DECODE, _TURNING_TO_DECODE = _mask("decode", "any"), _mask("prefill_to_decode")
-
-
-def _why_not_split(view: ClusterView) -> str:
-    if len(view.names) < 2:
-        return "there is one instance only"
-    if not _SPLIT[view.roles].any():
-        return "no instance has a role"
-    return ""
-
-
-def _least(score: Floats, members: Bools) -> int:
-    """The place of the least score among the members, or among all if there are none."""
-    return int(np.where(members, score, np.inf).argmin() if members.any() else score.argmin())
 
 
 # --- plans ----------------------------------------------------------------------------------------
@@ -193,7 +177,7 @@ def _together(k: _Stakes) -> _Plan:
     cost = own + others
     broken = k.late.astype(np.float64) + k.over + k.holds_up
     # Broken SLOs go before any cost, and an instance that encodes is the last resort.
-    score = cost + _BROKEN_S * (broken + 4.0 * _ENCODE[o.view.roles])
+    score = cost + _BROKEN_S * (broken + 4.0 * ENCODE[o.view.roles])
     i = int(score.argmin())
     return _Plan(i, i, int(broken[i]), float(own[i]), float(others[i]), 0.0, score)
 
@@ -218,10 +202,10 @@ def _prefill_place(k: _Stakes) -> int:
     least of both. The request's own work counts as queued with the rest, or a cached prefix would
     be worth nothing: so the least queue is the least TTFT."""
     roles, ttft_s = k.look.view.roles, k.look.ttft_s
-    mine, turning = _PREFILL[roles], _TURNING_TO_PREFILL[roles]
-    p = _least(ttft_s, mine)
+    mine, turning = PREFILL[roles], TURNING_TO_PREFILL[roles]
+    p = least(ttft_s, mine)
     if k.late[p] or not mine[p]:
-        p = _least(ttft_s, mine | turning)
+        p = least(ttft_s, mine | turning)
     return p
 
 
@@ -229,16 +213,13 @@ def _decode_place(k: _Stakes, *, besides: int | None) -> int:
     """Second level: in D, then in P→D, the fewest running tokens within the TPOT; if nobody holds
     it, the least TPOT of both."""
     view = k.look.view
-    mine, turning = _DECODE[view.roles], _TURNING_TO_DECODE[view.roles]
-    others = np.ones(len(mine), dtype=np.bool_)
-    if besides is not None and len(view.names) > 1:
-        others[besides] = False
-    for members in (mine, turning):
-        holding = members & others & ~k.over
+    others = first_pool(view, besides=besides)
+    pool = (DECODE | TURNING_TO_DECODE)[view.roles] & others
+    for members in (DECODE, TURNING_TO_DECODE):
+        holding = members[view.roles] & others & ~k.over
         if holding.any():
-            return _least(view.running_tokens, holding)
-    members = (mine | turning) & others
-    return _least(k.look.tpot_s, members if members.any() else others)
+            return least(view.running_tokens, holding)
+    return least(k.look.tpot_s, pool if pool.any() else others)
 
 
 def _after_prefill(k: _Stakes, prefilled_on: str, may_stay: bool) -> Decision:
@@ -293,7 +274,7 @@ def _to_prefill(k: _Stakes) -> str | None:
     decoding = view.roles == ROLES.index("decode")
     if decoding.sum() < 2:
         return None
-    return view.names[_least(view.running_tokens, decoding)]
+    return view.names[least(view.running_tokens, decoding)]
 
 
 def _to_decode(k: _Stakes) -> str | None:
@@ -301,7 +282,7 @@ def _to_decode(k: _Stakes) -> str | None:
     prefilling = view.roles == ROLES.index("prefill")
     if prefilling.sum() < 2:
         return None
-    return view.names[_least(k.look.queues.queue_s, prefilling)]
+    return view.names[least(k.look.queues.queue_s, prefilling)]
 
 
 # --- words ----------------------------------------------------------------------------------------
