@@ -13,7 +13,7 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import msgspec
@@ -73,10 +73,17 @@ _FORGET_S = 10.0
 class RegistryServer:
     """Serves at `address` while the running loop runs. Raises `ConfigError`."""
 
-    def __init__(self, address: str) -> None:
-        self._endpoint = listen(address, NAME)
+    def __init__(
+        self,
+        address: str,
+        *,
+        open_endpoint: Callable[[str, str], Endpoint] = listen,
+        first_lease: int | None = None,
+    ) -> None:
+        """`first_lease`: above all leases of earlier lives of the same registry."""
+        self._endpoint = open_endpoint(address, NAME)
         self.address = self._endpoint.address
-        self._leases = Leases(first_lease=time.time_ns())
+        self._leases = Leases(time.time_ns() if first_lease is None else first_lease)
         self._watches: dict[tuple[str, int], _Watch] = {}
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._endpoint.fileno(), self._readable)
@@ -152,10 +159,18 @@ class RegistryServer:
 class EmbeddedStore:
     """A client of `RegistryServer`. Belongs to one loop, which it meets at the first call."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(
+        self,
+        address: str,
+        *,
+        open_endpoint: Callable[[str, str, str], Endpoint] = connect,
+        name: str = "",
+    ) -> None:
+        """`name`: what nobody else in the cluster goes by; by default one is made up."""
         self._address = address
+        self._connect = open_endpoint
         # Containers on two hosts may agree in both; whoever has a name cuts off who had it.
-        self._name = f"{os.uname().nodename}-{os.getpid()}-{os.urandom(6).hex()}"
+        self._name = name or f"{os.uname().nodename}-{os.getpid()}-{os.urandom(6).hex()}"
         self._calls = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[Any]] = {}
         self._queues: dict[int, asyncio.Queue[_Answer]] = {}
@@ -163,7 +178,7 @@ class EmbeddedStore:
 
     def _open(self) -> Endpoint:
         if self._endpoint is None:
-            self._endpoint = connect(self._address, self._name, NAME)
+            self._endpoint = self._connect(self._address, self._name, NAME)
             loop = asyncio.get_running_loop()
             loop.add_reader(self._endpoint.fileno(), self._readable)
         return self._endpoint

@@ -33,8 +33,15 @@ def first_term() -> int:
 class Registry:
     """A store, and this cluster's folder in it. Belongs to one event loop."""
 
-    def __init__(self, store: Store, url: str, cluster: str = "default") -> None:
+    def __init__(
+        self,
+        store: Store,
+        url: str,
+        cluster: str = "default",
+        first_term: Callable[[], int] = first_term,
+    ) -> None:
         self.url = url
+        self._first_term = first_term
         self._store = store
         self._root = f"{ROOT}/{cluster}/"
 
@@ -65,7 +72,9 @@ class Registry:
     ) -> Campaign:
         """Lead whenever nobody else does. `on_change(term)`, and `on_change(None)` at the latest
         when somebody else could begin to lead."""
-        return Campaign(self._store, self._root + name, value, on_change, ttl_s, self.url)
+        return Campaign(
+            self._store, self._root + name, value, on_change, ttl_s, self.url, self._first_term
+        )
 
     async def put(self, key: str, value: bytes) -> None:
         await self._store.put(self._root + key, value)
@@ -165,6 +174,7 @@ class Campaign:
         on_change: Callable[[int | None], None],
         ttl_s: float,
         url: str,
+        first_term: Callable[[], int] = first_term,
     ) -> None:
         self._store = store
         self._url = url
@@ -172,6 +182,7 @@ class Campaign:
         self._value = value
         self._on_change = on_change
         self._ttl_s = ttl_s
+        self._first_term = first_term
         self._lease: int | None = None
         #: Of a leadership given up while the registry was gone: there it may still hold the key.
         self._former: int | None = None
@@ -195,8 +206,10 @@ class Campaign:
         while True:
             if self._lease is None or not await self._store.keep_alive(self._lease):
                 self._lease = await self._store.grant(self._ttl_s)
-            self._asked_s = time.monotonic()
-            term = await self._store.acquire(self._key, self._value, self._lease, first_term())
+            self._asked_s = _now()
+            term = await self._store.acquire(
+                self._key, self._value, self._lease, self._first_term()
+            )
             # The lease may be older than this very moment: renew it before counting on it.
             if term is not None and await self._renewed():
                 self._change(term)
@@ -210,7 +223,7 @@ class Campaign:
             self._former = None
 
     async def _renewed(self) -> bool:
-        asked_s = time.monotonic()
+        asked_s = _now()
         assert self._lease is not None
         if not await self._store.keep_alive(self._lease):
             return False
@@ -222,7 +235,7 @@ class Campaign:
         try:
             while True:
                 await asyncio.sleep(self._ttl_s / 6)
-                left_s = self._asked_s + self._ttl_s * 5 / 6 - time.monotonic()
+                left_s = self._asked_s + self._ttl_s * 5 / 6 - _now()
                 try:
                     # (Not wait_for: until Python 3.12 it may swallow a cancellation.)
                     async with asyncio.timeout(max(0.0, left_s)):
@@ -249,6 +262,10 @@ class Campaign:
             await self._end_former()
             if self._lease is not None:
                 await self._store.revoke(self._lease)
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
 
 
 def _lasting(work: Coroutine[Any, Any, None], what: str) -> asyncio.Task[None]:

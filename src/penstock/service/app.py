@@ -16,6 +16,7 @@ from starlette.types import ASGIApp
 
 from penstock.protocol.errors import EngineUnavailable, StartupError
 from penstock.registry.embedded import RegistryServer
+from penstock.registry.open import open_registry
 from penstock.repeats import OneASecond
 from penstock.service.assemble import build_app, build_core, policy_name
 from penstock.service.cluster.cluster import Alone, AmongOthers
@@ -163,7 +164,7 @@ class _Service:
             self._registry_server = RegistryServer(self._config.cluster.registry_address)
             log.info("the registry of this cluster is at %s", registry)
         self._cluster = AmongOthers(
-            registry,
+            open_registry(registry),
             self.driver,
             name=core.name,
             incarnation=core.incarnation,

@@ -13,8 +13,7 @@ import msgspec
 
 from penstock import __version__
 from penstock.registry.base import LEADER, ROUTERS, Deleted, Listing, Put, RouterEntry
-from penstock.registry.open import open_registry
-from penstock.registry.registry import first_term
+from penstock.registry.registry import Registry, first_term
 from penstock.service.cluster.fit import ANYTHING, Wanted
 from penstock.service.cluster.membership import Connections, Membership
 
@@ -44,7 +43,7 @@ class AmongOthers:
 
     def __init__(
         self,
-        registry_url: str,
+        registry: Registry,
         service: Service,
         *,
         name: str,
@@ -55,7 +54,7 @@ class AmongOthers:
     ) -> None:
         self._service = service
         self._routers: dict[str, bytes] = {}
-        self._registry = registry = open_registry(registry_url)
+        self._registry = registry
         entry = RouterEntry(
             name=name,
             incarnation=incarnation,

@@ -1,0 +1,115 @@
+"""An asyncio event loop of one node, on the virtual clock: production code that is written with
+`async` (what registries and memberships do) runs here as it is, and one seed gives one history.
+
+It has no sockets, threads or signals: what a node says to others goes through its world.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+from collections.abc import Callable, Coroutine, Generator
+from typing import Any, TypeVar
+
+_T = TypeVar("_T")
+
+
+class NodeLoop(asyncio.AbstractEventLoop):
+    """`clock()` is the node's time in seconds, and `at(when_s, call)` calls when it shows that, if
+    the node still runs then."""
+
+    def __init__(
+        self, clock: Callable[[], float], at: Callable[[float, Callable[[], None]], None]
+    ) -> None:
+        self._clock = clock
+        self._at = at
+        self._tasks: list[asyncio.Task[Any]] = []
+        self._ended = False
+        #: Exceptions that nobody has taken; a test looks here.
+        self.troubles: list[dict[str, Any]] = []
+
+    # --- what asyncio asks of a loop -----------------------------------------------------------
+
+    def time(self) -> float:
+        return self._clock()
+
+    def call_soon(  # type: ignore[override]
+        self,
+        callback: Callable[..., object],
+        *args: Any,
+        context: contextvars.Context | None = None,
+    ) -> asyncio.Handle:
+        handle = asyncio.Handle(callback, args, self, context)
+        self._at(self.time(), lambda: self._run(handle))
+        return handle
+
+    def call_later(  # type: ignore[override]
+        self,
+        delay: float,
+        callback: Callable[..., object],
+        *args: Any,
+        context: contextvars.Context | None = None,
+    ) -> asyncio.TimerHandle:
+        return self.call_at(self.time() + delay, callback, *args, context=context)
+
+    def call_at(  # type: ignore[override]
+        self,
+        when: float,
+        callback: Callable[..., object],
+        *args: Any,
+        context: contextvars.Context | None = None,
+    ) -> asyncio.TimerHandle:
+        handle = asyncio.TimerHandle(when, callback, args, self, context)
+        self._at(when, lambda: self._run(handle))
+        return handle
+
+    def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
+        return None  # it is done nothing with when its time comes
+
+    def create_future(self) -> asyncio.Future[Any]:
+        return asyncio.Future(loop=self)
+
+    def create_task(  # type: ignore[override]
+        self,
+        coro: Generator[Any, None, _T] | Coroutine[Any, Any, _T],
+        *,
+        name: str | None = None,
+        context: contextvars.Context | None = None,
+    ) -> asyncio.Task[_T]:
+        task: asyncio.Task[_T] = asyncio.Task(coro, loop=self, name=name, context=context)
+        self._tasks = [known for known in self._tasks if not known.done()] + [task]
+        return task
+
+    def is_running(self) -> bool:
+        return not self._ended
+
+    def is_closed(self) -> bool:
+        return self._ended
+
+    def get_debug(self) -> bool:
+        return False
+
+    def call_exception_handler(self, context: dict[str, Any]) -> None:
+        if not self._ended:
+            self.troubles.append(context)
+
+    # --- what the world does -------------------------------------------------------------------
+
+    def enter(self, call: Callable[[], _T]) -> _T:
+        """Run `call` as if from within this loop."""
+        outer = asyncio._get_running_loop()
+        asyncio._set_running_loop(self)
+        try:
+            return call()
+        finally:
+            asyncio._set_running_loop(outer)
+
+    def _run(self, handle: asyncio.Handle) -> None:
+        if not handle.cancelled() and not self._ended:
+            self.enter(handle._run)
+
+    def end(self) -> None:
+        """The process is gone: nothing of it goes on, nor is tidied up."""
+        self._ended = True
+        for task in self._tasks:
+            task._log_destroy_pending = False  # type: ignore[attr-defined]
