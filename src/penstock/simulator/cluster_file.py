@@ -1,0 +1,286 @@
+"""`cluster.yaml`: a cluster to simulate, as a file (`examples/simulate.yaml` explains each field).
+
+Names are those of flags, with dashes or underscores. What is not known is an error, never ignored.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from penstock.loadgen.costs import InstanceModel, hardware_or_file, known_hardware
+from penstock.loadgen.traces import TraceRequest
+from penstock.protocol.errors import ConfigError
+from penstock.protocol.kv import BLOCK_TOKENS
+from penstock.service.policies.routing import policy_named
+from penstock.simulator.quantities import seconds_of, text_of
+from penstock.simulator.spec import ClusterSpec, LinkSpec, PoolSpec
+
+#: Reads a value, given what to call it in an error.
+_Reader = Callable[[Any, str], Any]
+
+
+def read_cluster(path: Path) -> ClusterSpec:
+    """Raises `ConfigError` that names the file, and the field at fault."""
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as exc:
+        reason = exc.strerror if isinstance(exc, OSError) else "it is not UTF-8"
+        raise ConfigError(f"{path} cannot be read: {reason}") from None
+    except yaml.YAMLError as exc:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(exc).split())}") from None
+    try:
+        return parse_cluster(found, path.parent)
+    except ConfigError as exc:
+        raise ConfigError(f"{path}: {exc.message}") from None
+
+
+def parse_cluster(found: Any, folder: Path = Path()) -> ClusterSpec:
+    """What `yaml.safe_load` gives. Files with cost models are looked for in `folder`."""
+    values = _record(found, "the file", _CLUSTER)
+    pools = values.pop("pools", None)
+    if pools is None:
+        raise ConfigError("there is no field pools")
+    values["pools"] = tuple(
+        _pool(pool, f"pools[{place}]", folder) for place, pool in enumerate(pools)
+    )
+    values |= values.pop("slo", {})
+    spec = ClusterSpec(**values)
+    policy_named(spec.policy)
+    _ = spec.static_split  # raises where `pd` is none of those that there are
+    return spec
+
+
+def write_cluster(spec: ClusterSpec) -> str:
+    """YAML that `parse_cluster` reads back as `spec`; defaults are left out."""
+    found = _plain(spec, ("name", "policy", "pd", "admission", "kv_index", "max_queue"))
+    found["pools"] = [_plain(pool, _POOL) for pool in spec.pools]
+    if (link := spec.link) != LinkSpec():
+        found["link"] = {
+            "latency": text_of(link.latency_s),
+            "jitter": text_of(link.jitter_s),
+            "kv-gbit": link.kv_gbit,
+        }
+    slo = {"ttft": spec.ttft_slo_s, "tpot": spec.tpot_slo_s}
+    if any(slo.values()):
+        found["slo"] = {name: text_of(s) for name, s in slo.items() if s is not None}
+    text: str = yaml.safe_dump(found, sort_keys=False)
+    return text
+
+
+def _plain(found: ClusterSpec | PoolSpec, names: Iterable[str]) -> dict[str, Any]:
+    """The fields `names` that are not what they are by default."""
+    usual = {f.name: f.default for f in fields(found) if f.default is not MISSING}
+    values = {name: getattr(found, name) for name in names}
+    return {
+        name.replace("_", "-"): value
+        for name, value in values.items()
+        if name not in usual or value != usual[name]
+    }
+
+
+def check_fits(spec: ClusterSpec, requests: Sequence[TraceRequest]) -> None:
+    """Raises `ConfigError` where an instance cannot hold the longest request, saying what could."""
+    longest = max(requests, key=lambda r: r.input_tokens + r.output_tokens)
+    tokens = longest.input_tokens + longest.output_tokens
+    for pool in spec.pools:
+        model = hardware_or_file(pool.hardware)
+        said = (
+            f"the longest request of the trace has {longest.input_tokens} + "
+            f"{longest.output_tokens} tokens"
+        )
+        if tokens > pool.max_model_len:
+            raise ConfigError(
+                f"{said}, and the pool {pool.name} has max-model-len {pool.max_model_len}: raise "
+                f"it to {tokens} or more"
+            )
+        room = model.kv_tokens if pool.kv_tokens is None else pool.kv_tokens
+        room -= room % BLOCK_TOKENS
+        if tokens > room:
+            raise ConfigError(
+                f"{said}, and an instance of the pool {pool.name} ({pool.hardware}) has room for "
+                f"{room} tokens of KV: {_what_holds(model, pool, tokens)}"
+            )
+
+
+def _what_holds(model: InstanceModel, pool: PoolSpec, tokens: int) -> str:
+    if pool.kv_tokens is not None and model.kv_tokens >= tokens:
+        return f"its hardware has room for {model.kv_tokens}: raise kv-tokens, or leave it out"
+    kind = pool.hardware.split(":")[1:2]
+    able = [
+        name
+        for name, values in known_hardware().items()
+        if kind == name.split(":")[1:2] and values["kv_tokens"] >= tokens
+    ]
+    if able:
+        return f"more GPUs (TP), larger ones or fewer bits would hold it: {', '.join(able)}"
+    return "no hardware that is known here holds it: leave such requests out of the trace"
+
+
+def _pool(found: Any, where: str, folder: Path) -> PoolSpec:
+    values = _record(found, where, _POOL | {"tp": _whole(1)})
+    for name in ("count", "hardware"):
+        if name not in values:
+            raise ConfigError(f"{where} lacks {name}")
+    name, tp = values["hardware"], values.pop("tp", None)
+    if "/" in name or name.endswith(".json"):
+        if tp is not None:
+            raise ConfigError(f"{where}.tp: a file with a cost model is of a TP already")
+        # Relative to the cluster file, as it was written there.
+        path = folder / name
+        values["hardware"] = str(path) if "/" in str(path) else f"./{path}"
+        hardware_or_file(values["hardware"])
+    else:
+        values["hardware"] = _known(name, tp, where)
+    return PoolSpec(**values)
+
+
+def _known(name: str, tp: int | None, where: str) -> str:
+    """The whole name of known hardware; a model that it does not hold is said to be one."""
+    wanted = name if tp is None else f"{name}:tp{tp}"
+    known = list(known_hardware())
+    matches = [k for k in known if k == wanted or k.startswith(wanted + ":")]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        raise ConfigError(f"{where}.hardware {wanted} may be {', '.join(matches)}: say which")
+    gpu, _, rest = wanted.partition(":")
+    model = rest.partition(":")[0]
+    same = [k for k in known if k.split(":")[:2] == [gpu, model]]
+    if same:
+        raise ConfigError(
+            f"{where}.hardware {wanted}: either it cannot hold the model or there is no cost model "
+            f"of it. These hold it: {', '.join(same)}"
+        )
+    raise ConfigError(
+        f"{where}.hardware {wanted} is not known{_nearest(wanted, known)}: name one of "
+        f"{', '.join(known)}, or a JSON file with a cost model"
+    )
+
+
+# --- fields ---------------------------------------------------------------------------------------
+
+
+def _record(found: Any, where: str, known: Mapping[str, _Reader]) -> dict[str, Any]:
+    """Values by attribute, each read by its reader."""
+    if not isinstance(found, dict):
+        raise ConfigError(f"{where} is not a list of fields with values (key: value)")
+    values = {}
+    prefix = "" if where == "the file" else f"{where}."
+    for key, value in found.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            shown = [k.replace("_", "-") for k in known]
+            raise ConfigError(
+                f"{prefix}{key}: there is no such field{_nearest(name.replace('_', '-'), shown)}"
+            )
+        if name in values:
+            raise ConfigError(f"{prefix}{key} is there twice")
+        values[name] = known[name](value, f"{prefix}{key}")
+    return values
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    found = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f" (did you mean {found[0]}?)" if found else ""
+
+
+def _text(value: Any, what: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ConfigError(f"{what} is {value!r}, not a text")
+    return value
+
+
+def _one_of(*known: str) -> _Reader:
+    def read(value: Any, what: str) -> str:
+        if value not in known:
+            raise ConfigError(f"{what} is {value!r}, not one of {', '.join(known)}")
+        return str(value)
+
+    return read
+
+
+def _flag(value: Any, what: str) -> bool:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{what} is {value!r}, neither true nor false")
+    return value
+
+
+def _whole(least: int) -> _Reader:
+    def read(value: Any, what: str) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ConfigError(f"{what} is {value!r}, not a whole number of at least {least}")
+        return value
+
+    return read
+
+
+def _positive(value: Any, what: str) -> float:
+    numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not numeric or not math.isfinite(value) or value <= 0:
+        raise ConfigError(f"{what} is {value!r}, not a number of more than 0")
+    return float(value)
+
+
+def _split(value: Any, what: str) -> str:
+    # YAML takes 2:6 for 126, a number to the base of 60, and off for false.
+    if value is False:
+        return "off"
+    if isinstance(value, int) and not isinstance(value, bool):
+        raise ConfigError(f'{what} is {value}, to YAML: write splits in quotes, "2:6"')
+    return _text(value, what)
+
+
+def _pools(value: Any, what: str) -> list[Any]:
+    if not isinstance(value, list) or not value:
+        raise ConfigError(f"{what} is not a list of pools")
+    return value
+
+
+def _link(value: Any, what: str) -> LinkSpec:
+    found = _record(value, what, _LINK)
+    return LinkSpec(**{_LINK_FIELDS[name]: number for name, number in found.items()})
+
+
+def _slo(value: Any, what: str) -> dict[str, float]:
+    found = _record(value, what, {"ttft": seconds_of, "tpot": seconds_of})
+    for name, seconds in found.items():
+        if not seconds:
+            raise ConfigError(f"{what}.{name} has to be more than 0")
+    return {f"{name}_slo_s": seconds for name, seconds in found.items()}
+
+
+_POOL: dict[str, _Reader] = {
+    "name": _text,
+    "count": _whole(1),
+    "hardware": _text,
+    "role": _one_of("any", "prefill", "decode"),
+    "max_num_batched_tokens": _whole(1),
+    "max_num_seqs": _whole(1),
+    "max_model_len": _whole(1),
+    "enable_prefix_caching": _flag,
+    "kv_tokens": _whole(BLOCK_TOKENS),
+    "host_kv_tokens": _whole(0),
+    "disk_kv_tokens": _whole(0),
+    "slowdown": _positive,
+    "gpu_hour_usd": _positive,
+}
+_LINK: dict[str, _Reader] = {"latency": seconds_of, "jitter": seconds_of, "kv_gbit": _positive}
+_LINK_FIELDS = {"latency": "latency_s", "jitter": "jitter_s", "kv_gbit": "kv_gbit"}
+_CLUSTER: dict[str, _Reader] = {
+    "name": _text,
+    "pools": _pools,
+    "policy": _text,
+    "pd": _split,
+    "slo": _slo,
+    "admission": _flag,
+    "kv_index": _flag,
+    "max_queue": _whole(1),
+    "link": _link,
+}
