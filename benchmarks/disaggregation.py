@@ -29,9 +29,10 @@ from penstock.service.core import ServiceCoreConfig
 from penstock.service.generation import GenerationSpec, TokenDelta
 from penstock.service.policies.roles import RolesConfig
 from penstock.service.policies.routing import least_load, slo_aware
+from penstock.simulator.clients import Answer
 from penstock.simulator.data_plane import DataFaults
 from penstock.simulator.runner import StepCost
-from penstock.simulator.world import VOCAB_SIZE, Outcome, World
+from penstock.simulator.world import VOCAB_SIZE, World
 
 #: Cost models are fitted and roles given before what is measured begins.
 WARM_UP_S = 10.0
@@ -64,7 +65,7 @@ SCENARIOS = (
 )
 
 
-class _Timed(Outcome):
+class _Timed(Answer):
     """Notes when each token came."""
 
     def __init__(self, world: World) -> None:

@@ -86,8 +86,7 @@ class Cluster:
 
     def call(self, at_s: float, call: Callable[[float], list[Effect]]) -> None:
         """Something that the service's driver tells its core."""
-        node = self.world._nodes["s"]
-        self.world.at(at_s, lambda: self.world._carry_out(node, call(self.world.now)))
+        self.world.at(at_s, lambda: self.world.tell("s", call))
 
     def check_nothing_is_left(self) -> None:
         self.service.check()
@@ -96,7 +95,7 @@ class Cluster:
             assert (instance.queued_tokens, instance.running, instance.running_tokens) == (0, 0, 0)
             assert not instance.entries and not instance.coming and not instance.waiting
         for name, engine in self.engines.items():
-            if self.world._nodes[name].alive:
+            if self.world.lives(name):
                 engine.scheduler.check()
                 engine.exchange.check()
                 assert not engine.scheduler.has_work(), name
@@ -173,11 +172,11 @@ def test_kills_and_losses_end_in_the_right_tokens(seed: int) -> None:
         told = draw.choice(("s", None))
 
         def die(name: str = name, told: str | None = told) -> None:
-            if c.world._nodes[name].alive:
+            if c.world.lives(name):
                 c.world.kill(name, noticed_by=told)
 
         def rise(name: str = name) -> None:
-            if not c.world._nodes[name].alive:
+            if not c.world.lives(name):
                 c.restart(name)
 
         c.world.at(at_s, die)
@@ -397,7 +396,7 @@ def test_a_service_started_again_on_an_earlier_clock_leads_within_seconds(electe
     config = replace(roles_config(static=(2, 1)), name="t")
     later = c.world.add_service("t", NAMES[:3], policy=slo_aware, config=config)
     # An hour is 3600 terms; and the registry that elects has forgotten the last one.
-    c.world._carry_out(c.world._nodes["t"], later.lead(90_000 - 3600, 10.0, elected=elected))
+    c.world.tell("t", lambda now: later.lead(90_000 - 3600, now, elected=elected))
     c.world.run(until_s=20.0)
     assert sorted(e.role for e in c.engines.values()) == ["decode", "prefill", "prefill"]
     assert later.roles.term == 90_001 and not later.roles.has_yielded

@@ -23,7 +23,7 @@ class CountingRunner:
         clock: Callable[[], float],
         at: Callable[[float, Callable[[], None]], None],
     ) -> None:
-        self._cost = cost
+        self.cost = cost
         self._clock = clock
         self._at = at
         self._free_at_s = 0.0
@@ -32,7 +32,7 @@ class CountingRunner:
         self.busy_s = 0.0
 
     def launch(self, batch: Batch, done: Callable[[StepResult], None]) -> None:
-        step_s = self._cost.of(batch)
+        step_s = self.cost.of(batch)
         self._free_at_s = max(self._free_at_s, self._clock()) + step_s
 
         def finish() -> None:

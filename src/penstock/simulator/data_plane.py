@@ -57,7 +57,7 @@ class SimulatedDataPlane:
         block_bytes: int,
     ) -> None:
         self._memory = memory
-        self._faults = faults
+        self.faults = faults
         self._draw = draw
         self._at = at
         self._clock = clock
@@ -75,10 +75,10 @@ class SimulatedDataPlane:
         if isinstance(job, Abandon):
             return  # here every job begins at once
         began_s = self._clock()
-        fails = self._draw.random() < self._faults.fails
+        fails = self._draw.random() < self.faults.fails
         seconds = self._seconds(job)
-        if self._draw.random() < self._faults.hangs:
-            seconds += self._faults.hang_s
+        if self._draw.random() < self.faults.hangs:
+            seconds += self.faults.hang_s
         for block in _filled_by(job):
             self._memory.spoil(block)
 
@@ -99,8 +99,8 @@ class SimulatedDataPlane:
         self.closed = True
 
     def _seconds(self, job: Import | Load | Store) -> float:
-        a_block_s = self._faults.map_block_s if _is_map(job) else self._faults.block_s
-        return self._faults.latency_s + a_block_s * len(job.blocks)
+        a_block_s = self.faults.map_block_s if _is_map(job) else self.faults.block_s
+        return self.faults.latency_s + a_block_s * len(job.blocks)
 
     def _carry_out(self, job: Import | Load | Store) -> tuple[bool, ...]:
         match job:
@@ -128,14 +128,14 @@ class SimulatedDataPlane:
         return True
 
     def _copy(self, page: Page, incoming: Incoming) -> bool:
-        if page.moved_on or self._draw.random() < self._faults.corrupt:
+        if page.moved_on or self._draw.random() < self.faults.corrupt:
             return False
         self._memory.fill(incoming.block, page.memory.read(page.block))
         return True
 
     def _load(self, tier: Tier, key: bytes, block: int) -> bool:
         cells = self.tiers.get(tier, {}).get(key)
-        if cells is None or self._draw.random() < self._faults.corrupt:
+        if cells is None or self._draw.random() < self.faults.corrupt:
             self.tiers.get(tier, {}).pop(key, None)
             return False
         self._memory.fill(block, cells)

@@ -20,6 +20,7 @@ from penstock.engine.scheduler.config import SchedulerConfig
 from penstock.loadgen.costs import hardware_or_file
 from penstock.loadgen.prompts import prompt_ids
 from penstock.loadgen.traces import TraceRequest
+from penstock.protocol.errors import PenstockError
 from penstock.protocol.kv import BLOCK_TOKENS
 from penstock.protocol.request import SamplingParams
 from penstock.service.cluster.finder import IndexFinder, NoFinder
@@ -73,7 +74,7 @@ class _Seen:
             assert not self.finish, "a second terminal reply"
             self.finish, self.end_s = delta.finish, self.world.now
 
-    def refused(self) -> None:
+    def refused(self, error: PenstockError) -> None:
         self.finish = "refused"
 
 

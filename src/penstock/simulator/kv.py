@@ -66,6 +66,16 @@ class KvMemory:
         return [b for b in blocks if b in self.windows and self.windows[b].moved_on]
 
 
+class NoCells(KvMemory):
+    """Of runners that look at no block: generations and windows only."""
+
+    def read(self, block: int) -> list[int]:
+        return []
+
+    def fill(self, block: int, cells: list[int]) -> None:
+        pass
+
+
 def prefix_hash(before: int, token_id: int) -> int:
     """Hashes of tuples of ints do not vary from run to run."""
     return hash((before, token_id))

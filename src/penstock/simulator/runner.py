@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from penstock.engine.scheduler.batch import Batch, BatchRow, RowResult, StepResult
 from penstock.protocol.kv import BLOCK_TOKENS
@@ -29,6 +29,10 @@ class StepCost:
     per_row_s: float = 0.0001
     per_context_token_s: float = 0.0
     per_attention_s: float = 0.0
+
+    def scaled(self, factor: float) -> StepCost:
+        """Of a device on which everything takes `factor` times as long."""
+        return StepCost(*(factor * getattr(self, f.name) for f in fields(self)))
 
     def of(self, batch: Batch) -> float:
         rows = batch.rows
@@ -82,7 +86,7 @@ class CostModelRunner:
         at: Callable[[float, Callable[[], None]], None],
         memory: KvMemory | None = None,
     ) -> None:
-        self._cost = cost
+        self.cost = cost
         self._vocab_size = vocab_size
         self._clock = clock
         self._at = at
@@ -94,7 +98,7 @@ class CostModelRunner:
         self.busy_s = 0.0
 
     def launch(self, batch: Batch, done: Callable[[StepResult], None]) -> None:
-        step_s = self._cost.of(batch)
+        step_s = self.cost.of(batch)
         self._free_at_s = max(self._free_at_s, self._clock()) + step_s
 
         def finish() -> None:

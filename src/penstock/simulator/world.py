@@ -1,17 +1,17 @@
 """A whole deployment on a virtual clock: the production cores, a network with faults, no threads.
 
 One seed gives one history: events happen in the order of (time, number), all randomness comes from
-one generator, and nothing depends on hash order. `history` records every message that was
-delivered, every fault and every reply.
+seeded generators, and nothing depends on hash order. `digest` is a hash over everything that was
+delivered, launched and replied; `history` (not in large worlds) is that in words.
 """
 
 from __future__ import annotations
 
-import heapq
 import random
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 from penstock.engine.core import CoreConfig, InstanceCore
 from penstock.engine.memory.tiers.index import TierIndex, TierSizes
@@ -20,82 +20,29 @@ from penstock.engine.scheduler.config import SchedulerConfig
 from penstock.engine.scheduler.scheduler import Scheduler
 from penstock.engine.transfer.jobs import Job, Moved
 from penstock.protocol.codec import Message, decode, encode
-from penstock.protocol.effects import Connect, Effect, Launch, Move, Reply, Send, SetTimer
-from penstock.protocol.errors import Overloaded
+from penstock.protocol.effects import Connect, Effect, Launch, Move, Reply, Send, SetTimer, Stop
+from penstock.protocol.errors import EngineUnavailable, Overloaded
 from penstock.protocol.instance import InstanceCard
 from penstock.protocol.kv import KvLayout
 from penstock.service.cluster.finder import Finder
 from penstock.service.core import ServiceCore, ServiceCoreConfig
-from penstock.service.generation import GenerationSpec, TokenDelta
+from penstock.service.generation import GenerationSpec
 from penstock.service.policies.routing import Policy, least_load
+from penstock.simulator.clients import Answer, Client
+from penstock.simulator.clocks import Clock
 from penstock.simulator.counting import CountingRunner
 from penstock.simulator.data_plane import DataFaults, SimulatedDataPlane
-from penstock.simulator.kv import KvMemory
+from penstock.simulator.digest import Digest
+from penstock.simulator.events import Call, Events
+from penstock.simulator.kv import KvMemory, NoCells
+from penstock.simulator.network import Network, NetworkFaults
+from penstock.simulator.node import Core, Device, Node
 from penstock.simulator.runner import CostModelRunner, StepCost
 
 VOCAB_SIZE = 1000
-At = Callable[[float, Callable[[], None]], None]
 SMALL_SCHEDULER = SchedulerConfig(
     max_num_seqs=16, max_num_batched_tokens=256, max_model_len=1024, eos_token_ids=(0,)
 )
-
-
-@dataclass(frozen=True, slots=True)
-class NetworkFaults:
-    """Each frame: `latency_s` plus up to `jitter_s`; may come twice; may be lost."""
-
-    latency_s: float = 0.0002
-    jitter_s: float = 0.0003
-    duplicate: float = 0.0
-    loss: float = 0.0
-
-
-class Core(Protocol):
-    """What takes part in a world: an `InstanceCore`, a `ServiceCore`, or what a test puts there."""
-
-    def on_message(self, peer: str, message: Any, now: float) -> list[Effect]: ...
-    def on_timer(self, now: float) -> list[Effect]: ...
-
-
-@dataclass(slots=True)
-class _Node:
-    """A process: its core, whether it lives, and the timer it has set last."""
-
-    name: str
-    core: Core
-    runner: CostModelRunner | CountingRunner | None = None
-    data_plane: SimulatedDataPlane | None = None
-    memory: KvMemory | None = None
-    #: Instances that it has been told to connect to, and those that have connected to it.
-    peers: dict[str, None] = field(default_factory=dict)
-    alive: bool = True
-    #: While stopped, a process takes in nothing and sets nothing off; it does so afterwards.
-    stopped: bool = False
-    missed: list[Callable[[], None]] = field(default_factory=list)
-    timer: int = 0
-
-
-class Client(Protocol):
-    """Who made a request."""
-
-    def take(self, delta: TokenDelta) -> None: ...
-    def refused(self) -> None: ...
-
-
-@dataclass(slots=True)
-class Outcome:
-    """What the caller of one request saw, by choice."""
-
-    ids: dict[int, list[int]] = field(default_factory=dict)
-    finish: dict[int, list[str]] = field(default_factory=dict)
-
-    def take(self, delta: TokenDelta) -> None:
-        self.ids.setdefault(delta.choice, []).extend(delta.ids)
-        if delta.finish is not None:
-            self.finish.setdefault(delta.choice, []).append(delta.finish)
-
-    def refused(self) -> None:
-        self.finish[0] = ["overloaded"]
 
 
 class World:
@@ -111,21 +58,23 @@ class World:
     ) -> None:
         """`counting`: for large worlds. Runners only count (`counting.py`), messages are handed
         over without being encoded, and no history is kept."""
-        self.now = 0.0
         self._counting = counting
+        self.events = Events()
+        self.network = Network(faults or NetworkFaults(), random.Random(seed))
+        self.digest = Digest()
         self.history: list[str] = []
-        self.outcomes: dict[str, Outcome] = {}
-        self._clients: dict[str, Client] = {}
-        self._random = random.Random(seed)
-        self._faults = faults or NetworkFaults()
+        self.outcomes: dict[str, Answer] = {}
+        self._asked: dict[str, tuple[Client, int]] = {}  # and how many choices have not ended
         self._data_faults = data_faults or DataFaults()
         self._data_random = random.Random(seed + 1)
-        self._events: list[tuple[float, int, Callable[[], None]]] = []
-        self._number = 0
-        self._nodes: dict[str, _Node] = {}
+        self._nodes: dict[str, Node] = {}
         self._incarnations: dict[str, int] = {}
-        self._last_arrival_s: dict[tuple[str, str], float] = {}
-        self._cuts: dict[frozenset[str], float] = {}
+        self._watchers: list[Callable[[str], None]] = []
+
+    @property
+    def now(self) -> float:
+        """Seconds since the beginning, by no clock in it."""
+        return self.events.now
 
     # --- building ------------------------------------------------------------------------------
 
@@ -141,169 +90,251 @@ class World:
         num_windows: int = 256,
         tiers: TierSizes = TierSizes(),  # noqa: B008 (frozen)
         core: CoreConfig | None = None,
+        clock: Clock | None = None,
     ) -> InstanceCore:
         """Start (or start again, as a new incarnation) the instance `name`. Blocks move between
         instances by `means`, mapped only on one `host`."""
         incarnation = self._incarnations[name] = self._incarnations.get(name, 0) + 1
-        config = scheduler
-        layout = KvLayout(1, 1, 8, config.block_tokens, "float32", 4096)
-        card = InstanceCard(
-            name=name,
-            incarnation=incarnation,
-            pid=0,
-            model="simulated",
-            model_digest="simulated",
-            vocab_size=VOCAB_SIZE,
-            max_model_len=config.max_model_len,
-            dtype="float32",
-            device="simulated",
-            layout=layout,
-            num_blocks=num_blocks,
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            host=host,
-            endpoints={"control": f"sim://{name}"},
-        )
-        memory = KvMemory(num_blocks, config.block_tokens)
+        memory = (NoCells if self._counting else KvMemory)(num_blocks, scheduler.block_tokens)
+        card = _card(name, incarnation, scheduler, num_blocks, host)
         instance = InstanceCore(
             card,
-            Scheduler(config, num_blocks, num_windows, memory.generations),
+            Scheduler(scheduler, num_blocks, num_windows, memory.generations),
             core or CoreConfig(),
             means={m: host if m == "map" else "" for m in means},
             endpoints={m: f"{name}/{incarnation}" for m in means},
             tiers=TierIndex(tiers),
         )
-        node = self._nodes[name] = _Node(name, instance, memory=memory)
-
-        def at(when_s: float, call: Callable[[], None]) -> None:
-            self.at(when_s, lambda: self._when_running(node, call))
-
-        node.runner = self._runner(cost or StepCost(), at, memory)
-        node.data_plane = SimulatedDataPlane(
-            memory, self._data_faults, self._data_random, at, lambda: self.now,
-            self._memory_at, layout.block_bytes,
+        clock = clock or Clock()
+        start_again = partial(
+            self.add_instance, name, num_blocks=num_blocks, cost=cost, scheduler=scheduler,
+            host=host, means=means, num_windows=num_windows, tiers=tiers, core=core, clock=clock,
         )  # fmt: skip
-        self._carry_out(node, instance.on_timer(self.now))
+        node = self._install(Node(name, instance, clock, start_again))
+        node.device = self._device(node, cost or StepCost(), memory, card.layout.block_bytes)
+        self._carry_out(node, instance.on_timer(clock.local_s(self.now)))
         return instance
 
-    def _runner(self, cost: StepCost, at: At, memory: KvMemory) -> CostModelRunner | CountingRunner:
-        if self._counting:
-            return CountingRunner(cost, lambda: self.now, at)
-        return CostModelRunner(cost, VOCAB_SIZE, lambda: self.now, at, memory)
+    def _device(self, node: Node, cost: StepCost, memory: KvMemory, block_bytes: int) -> Device:
+        def at(when_s: float, call: Call) -> None:
+            self.at(when_s, partial(node.when_running, call))
 
-    def busy_s(self, name: str) -> float:
-        """Seconds that the instance has computed."""
-        runner = self._nodes[name].runner
-        assert runner is not None
-        return runner.busy_s
+        def clock() -> float:
+            return self.now  # however wrong the node's may be
+
+        runner: CostModelRunner | CountingRunner
+        if self._counting:
+            runner = CountingRunner(cost, clock, at)
+        else:
+            runner = CostModelRunner(cost, VOCAB_SIZE, clock, at, memory)
+        data_plane = SimulatedDataPlane(
+            memory, self._data_faults, self._data_random, at, clock, self._memory_at, block_bytes
+        )
+        return Device(cost, runner, data_plane, memory)
 
     def _memory_at(self, endpoint: str) -> KvMemory | None:
         name, _, incarnation = endpoint.partition("/")
         node = self._nodes.get(name)
-        lives = node is not None and node.alive and str(self._incarnations[name]) == incarnation
-        return node.memory if node is not None and lives else None
+        if node is None or not node.alive or str(self._incarnations[name]) != incarnation:
+            return None
+        return self._device_of(name).memory
 
-    def add_node(self, name: str, core: Core) -> None:
+    def add_node(self, name: str, core: Core, clock: Clock | None = None) -> None:
         """Anything that takes messages. (`send` sends in its name.)"""
-        self._nodes[name] = _Node(name, core)
+        again = partial(self.add_node, name, core, clock)
+        self._install(Node(name, core, clock or Clock(), again))
+
+    def _install(self, node: Node) -> Node:
+        """A successor takes the name over; what had it is gone."""
+        before = self._nodes.get(node.name)
+        if before is not None:
+            before.end()
+        self._nodes[node.name] = node
+        return node
 
     def add_service(
         self,
         name: str,
-        instances: list[str],
+        instances: Sequence[str],
         *,
         policy: Policy = least_load,
-        finder: Finder | None = None,
+        finder: Callable[[], Finder] | Finder | None = None,
         config: ServiceCoreConfig | None = None,
+        clock: Clock | None = None,
     ) -> ServiceCore:
-        """`config` for all but the name."""
-        core = ServiceCore(replace(config or ServiceCoreConfig(), name=name), policy, finder)
-        node = self._nodes[name] = _Node(name, core)
+        """`config` for all but the name (and, once started again, the incarnation). `finder`: one,
+        or what makes a new one at each start."""
+        config, clock = replace(config or ServiceCoreConfig(), name=name), clock or Clock()
+        core = ServiceCore(config, policy, finder() if callable(finder) else finder)
+        start_again = partial(
+            self.add_service, name, instances, policy=policy, finder=finder, clock=clock,
+            config=replace(config, incarnation=config.incarnation + 1),
+        )  # fmt: skip
+        node = self._install(Node(name, core, clock, start_again))
         for instance in instances:
-            self._carry_out(node, core.add_instance(instance, self.now))
+            self._carry_out(node, core.add_instance(instance, clock.local_s(self.now)))
         return core
+
+    def restart(self, name: str) -> Any:
+        """Start `name` again as it was started last; the new core is returned."""
+        node = self._nodes[name]
+        if node.alive:
+            self.kill(name)
+        self._happened("start", name)
+        node.start_again()
+        return self._nodes[name].core
+
+    # --- looking -------------------------------------------------------------------------------
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._nodes)
+
+    def core(self, name: str) -> Any:
+        """The core of the process that has (or had last) this name."""
+        return self._nodes[name].core
+
+    def lives(self, name: str) -> bool:
+        return self._nodes[name].alive
+
+    def left(self, name: str) -> bool:
+        """Whether it ended by itself (`Stop`)."""
+        return self._nodes[name].left
+
+    def busy_s(self, name: str) -> float:
+        """Seconds that the instance has computed."""
+        return self._device_of(name).runner.busy_s
+
+    def watch(self, watcher: Callable[[str], None]) -> None:
+        """`watcher(name)` is called each time that the core of `name` has taken something in and
+        what it asked for has been carried out."""
+        self._watchers.append(watcher)
+
+    def _device_of(self, name: str) -> Device:
+        device = self._nodes[name].device
+        assert device is not None, f"{name} is not an instance"
+        return device
+
+    # --- requests ------------------------------------------------------------------------------
 
     def submit(
         self, service: str, spec: GenerationSpec, at_s: float, client: Client | None = None
     ) -> Client:
-        """`client` sees the replies; by default an `Outcome`."""
-        outcome: Client = client or self.outcomes.setdefault(spec.request_id, Outcome())
-        self._clients[spec.request_id] = outcome
+        """`client` sees the replies; by default an `Answer`, to be found in `outcomes`."""
+        caller: Client = client or self.outcomes.setdefault(spec.request_id, Answer())
+        self.at(at_s, partial(self.submit_now, service, spec, caller))
+        return caller
+
+    def submit_now(self, service: str, spec: GenerationSpec, client: Client) -> None:
+        node = self._nodes[service]
+        if not node.alive:
+            client.refused(EngineUnavailable(f"nobody listens at {service}"))
+            return
 
         def arrive() -> None:
-            node = self._nodes[service]
             assert isinstance(node.core, ServiceCore)
+            self._asked[spec.request_id] = client, spec.n
             try:
-                self._carry_out(node, node.core.submit(spec, self.now))
-            except Overloaded:
-                outcome.refused()
+                effects = node.core.submit(spec, node.clock.local_s(self.now))
+            except Overloaded as error:
+                del self._asked[spec.request_id]
+                client.refused(error)
+            else:
+                self._carry_out(node, effects)
 
-        self.at(at_s, arrive)
-        return outcome
+        node.when_running(arrive)
 
     def cancel(self, service: str, request_id: str, at_s: float) -> None:
-        def arrive() -> None:
-            node = self._nodes[service]
-            assert isinstance(node.core, ServiceCore)
-            self._carry_out(node, node.core.cancel(request_id, None, self.now))
+        def arrive(now: float) -> list[Effect]:
+            self._asked.pop(request_id, None)  # no further word is to come
+            effects: list[Effect] = self.core(service).cancel(request_id, None, now)
+            return effects
 
-        self.at(at_s, arrive)
+        self.at(at_s, partial(self.tell, service, arrive))
+
+    def tell(self, name: str, call: Callable[[float], list[Effect]]) -> None:
+        """Something that the driver of `name` tells its core: `call` gets the time by its clock."""
+        node = self._nodes[name]
+        node.when_running(lambda: self._carry_out(node, call(node.clock.local_s(self.now))))
 
     # --- faults --------------------------------------------------------------------------------
 
     def kill(self, name: str, *, noticed_by: str | None = None) -> None:
         """The process is gone. A supervisor (`noticed_by`) sees that at once; others by silence."""
-        self._log("kill", name)
-        node = self._nodes[name]
-        node.alive = False
-        if node.runner is not None:
-            node.runner.close()
-        if node.data_plane is not None:
-            node.data_plane.close()
+        self._happened("kill", name)
+        self._nodes[name].end()
         if noticed_by is not None:
-            service = self._nodes[noticed_by]
-            assert isinstance(service.core, ServiceCore)
-            service.core.expect(name, True)
-            self._carry_out(service, service.core.on_instance_lost(name, self.now))
+            service = self.core(noticed_by)
+            service.expect(name, True)
+            self.tell(noticed_by, lambda now: service.on_instance_lost(name, now))
 
     def stop(self, name: str, for_s: float) -> None:
         """SIGSTOP, and SIGCONT after `for_s`: what it missed comes then, in the order of events."""
-        self._log("stop", name)
+        self._happened("stop", name)
         node = self._nodes[name]
         node.stopped = True
 
         def go_on() -> None:
-            self._log("continue", name)
+            self._happened("continue", name)
             node.stopped = False
             missed, node.missed = node.missed, []
             for call in missed:
-                call()
+                node.when_running(call)
 
         self.at(self.now + for_s, go_on)
 
-    def cut(self, one: str, other: str, for_s: float) -> None:
+    def slow_down(self, name: str, factor: float) -> None:
+        """Steps of the instance take `factor` times as long from now on; 1: as before."""
+        self._happened("slow", name)
+        self._device_of(name).slow_down(factor)
+
+    def cut(self, one: str, other: str, for_s: float, *, one_way: bool = False) -> None:
         """Nothing passes between the two for `for_s`; engines notice what they cannot send."""
-        self._log("cut", one, other)
-        pair = frozenset((one, other))
-        self._cuts[pair] = max(self._cuts.get(pair, 0.0), self.now + for_s)
+        self._happened("cut", one, other)
+        self.network.cut(one, other, self.now + for_s, one_way=one_way)
+
+    def partition(self, groups: Sequence[Collection[str]], for_s: float) -> None:
+        """Nothing passes from one group to another for `for_s`."""
+        self._happened("partition", *(name for group in groups for name in group))
+        self.network.partition(groups, self.now + for_s)
+
+    def jump_clock(self, name: str, by_s: float) -> None:
+        self._happened("jump", name)
+        node = self._nodes[name]
+        node.clock.jump(by_s, self.now)
+        self._arm(node)
+
+    def drift_clock(self, name: str, drift: float) -> None:
+        self._happened("drift", name)
+        node = self._nodes[name]
+        node.clock.drifts(drift, self.now)
+        self._arm(node)
+
+    def set_data_faults(self, faults: DataFaults) -> None:
+        """What befalls jobs that begin from now on, everywhere."""
+        self._data_faults = faults
+        for node in self._nodes.values():
+            if node.device is not None:
+                node.device.data_plane.faults = faults
 
     # --- running -------------------------------------------------------------------------------
 
-    def at(self, when_s: float, call: Callable[[], None]) -> None:
-        self._number += 1
-        heapq.heappush(self._events, (when_s, self._number, call))
+    def at(self, when_s: float, call: Call) -> None:
+        self.events.at(when_s, call)
 
     def run(self, until_s: float) -> None:
-        while self._events and self._events[0][0] <= until_s:
-            self.now, _, call = heapq.heappop(self._events)
-            call()
-        self.now = until_s
+        self.events.run(until_s)
 
-    def _carry_out(self, node: _Node, effects: list[Effect]) -> None:
+    def _carry_out(self, node: Node, effects: list[Effect]) -> None:
         for effect in effects:
             match effect:
                 case Send(peer=peer, message=message):
-                    self._send(node.name, peer, message)
+                    self._send(node, peer, message)
+                case SetTimer(at_s=at_s):
+                    node.due_s = at_s
+                    self._arm(node)
+                case Reply(request_id=request_id, event=event):
+                    self._reply(request_id, event)
                 case Launch(batch=batch):
                     self._launch(node, batch)
                 case Connect(peer=peer, address=address):
@@ -311,93 +342,141 @@ class World:
                     node.peers[peer] = None
                 case Move(job=job):
                     self._move(node, job)
-                case SetTimer(at_s=at_s):
-                    self._set_timer(node, at_s)
-                case Reply(request_id=request_id, event=event):
-                    self._log("reply", request_id, event.choice, event.ids, event.finish)
-                    self._clients[request_id].take(event)
+                case Stop():
+                    self._happened("leave", node.name)
+                    node.left = True
+                    node.end()
+        for watcher in self._watchers:
+            watcher(node.name)
 
-    def _when_running(self, node: _Node, call: Callable[[], None]) -> None:
-        if node.stopped:
-            node.missed.append(call)
-        elif node.alive:
-            call()
+    def _reply(self, request_id: str, event: Any) -> None:
+        self.digest.replied(self.now, request_id, event)
+        self._log("reply", request_id, event.choice, event.ids, event.finish)
+        assert request_id in self._asked, f"{request_id} is answered after its end"
+        client, choices = self._asked[request_id]
+        if event.finish is not None and choices == 1:
+            del self._asked[request_id]
+        elif event.finish is not None:
+            self._asked[request_id] = client, choices - 1
+        client.take(event)
 
-    def _launch(self, node: _Node, batch: Batch) -> None:
-        core, runner = node.core, node.runner
-        assert isinstance(core, InstanceCore) and runner is not None
+    def _launch(self, node: Node, batch: Batch) -> None:
+        core, device = node.core, node.device
+        assert isinstance(core, InstanceCore) and device is not None
+        self.digest.launched(self.now, node.name, batch)
 
         def done(result: StepResult) -> None:
-            self._carry_out(node, core.on_step_done(result, self.now))
+            self._carry_out(node, core.on_step_done(result, node.clock.local_s(self.now)))
 
-        runner.launch(batch, done)
+        device.runner.launch(batch, done)
 
-    def _move(self, node: _Node, job: Job) -> None:
-        core, data_plane = node.core, node.data_plane
-        assert isinstance(core, InstanceCore) and data_plane is not None
+    def _move(self, node: Node, job: Job) -> None:
+        core, device = node.core, node.device
+        assert isinstance(core, InstanceCore) and device is not None
 
         def done(moved: Moved) -> None:
             self._log("moved", node.name, moved.number, moved.ok)
-            self._carry_out(node, core.on_moved(moved, self.now))
+            self._carry_out(node, core.on_moved(moved, node.clock.local_s(self.now)))
 
-        data_plane.start(job, done)
+        device.data_plane.start(job, done)
 
-    def _set_timer(self, node: _Node, at_s: float) -> None:
-        node.timer += 1
-        number = node.timer
+    # --- timers --------------------------------------------------------------------------------
 
-        def fire() -> None:
-            if node.alive and node.timer == number:
-                self._carry_out(node, node.core.on_timer(self.now))
+    def _arm(self, node: Node) -> None:
+        """Look after its timer when it is due. Where that was to be done earlier anyway it is only
+        put off then: most timers are replaced before they are due."""
+        if node.due_s is None:
+            return
+        when_s = max(node.clock.world_s(node.due_s), self.now)
+        if when_s < node.looked_after_s:
+            node.looked_after_s = when_s
+            self.at(when_s, partial(self._look_after, node, when_s))
 
-        self.at(max(at_s, self.now), lambda: self._when_running(node, fire))
+    def _look_after(self, node: Node, when_s: float) -> None:
+        if node.looked_after_s != when_s:
+            return  # that was to be done earlier, and has been
+        node.looked_after_s = float("inf")
+        if node.due_s is None:
+            return
+        if node.clock.world_s(node.due_s) > self.now:
+            self._arm(node)
+        else:
+            node.when_running(partial(self._fire, node))
+
+    def _fire(self, node: Node) -> None:
+        if node.due_s is None:
+            return
+        # Not a rounding error too early, or it would be set again for this moment for ever.
+        now, node.due_s = max(node.clock.local_s(self.now), node.due_s), None
+        self._carry_out(node, node.core.on_timer(now))
+
+    # --- messages ------------------------------------------------------------------------------
 
     def send(self, source: str, target: str, message: Message) -> None:
         """As if the core of `source` had asked for it."""
-        self._send(source, target, message)
+        self._send(self._nodes[source], target, message)
 
-    def _send(self, source: str, target: str, message: Message) -> None:
-        faults, draw = self._faults, self._random.random
-        passes = self._cuts.get(frozenset((source, target)), 0.0) <= self.now
-        sender = self._nodes[source].core
-        if isinstance(sender, InstanceCore):
-            receives = self._nodes.get(target)
-            if receives is not None and isinstance(receives.core, InstanceCore):
-                assert target in self._nodes[source].peers, f"{source} has no way to {target}"
-                receives.peers[source] = None  # the answer comes over the same connection
-            # ZeroMQ tells a ROUTER when a peer is out of reach; a DEALER just keeps it.
-            gone = target not in self._nodes or not self._nodes[target].alive
-            sender.on_sent(target, passes and not gone, self.now)
-        if not passes or draw() < faults.loss:
-            self._log("lost", source, target, type(message).__name__)
-            return
-        frame = message if self._counting else encode(message)
-        copies = 2 if draw() < faults.duplicate else 1
+    def _send(self, node: Node, target: str, message: Message) -> None:
+        source, now = node.name, self.now
         receiver = self._nodes.get(target)
-        for _ in range(copies):
-            # A connection keeps its order: nothing overtakes what was sent before.
-            link = (source, target)
-            arrival_s = self.now + faults.latency_s + draw() * faults.jitter_s
-            arrival_s = max(arrival_s, self._last_arrival_s.get(link, 0.0))
-            self._last_arrival_s[link] = arrival_s
-            self.at(arrival_s, lambda: self._deliver(source, target, receiver, frame))
-
-    def _deliver(self, source: str, target: str, receiver: _Node | None, frame: Any) -> None:
-        node = self._nodes.get(target)
-        sender = self._nodes[source]
-        # What was on its way to (or from) a process that has died does not reach its successor.
-        if node is None or node is not receiver or not node.alive or not sender.alive:
+        passes = self.network.passes(source, target, now)
+        if isinstance(node.core, InstanceCore):
+            if receiver is not None and isinstance(receiver.core, InstanceCore):
+                assert target in node.peers, f"{source} has no way to {target}"
+                receiver.peers[source] = None  # the answer comes over the same connection
+            # ZeroMQ tells a ROUTER when a peer is out of reach; a DEALER just keeps it.
+            there = receiver is not None and receiver.alive
+            node.core.on_sent(target, passes and there, node.clock.local_s(now))
+        frame = b"" if self._counting else encode(message)
+        arrivals = self.network.arrivals(source, target, len(frame), now) if passes else []
+        if not arrivals:
+            self._log("lost", source, target, type(message).__name__)
+        if receiver is None:
             return
-        message = frame if self._counting else decode(frame)
+        what = message if self._counting else frame
+        for arrival_s in arrivals:
+            self.at(arrival_s, partial(self._deliver, node, receiver, what))
 
-        def take() -> None:
-            if not self._counting:
-                self._log("deliver", source, target, frame.hex())
-            self._carry_out(node, node.core.on_message(source, message, self.now))
+    def _deliver(self, sender: Node, receiver: Node, what: Any) -> None:
+        # What was on its way to (or from) a process that has died does not reach its successor.
+        if receiver.alive and (sender.alive or sender.left):
+            receiver.when_running(partial(self._take, sender.name, receiver, what))
 
-        self._when_running(node, take)
+    def _take(self, source: str, receiver: Node, what: Any) -> None:
+        message, frame = (what, b"") if self._counting else (decode(what), what)
+        self.digest.delivered(self.now, source, receiver.name, message, frame)
+        self._log("deliver", source, receiver.name, frame)
+        now = receiver.clock.local_s(self.now)
+        self._carry_out(receiver, receiver.core.on_message(source, message, now))
+
+    def _happened(self, *what: str) -> None:
+        self.digest.happened(self.now, *what)
+        self._log(*what)
 
     def _log(self, *what: object) -> None:
         if self._counting:
             return
-        self.history.append(f"{self.now:.9f} " + " ".join(str(part) for part in what))
+        parts = (part.hex() if isinstance(part, bytes) else str(part) for part in what)
+        self.history.append(f"{self.now:.9f} " + " ".join(parts))
+
+
+def _card(
+    name: str, incarnation: int, config: SchedulerConfig, num_blocks: int, host: str
+) -> InstanceCard:
+    return InstanceCard(
+        name=name,
+        incarnation=incarnation,
+        pid=0,
+        model="simulated",
+        model_digest="simulated",
+        vocab_size=VOCAB_SIZE,
+        max_model_len=config.max_model_len,
+        dtype="float32",
+        device="simulated",
+        layout=KvLayout(1, 1, 8, config.block_tokens, "float32", 4096),
+        num_blocks=num_blocks,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        host=host,
+        endpoints={"control": f"sim://{name}"},
+    )

@@ -1,0 +1,86 @@
+"""A hash over a history, in order: two runs are the same if their digests are.
+
+Numbers are gathered in chunks, so that it can stay on in large worlds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from array import array
+
+from penstock.engine.scheduler.batch import Batch
+from penstock.protocol.codec import Message
+from penstock.protocol.instance import Load
+from penstock.protocol.kv import KvEvents
+from penstock.protocol.request import Submit
+from penstock.protocol.tokens import Tokens
+from penstock.service.generation import TokenDelta
+
+_CHUNK = 1 << 14
+_DELIVERED, _LAUNCHED, _REPLIED, _HAPPENED = range(4)
+
+
+class Digest:
+    """Times and numbers as float64. Names are numbered as they come."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+        self._numbers = array("d")
+        self._names: dict[object, int] = {}
+
+    def delivered(
+        self, now: float, source: str, target: str, message: Message, frame: bytes
+    ) -> None:
+        """`frame`: the message as it travelled; where it did not (b""), what it is about."""
+        gist = () if frame else _gist(message)
+        names = (self._number(source), self._number(target), self._number(type(message)))
+        self._add(_DELIVERED, now, *names, *gist)
+        if frame:
+            self._take_in()
+            self._hash.update(frame)
+
+    def launched(self, now: float, name: str, batch: Batch) -> None:
+        self._add(_LAUNCHED, now, self._number(name), batch.step, len(batch.rows))
+
+    def replied(self, now: float, request_id: str, delta: TokenDelta) -> None:
+        last = delta.ids[-1] if delta.ids else -1
+        ended = delta.finish is not None
+        request = zlib.crc32(request_id.encode())
+        self._add(_REPLIED, now, request, delta.choice, len(delta.ids), last, ended)
+
+    def happened(self, now: float, *what: str) -> None:
+        """A fault."""
+        self._add(_HAPPENED, now, *(self._number(word) for word in what))
+
+    def hexdigest(self) -> str:
+        """Of everything up to now."""
+        self._take_in()
+        return self._hash.hexdigest()
+
+    def _number(self, name: object) -> int:
+        return self._names.setdefault(name, len(self._names))
+
+    def _add(self, *numbers: float) -> None:
+        self._numbers.extend(numbers)
+        if len(self._numbers) > _CHUNK:
+            self._take_in()
+
+    def _take_in(self) -> None:
+        self._hash.update(self._numbers)
+        del self._numbers[:]
+
+
+def _gist(message: Message) -> tuple[float, ...]:
+    match message:
+        case Tokens(number=number, rows=rows):
+            last = rows[-1]
+            return (number, len(rows), last.start, len(last.ids), last.attempt)
+        case KvEvents(number=number, changes=changes):
+            return (number, len(changes), len(changes[-1].keys))
+        case Load(number=number, step=step, step_end_in_s=left_s):
+            return (number, step, left_s)
+        case Submit(attempt=attempt, prompt_ids=prompt, resumed_ids=resumed):
+            return (attempt, len(prompt), len(resumed))
+        case _:
+            return ()
