@@ -4,26 +4,30 @@ Read from CSV or JSON lines, compressed with gzip or not, by what the columns ar
 
 * ours, and Azure's as published with relative times: arrival_s, input_tokens, output_tokens;
 * Azure's LLM inference traces as they are: TIMESTAMP, ContextTokens, GeneratedTokens;
-* Mooncake's (FAST'25): timestamp (ms), input_length, output_length, hash_ids (512-token blocks).
+* Mooncake's (FAST'25): timestamp (ms), input_length, output_length, hash_ids (512-token blocks);
+* requests with images drawn from ServeGen: arrival_s, text_tokens, image_tokens (one number for
+  each image, with | between), output_tokens. Images count as that many tokens of the prompt;
+* BurstGPT's: Timestamp (s), Model, Request tokens, Response tokens, Total tokens, Log Type, and
+  maybe Session ID. Requests without a response have failed, and are left out.
+
+`read_lengths` reads files without times (ShareGPT's lengths), `read_rates` times without requests.
 """
 
 from __future__ import annotations
 
-import csv
-import gzip
 import json
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from datetime import datetime
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any
 
+from penstock.loadgen.rows import Row, date, number, read_rows
 from penstock.protocol.errors import ConfigError
 
 #: Tokens to a block of `hash_ids`.
 HASH_BLOCK_TOKENS = 512
+#: More tokens than this in one prompt are a mistake in the file.
+MAX_TOKENS = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,35 +42,55 @@ class TraceRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class Rates:
+    """Arrivals per second in windows one after the other; the last one is as long as that before.
+    `start_s` begins at 0 and grows."""
+
+    start_s: tuple[float, ...]
+    per_s: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class _Format:
     arrival: str
-    input: str
+    input: tuple[str, ...]
     output: str
-    #: Seconds to a unit of `arrival`; 0: it is a date.
-    unit_s: float
+    #: The arrival in seconds.
+    time_s: Callable[[Row, str, str], float]
+    #: Rows without an output are requests that failed.
+    leaves_out_failed: bool = False
+    session: str = ""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return (self.arrival, *self.input, self.output)
 
 
+def _milliseconds(row: Row, column: str, where: str) -> float:
+    return number(row, column, where) * 1e-3
+
+
+_OURS = _Format("arrival_s", ("input_tokens",), "output_tokens", number)
 _FORMATS = (
-    _Format("arrival_s", "input_tokens", "output_tokens", 1.0),
-    _Format("TIMESTAMP", "ContextTokens", "GeneratedTokens", 0.0),
-    _Format("timestamp", "input_length", "output_length", 1e-3),
+    _OURS,
+    _Format("TIMESTAMP", ("ContextTokens",), "GeneratedTokens", date),
+    _Format("timestamp", ("input_length",), "output_length", _milliseconds),
+    _Format("arrival_s", ("text_tokens", "image_tokens"), "output_tokens", number),
+    _Format("Timestamp", ("Request tokens",), "Response tokens", number, True, "Session ID"),
+)
+_KNOWN = (
+    "A trace has arrival_s, input_tokens and output_tokens, or the columns of Azure's, Mooncake's, "
+    "ServeGen's or BurstGPT's traces"
 )
 
 
-def read_trace(path: Path) -> list[TraceRequest]:
-    """Requests in order of arrival, the first at 0 s. Raises `ConfigError` with the line at fault
-    for a file that is no trace: unknown columns, times that go back, tokens that are no numbers."""
-    requests: list[TraceRequest] = []
-    known: _Format | None = None
-    for line, row in _rows(path):
-        known = known or _format_of(row, path)
-        request = _request(row, known, f"{path}, line {line}")
-        if requests and request.arrival_s < requests[-1].arrival_s:
-            raise ConfigError(
-                f"{path}, line {line}: arrives at {request.arrival_s:g} s, before the one above "
-                f"({requests[-1].arrival_s:g} s): sort the trace by time"
-            )
-        requests.append(request)
+def read_trace(path: Path, limit: int | None = None) -> list[TraceRequest]:
+    """The (first `limit`) requests in order of arrival, the first at 0 s.
+
+    Raises `ConfigError` with the line at fault for a file that is no trace: unknown columns, times
+    that go back or are negative, tokens that are no numbers.
+    """
+    requests = list(islice(_requests(path), limit))
     if not requests:
         raise ConfigError(f"{path} holds no requests")
     first_s = requests[0].arrival_s
@@ -75,14 +99,65 @@ def read_trace(path: Path) -> list[TraceRequest]:
     return requests
 
 
+def read_lengths(path: Path) -> list[tuple[int, int]]:
+    """(prompt, output) tokens of each row of a trace, or of a file without times. Raises
+    `ConfigError`."""
+    found, known = [], None
+    for line, row in read_rows(path):
+        known = known or _lengths_format(row, path)
+        tokens = _tokens(row, known, f"{path}, line {line}")
+        if tokens is not None:
+            found.append(tokens)
+    if not found:
+        raise ConfigError(f"{path} holds no lengths")
+    return found
+
+
+def read_rates(path: Path, column: str | None = None) -> Rates:
+    """Of a file with window_s and one column of rates (ServeGen's have several: m_small_rps; the
+    first is taken if none is named). Raises `ConfigError`."""
+    starts: list[float] = []
+    rates: list[float] = []
+    for line, row in read_rows(path):
+        where = f"{path}, line {line}"
+        column = column or next((str(c) for c in row if str(c).endswith(("_rps", "_per_s"))), "rps")
+        missing = [c for c in ("window_s", column) if c not in row]
+        if missing:
+            has = ", ".join(str(c) for c in row)
+            raise ConfigError(f"{path} lacks the column {' and '.join(missing)}; it has {has}")
+        start_s, per_s = number(row, "window_s", where), number(row, column, where)
+        if per_s < 0:
+            raise ConfigError(f"{where}: {column} is negative ({per_s:g})")
+        if starts and start_s <= starts[-1]:
+            raise ConfigError(f"{where}: window_s is {start_s:g}, no later than the one above")
+        starts.append(start_s)
+        rates.append(per_s)
+    if not any(rates):
+        raise ConfigError(f"{path} holds no rate above 0")
+    return Rates(tuple(s - starts[0] for s in starts), tuple(rates))
+
+
+def write_trace(path: Path, requests: Iterable[TraceRequest]) -> None:
+    """In our columns: CSV, or JSON lines where there are hash ids. `read_trace` reads it."""
+    requests = list(requests)
+    if not any(r.hash_ids for r in requests):
+        lines = ["arrival_s,input_tokens,output_tokens"]
+        lines += [f"{r.arrival_s:.6f},{r.input_tokens},{r.output_tokens}" for r in requests]
+    else:
+        lines = [json.dumps(_as_row(r), separators=(",", ":")) for r in requests]
+    try:
+        path.write_text("\n".join(lines) + "\n")
+    except OSError as exc:
+        raise ConfigError(f"{path} cannot be written: {exc}") from None
+
+
 def spread_ticks(requests: list[TraceRequest]) -> list[TraceRequest]:
-    """Arrivals that share a time (Mooncake's clock ticks every 3 s) spread evenly up to the next
-    one; the last ones over as long as those before."""
+    """Arrivals that share a time spread evenly over the tick of the trace's clock: the shortest
+    time between two different arrivals (Mooncake's clock ticks every 3 s)."""
     times = sorted({r.arrival_s for r in requests})
     if len(times) == len(requests):
         return requests
-    gaps = {t: later - t for t, later in pairwise(times)}
-    gaps[times[-1]] = gaps[times[-2]] if len(times) > 1 else 1.0
+    tick_s = min((later - t for t, later in pairwise(times)), default=1.0)
     sharing: dict[float, int] = {}
     for r in requests:
         sharing[r.arrival_s] = sharing.get(r.arrival_s, 0) + 1
@@ -90,94 +165,142 @@ def spread_ticks(requests: list[TraceRequest]) -> list[TraceRequest]:
     for r in requests:
         place = place + 1 if r.arrival_s == before else 0
         before = r.arrival_s
-        at_s = before + gaps[before] * place / sharing[before]
+        at_s = before + tick_s * place / sharing[before]
         spread.append(replace(r, arrival_s=at_s))
     return spread
 
 
-def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """(line number, values by column)."""
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") if _zipped(path) else path.open() as file:
-            start = file.read(1)
-            while start.isspace():
-                start = file.read(1)
-            file.seek(0)
-            if start == "{":
-                yield from _json_rows(path, file)
-            else:
-                yield from enumerate(csv.DictReader(file), start=2)
-    except (OSError, EOFError) as exc:
-        raise ConfigError(f"{path} cannot be read: {exc}") from None
-    except (UnicodeDecodeError, csv.Error) as exc:
-        raise ConfigError(f"{path} is neither CSV nor JSON lines: {exc}") from None
+# --- rows -----------------------------------------------------------------------------------------
 
 
-def _zipped(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(2) == b"\x1f\x8b"
-
-
-def _json_rows(path: Path, lines: Iterator[str]) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
+def _requests(path: Path) -> Iterator[TraceRequest]:
+    known: _Format | None = None
+    sessions = _Sessions()
+    before_s = 0.0
+    for line, row in read_rows(path):
+        where = f"{path}, line {line}"
+        known = known or _format_of(row, path)
+        arrival_s = known.time_s(row, known.arrival, where)
+        if arrival_s < 0:
+            raise ConfigError(f"{where}: {known.arrival} is negative ({row[known.arrival]})")
+        if arrival_s < before_s:
+            raise ConfigError(
+                f"{where}: arrives at {arrival_s:g} s, before the one above ({before_s:g} s): sort "
+                "the trace by time"
+            )
+        before_s = arrival_s
+        tokens = _tokens(row, known, where)
+        if tokens is None:
             continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as exc:
-            raise ConfigError(f"{path}, line {number} is not JSON: {exc.msg}") from None
-        if not isinstance(row, dict):
-            raise ConfigError(f"{path}, line {number} is not a JSON object")
-        yield number, row
+        session = str(row.get(known.session) or "") if known.session else ""
+        ids = sessions.ids(session, *tokens) if session else _hash_ids(row, tokens[0], where)
+        block_tokens = int(number(row, "block_tokens", where)) if row.get("block_tokens") else 0
+        if row.get("block_tokens") and not 16 <= block_tokens <= MAX_TOKENS:
+            raise ConfigError(f"{where}: block_tokens is {block_tokens}, less than 16 or too many")
+        yield TraceRequest(arrival_s, *tokens, ids, block_tokens or HASH_BLOCK_TOKENS)
 
 
-def _format_of(row: Mapping[str, Any], path: Path) -> _Format:
+def _format_of(row: Row, path: Path) -> _Format:
     for known in _FORMATS:
-        if known.arrival in row and known.input in row and known.output in row:
+        if all(column in row for column in known.columns):
             return known
-    near = max(_FORMATS, key=lambda f: sum(c in row for c in (f.arrival, f.input, f.output)))
-    missing = [c for c in (near.arrival, near.input, near.output) if c not in row]
-    raise ConfigError(
-        f"{path} lacks the column {' and '.join(missing)}; it has "
-        f"{', '.join(str(c) for c in row) or 'none'}. A trace has arrival_s, input_tokens and "
-        "output_tokens, or the columns of Azure's or of Mooncake's traces"
-    )
-
-
-def _request(row: Mapping[str, Any], known: _Format, where: str) -> TraceRequest:
-    if known.unit_s:
-        arrival_s = _number(row, known.arrival, where) * known.unit_s
-    else:
-        arrival_s = _date(row[known.arrival], where)
-    if arrival_s < 0:
-        raise ConfigError(f"{where}: {known.arrival} is negative ({row[known.arrival]})")
-    tokens = [_number(row, column, where) for column in (known.input, known.output)]
-    if tokens[0] < 1 or tokens[1] < 0 or any(t != int(t) for t in tokens):
+    has = ", ".join(str(c) for c in row if c is not None) or "none"
+    if _lengths_of(row) is not None:
         raise ConfigError(
-            f"{where}: {known.input} = {row[known.input]} and {known.output} = "
-            f"{row[known.output]}: tokens are whole numbers, at least 1 of a prompt"
+            f"{path} holds lengths and no times of arrival (it has {has}): give a rate, as in "
+            f"generate:rate=4,duration=10m,lengths={path}"
         )
-    ids = row.get("hash_ids") or ()
-    if not isinstance(ids, (list, tuple)) or not all(isinstance(i, int) for i in ids):
-        raise ConfigError(f"{where}: hash_ids is not a list of numbers")
+    if "window_s" in row:
+        raise ConfigError(
+            f"{path} holds rates of arrival and no requests (it has {has}): give lengths, as in "
+            f"generate:rates={path},input=1000,output=200"
+        )
+    # The nearest is what it has most columns of; of several, what it lacks fewest of.
+    near = max(_FORMATS, key=lambda f: (sum(c in row for c in f.columns), -len(f.columns)))
+    missing = [c for c in near.columns if c not in row]
+    raise ConfigError(f"{path} lacks the column {' and '.join(missing)}; it has {has}. {_KNOWN}")
+
+
+def _lengths_of(row: Row) -> _Format | None:
+    return next((f for f in _FORMATS if all(c in row for c in (*f.input, f.output))), None)
+
+
+def _lengths_format(row: Row, path: Path) -> _Format:
+    known = _lengths_of(row)
+    if known is None:
+        has = ", ".join(str(c) for c in row if c is not None) or "none"
+        raise ConfigError(f"{path} holds no lengths: it has the columns {has}. {_KNOWN}")
+    return known
+
+
+def _tokens(row: Row, known: _Format, where: str) -> tuple[int, int] | None:
+    """(prompt, output); None for a request that failed."""
+    prompt = sum(_count(row, column, where) for column in known.input)
+    output = _count(row, known.output, where)
+    if known.leaves_out_failed and not output:
+        return None
+    if not 1 <= prompt <= MAX_TOKENS or output > MAX_TOKENS:
+        raise ConfigError(
+            f"{where}: {' + '.join(known.input)} = {prompt} and {known.output} = {output}: tokens "
+            f"are whole numbers, at least 1 of a prompt and none above {MAX_TOKENS}"
+        )
     # A request without an answer still has one token computed.
-    return TraceRequest(arrival_s, int(tokens[0]), max(int(tokens[1]), 1), tuple(ids))
+    return prompt, max(output, 1)
 
 
-def _number(row: Mapping[str, Any], column: str, where: str) -> float:
-    try:
-        value = float(row[column])
-    except (TypeError, ValueError, KeyError):
-        raise ConfigError(f"{where}: {column} is not a number: {row.get(column)!r}") from None
-    if not math.isfinite(value):
-        raise ConfigError(f"{where}: {column} is {value}")
-    return value
+def _count(row: Row, column: str, where: str) -> int:
+    if column == "image_tokens":
+        parts = [part for part in str(row[column] or "").split("|") if part.strip()]
+        return sum(_whole({column: part}, column, where) for part in parts)
+    return _whole(row, column, where)
 
 
-def _date(text: Any, where: str) -> float:
-    try:
-        whole, _, fraction = str(text).strip().partition(".")
-        moment = datetime.fromisoformat(whole)
-        return moment.timestamp() + float(f"0.{fraction or 0}")
-    except ValueError:
-        raise ConfigError(f"{where}: TIMESTAMP is not a date: {text!r}") from None
+def _whole(row: Row, column: str, where: str) -> int:
+    value = number(row, column, where)
+    if value < 0 or value != int(value):
+        raise ConfigError(
+            f"{where}: {column} is {row[column]}: tokens are whole numbers, and none is negative"
+        )
+    return int(value)
+
+
+def _hash_ids(row: Row, input_tokens: int, where: str) -> tuple[int, ...]:
+    ids = row.get("hash_ids") or ()
+    whole = isinstance(ids, (list, tuple)) and all(type(i) is int and i >= 0 for i in ids)
+    if not whole:
+        raise ConfigError(f"{where}: hash_ids is not a list of numbers from 0")
+    if len(ids) > input_tokens:
+        raise ConfigError(f"{where}: there are {len(ids)} hash_ids for {input_tokens} tokens")
+    return tuple(ids)
+
+
+class _Sessions:
+    """Prompts of one conversation, as hash ids: a turn that is at least as long as the one before
+    with its answer begins with those; a shorter one begins anew."""
+
+    def __init__(self) -> None:
+        self._next_id = 0
+        self._turns: dict[str, tuple[int, tuple[int, ...]]] = {}
+
+    def ids(self, session: str, input_tokens: int, output_tokens: int) -> tuple[int, ...]:
+        length, ids = self._turns.get(session, (0, ()))
+        if input_tokens < length:
+            ids = ()
+        fresh = -(-input_tokens // HASH_BLOCK_TOKENS) - len(ids)
+        ids += tuple(range(self._next_id, self._next_id + fresh))
+        self._next_id += fresh
+        self._turns[session] = input_tokens + output_tokens, ids
+        return ids
+
+
+def _as_row(r: TraceRequest) -> dict[str, object]:
+    row: dict[str, object] = {
+        "arrival_s": round(r.arrival_s, 6),
+        "input_tokens": r.input_tokens,
+        "output_tokens": r.output_tokens,
+    }
+    if r.hash_ids:
+        row["hash_ids"] = list(r.hash_ids)
+    if r.block_tokens != HASH_BLOCK_TOKENS:
+        row["block_tokens"] = r.block_tokens
+    return row

@@ -1,0 +1,91 @@
+"""Rows of a table in a file: CSV or JSON lines, compressed with gzip or not."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import math
+import re
+import zlib
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from penstock.protocol.errors import ConfigError
+
+Row = Mapping[str, Any]
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, Row]]:
+    """(line number, values by column). Raises `ConfigError` for what is no such file."""
+    try:
+        with _open(path) as file:
+            start = file.read(1)
+            while start.isspace():
+                start = file.read(1)
+            file.seek(0)
+            if start == "{":
+                yield from _json_rows(path, file)
+            else:
+                yield from enumerate(csv.DictReader(file), start=2)
+    except (OSError, EOFError, zlib.error) as exc:
+        raise ConfigError(f"{path} cannot be read: {exc}") from None
+    except (UnicodeDecodeError, csv.Error) as exc:
+        raise ConfigError(f"{path} is neither CSV nor JSON lines: {exc}") from None
+
+
+def number(row: Row, column: str, where: str) -> float:
+    """Finite. Raises `ConfigError`."""
+    found = row.get(column)
+    try:
+        value = math.nan if isinstance(found, bool) else float(found)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        raise ConfigError(f"{where}: {column} is not a number: {_short(found)}") from None
+    if not math.isfinite(value):
+        raise ConfigError(f"{where}: {column} is {found}")
+    return value
+
+
+def date(row: Row, column: str, where: str) -> float:
+    """A date in seconds since 1970; without a time zone it is in UTC, where no hour comes twice.
+    Fractions may have any number of digits (Azure's have seven). Raises `ConfigError`."""
+    text = str(row.get(column)).strip()
+    match = re.fullmatch(r"([^.]*?)(\.\d+)?(Z|[+-]\d\d:?\d\d)?", text)
+    try:
+        if match is None:
+            raise ValueError
+        moment = datetime.fromisoformat(match[1] + (match[3] or ""))
+    except ValueError:
+        raise ConfigError(f"{where}: {column} is not a date: {_short(text)}") from None
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=UTC)
+    return moment.timestamp() + float(match[2] or 0)
+
+
+def _open(path: Path) -> Any:
+    # A byte-order mark, as spreadsheets write it, is no part of the first column's name.
+    with path.open("rb") as file:
+        zipped = file.read(2) == b"\x1f\x8b"
+    if zipped:
+        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
+    return path.open(encoding="utf-8-sig", newline="")
+
+
+def _json_rows(path: Path, lines: Iterator[str]) -> Iterator[tuple[int, Row]]:
+    for line_number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as exc:
+            raise ConfigError(f"{path}, line {line_number} is not JSON: {exc}") from None
+        if not isinstance(row, dict):
+            raise ConfigError(f"{path}, line {line_number} is not a JSON object")
+        yield line_number, row
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."
