@@ -58,13 +58,15 @@ def known_hardware() -> dict[str, dict[str, Any]]:
 
 
 def hardware(name: str, step_tokens: int = 2048, max_running: int = 256) -> InstanceModel:
-    """`name` may leave out what there is only one of: h100:llama3.1-8b:bf16."""
+    """`name` may leave out what there is only one of, and tpN for as few GPUs as it takes:
+    h100:llama3.1-8b:bf16."""
     known = known_hardware()
     matches = [k for k in known if k == name or k.startswith(name + ":")]
-    if len(matches) != 1:
+    if len({k.rpartition(":tp")[0] for k in matches}) != 1:
         these = matches or list(known)
         raise ConfigError(f"--hardware {name} is not one of: {', '.join(these)}")
-    return _model(matches[0], known[matches[0]], step_tokens, max_running)
+    fewest = min(matches, key=lambda k: int(known[k]["gpus"]))
+    return _model(fewest, known[fewest], step_tokens, max_running)
 
 
 def from_file(path: Path, step_tokens: int = 2048, max_running: int = 256) -> InstanceModel:
