@@ -1,6 +1,6 @@
 """Step times of whole models, composed from measured kernels, for `fit_costs.py`.
 
-    python tools/compose_step_times.py FOLDER tests/data/gpu_step_times.csv.gz
+    python -m tools.compose_step_times FOLDER tests/data/gpu_step_times.csv.gz
 
 FOLDER holds kernels_GPU_{gemm,prefill_attn,decode_attn,allreduce}.csv (latencies in ms that
 ai-dynamo/aiconfigurator has measured; Apache-2.0) and steptime_composed.csv.gz (step times of some
@@ -30,7 +30,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gpu_models import DTYPE_BYTES, LEAST_KV_TOKENS, MEMORY_BYTES, MODELS, ModelShape, kv_tokens
+from tools.gpu_models import (
+    DTYPE_BYTES,
+    LEAST_KV_TOKENS,
+    MEMORY_BYTES,
+    MODELS,
+    ModelShape,
+    kv_tokens,
+)
 
 TPS = (1, 2, 4, 8)
 PROMPTS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)

@@ -1,6 +1,6 @@
 """Fit cost models to step times, for `--hardware` of simulate, plan and advise.
 
-    python tools/fit_costs.py tests/data/gpu_step_times.csv.gz > src/penstock/loadgen/costs.json
+    python -m tools.fit_costs tests/data/gpu_step_times.csv.gz > src/penstock/loadgen/costs.json
 
 Input: what `compose_step_times.py` writes. The terms are those of
 `penstock.protocol.instance.CostModel`, five numbers for each GPU, model, dtype and TP; errors count
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from gpu_models import MODELS, kv_tokens
+from tools.gpu_models import MODELS, kv_tokens
 
 TERMS = ("base_s", "per_token_s", "per_row_s", "per_context_token_s", "per_attention_s")
 PHASES = ("decode", "prefill", "chunk", "far chunk")
