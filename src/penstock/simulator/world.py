@@ -190,6 +190,10 @@ class World:
     def names(self) -> list[str]:
         return list(self._nodes)
 
+    def node(self, name: str) -> Node:
+        """The process that has (or had last) this name."""
+        return self._nodes[name]
+
     def core(self, name: str) -> Any:
         """The core of the process that has (or had last) this name."""
         return self._nodes[name].core
@@ -259,9 +263,11 @@ class World:
 
     # --- faults --------------------------------------------------------------------------------
 
-    def kill(self, name: str, *, noticed_by: str | None = None) -> None:
-        """The process is gone. A supervisor (`noticed_by`) sees that at once; others by silence."""
+    def kill(self, name: str, *, noticed_by: str | None = None, words_arrive: bool = False) -> None:
+        """The process is gone. A supervisor (`noticed_by`) sees that at once; others by silence.
+        `words_arrive`: its machine's kernel still sends what it had been given."""
         self._happened("kill", name)
+        self._nodes[name].left = words_arrive
         self._nodes[name].end()
         if noticed_by is not None:
             service = self.core(noticed_by)
