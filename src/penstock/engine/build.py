@@ -31,6 +31,7 @@ from penstock.engine.platforms.select import platform_for
 from penstock.engine.quantization.select import quantization_of
 from penstock.engine.runtime.executor import StepExecutor
 from penstock.engine.runtime.forms import Forms, FormsConfig
+from penstock.engine.runtime.runner import Runner
 from penstock.engine.runtime.torch_runner import TorchRunner
 from penstock.engine.sampling.sampler import Sampler
 from penstock.engine.scheduler.config import SchedulerConfig
@@ -53,7 +54,7 @@ MAX_WAITING = 8192
 @dataclass(frozen=True, slots=True)
 class Engine:
     core: InstanceCore
-    runner: TorchRunner
+    runner: Runner
     mover: Mover
     #: Processors that compute threads have been bound to.
     cpus: tuple[int, ...] = ()

@@ -25,7 +25,7 @@ from itertools import chain
 import msgspec
 
 from penstock import __version__
-from penstock.engine.build import build_engine
+from penstock.engine.build import Engine, build_engine
 from penstock.engine.config import WorkerConfig
 from penstock.engine.core import InstanceCore
 from penstock.engine.cost import CostFitter
@@ -277,14 +277,15 @@ class InstanceDriver:
         self._ring()
 
 
-def run_worker(config: WorkerConfig) -> int:
-    """One engine instance as a process. SIGTERM drains; a second one, or SIGINT, stops."""
+def run_worker(config: WorkerConfig, build: Callable[..., Engine] = build_engine) -> int:
+    """One engine instance as a process. SIGTERM drains; a second one, or SIGINT, stops. `build`:
+    what takes the place of `build_engine`, with its arguments."""
     if config.parent_pid is not None:
         _die_with_parent(config.parent_pid)
     # The driver's thread must get its turn between the many small calls of the compute thread.
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     trace = _open_trace(config)
-    engine = build_engine(
+    engine = build(
         config.engine,
         name=config.name,
         incarnation=config.incarnation or time.time_ns(),
