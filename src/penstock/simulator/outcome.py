@@ -27,10 +27,10 @@ class Sample:
     at_s: float
     roles: tuple[str, ...]
     #: Seconds computed since the sample before, over the seconds between.
-    busy: tuple[float, ...]
-    running: tuple[int, ...]
-    waiting: tuple[int, ...]
-    kv_used: tuple[float, ...]
+    busy: npt.NDArray[np.float32]
+    running: npt.NDArray[np.int32]
+    waiting: npt.NDArray[np.int32]
+    kv_used: npt.NDArray[np.float32]
 
 
 @dataclass(slots=True)
@@ -54,11 +54,17 @@ class Outcome:
     handovers: int = 0
     resumed: int = 0
     preemptions: int = 0
+    #: Positions that all instances together have computed, some of them more than once.
+    computed_tokens: int = 0
+    #: Seconds that each instance has computed, and when the last answer was out.
+    busy_s: Floats = field(default_factory=lambda: np.zeros(0))
+    end_of_run_s: float = 0.0
     #: Between two tokens as clients saw them; tokens that came together share what passed.
     gaps: GapHistogram = field(default_factory=GapHistogram)
     #: Events on the virtual clock, and seconds and CPU seconds that the run took in the real world.
     events: int = 0
     wall_s: float = 0.0
+    cpu_s: float = 0.0
     #: sha256 over everything that was delivered, launched and replied, in order.
     digest: str = ""
 
@@ -72,6 +78,29 @@ class Outcome:
         gaps = np.where(self.output_tokens > 1, self.output_tokens - 1, np.nan)
         found: Floats = (self.end_s - self.first_s) / gaps
         return found
+
+    @property
+    def utilisation(self) -> Floats:
+        """The share of the run that each instance computed."""
+        found: Floats = self.busy_s / self.end_of_run_s
+        return found
+
+    @property
+    def kv_hit_rate(self) -> float:
+        """The share of all prompt tokens that were found in a cache; NaN where there were none."""
+        asked = self._answered(self.input_tokens)
+        return self._answered(self.cached_tokens) / asked if asked else float("nan")
+
+    @property
+    def recomputed_tokens(self) -> int:
+        """Tokens computed beyond what it takes to compute each once: after preemptions, for
+        placements that were lost, and where blocks could not be fetched."""
+        once = self._answered(self.input_tokens - self.cached_tokens + self.output_tokens - 1)
+        return max(0, self.computed_tokens - round(once))
+
+    def _answered(self, tokens: Floats) -> float:
+        """Summed over requests with at least one token."""
+        return float(tokens[self.output_tokens > 0].sum())
 
     def attained(self, ttft_slo_s: float, tpot_slo_s: float) -> npt.NDArray[np.bool_]:
         """Requests that were answered, with TTFT and TPOT within the SLOs."""

@@ -1,0 +1,167 @@
+"""The world of a `ClusterSpec`: its instances, links and service, put together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from penstock.engine.core import CoreConfig, InstanceCore
+from penstock.engine.memory.tiers.index import TierSizes
+from penstock.engine.scheduler.config import SchedulerConfig
+from penstock.loadgen.costs import InstanceModel, hardware_or_file
+from penstock.protocol.errors import ConfigError
+from penstock.protocol.kv import BLOCK_TOKENS
+from penstock.service.cluster.finder import IndexFinder, NoFinder
+from penstock.service.cluster.roles import RoleKeeperConfig
+from penstock.service.core import ServiceCore, ServiceCoreConfig
+from penstock.service.policies.roles import RolesConfig
+from penstock.service.policies.routing import (
+    ClusterView,
+    Decision,
+    Policy,
+    RouteRequest,
+    policy_named,
+)
+from penstock.simulator.data_plane import DataFaults
+from penstock.simulator.network import NetworkFaults
+from penstock.simulator.runner import StepCost
+from penstock.simulator.spec import GPUS_PER_HOST, ClusterSpec, PoolSpec
+from penstock.simulator.world import World
+
+SERVICE = "service"
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    world: World
+    service: ServiceCore
+    instances: dict[str, InstanceCore]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What every instance of a cluster can hold of one request, prompt and answer together."""
+
+    pool: str
+    kv_tokens: int
+    max_model_len: int
+
+    def check(self, number: int, input_tokens: int, output_tokens: int) -> None:
+        """Raises `ConfigError` for a request that no room could be made for."""
+        tokens = input_tokens + output_tokens
+        if tokens <= min(self.kv_tokens, self.max_model_len):
+            return
+        if tokens > self.kv_tokens:
+            limit, remedy = f"{self.kv_tokens} tokens of KV", f"kv_tokens of at least {tokens}"
+            remedy += " (larger hardware, or a larger tensor-parallel size)"
+        else:
+            limit = f"a max_model_len of {self.max_model_len}"
+            remedy = f"max_model_len of at least {tokens}"
+        raise ConfigError(
+            f"request {number} of the trace has {input_tokens} + {output_tokens} tokens and an "
+            f"instance of pool {self.pool!r} has {limit}: give it {remedy}, or leave out of the "
+            "trace what is longer"
+        )
+
+
+def limits(spec: ClusterSpec) -> list[Limits]:
+    """Of each pool. Any instance may be chosen for any request, so each must hold every one.
+    Raises `ConfigError` for hardware without room for KV."""
+    found = []
+    for pool in spec.pools:
+        kv_tokens = _kv_tokens(pool, _model(pool))
+        found.append(Limits(pool.name, kv_tokens, pool.max_model_len))
+    return found
+
+
+def build(spec: ClusterSpec, seed: int, engine: CoreConfig = CoreConfig()) -> Deployment:  # noqa: B008 (frozen)
+    """Raises `ConfigError` for a cluster that cannot be."""
+    limits(spec)
+    models = {pool.name: _model(pool) for pool in spec.pools}
+    kv_bytes_per_token = max(model.kv_bytes_per_token for model in models.values())
+    block_s = BLOCK_TOKENS * kv_bytes_per_token / (spec.link.kv_gbit * 1e9 / 8)
+    world = World(
+        seed,
+        NetworkFaults(spec.link.latency_s, spec.link.jitter_s),
+        DataFaults(block_s=block_s),
+        counting=True,
+    )
+    instances = {}
+    for pool in spec.pools:
+        for number in range(pool.count):
+            name, host = f"{pool.name}-{number}", f"{pool.name}-host-{number // GPUS_PER_HOST}"
+            instances[name] = _add(world, pool, models[pool.name], name, host, engine)
+    service = world.add_service(
+        SERVICE,
+        list(instances),
+        policy=_policy(spec),
+        finder=IndexFinder if spec.kv_index else NoFinder,
+        config=_service(spec),
+    )
+    if spec.pd not in ("off", "pools"):
+        world.tell(SERVICE, lambda now: service.lead(1, now))
+    return Deployment(world, service, instances)
+
+
+def _add(
+    world: World, pool: PoolSpec, model: InstanceModel, name: str, host: str, engine: CoreConfig
+) -> InstanceCore:
+    c = model.cost
+    cost = StepCost(
+        c.base_s, c.per_token_s, c.per_row_s, c.per_context_token_s, c.per_attention_s
+    ).scaled(pool.slowdown)
+    instance = world.add_instance(
+        name,
+        num_blocks=_kv_tokens(pool, model) // BLOCK_TOKENS,
+        cost=cost,
+        scheduler=SchedulerConfig(
+            max_num_seqs=pool.max_num_seqs,
+            max_num_batched_tokens=pool.max_num_batched_tokens,
+            max_model_len=pool.max_model_len,
+            enable_prefix_caching=pool.enable_prefix_caching,
+        ),
+        host=host,
+        means=("tcp",),
+        num_windows=0,
+        core=engine,
+        tiers=TierSizes(pool.host_kv_tokens // BLOCK_TOKENS, pool.disk_kv_tokens // BLOCK_TOKENS),
+    )
+    instance.role = pool.role
+    return instance
+
+
+def _model(pool: PoolSpec) -> InstanceModel:
+    return hardware_or_file(pool.hardware, pool.max_num_batched_tokens, pool.max_num_seqs)
+
+
+def _kv_tokens(pool: PoolSpec, model: InstanceModel) -> int:
+    found = model.kv_tokens if pool.kv_tokens is None else pool.kv_tokens
+    if found < BLOCK_TOKENS:
+        raise ConfigError(
+            f"an instance of pool {pool.name!r} ({model.name}) has room for {found} tokens of KV "
+            "beside the model: give it larger hardware, or a larger tensor-parallel size"
+        )
+    return found
+
+
+def _policy(spec: ClusterSpec) -> Policy:
+    policy = policy_named(spec.policy)
+
+    def in_one_place(view: ClusterView, request: RouteRequest) -> Decision:
+        return policy(view, replace(request, aggregated_because="the cluster has pd: off"))
+
+    return in_one_place if spec.pd == "off" else policy
+
+
+def _service(spec: ClusterSpec) -> ServiceCoreConfig:
+    # Admission refuses where a TTFT SLO is set; without it everybody is measured.
+    config = ServiceCoreConfig(
+        max_queue=spec.max_queue,
+        ttft_slo_s=spec.ttft_slo_s if spec.admission else None,
+        tpot_slo_s=spec.tpot_slo_s,
+    )
+    if spec.pd in ("off", "pools"):
+        return config
+    roles = RolesConfig(
+        static=spec.static_split, ttft_slo_s=spec.ttft_slo_s, tpot_slo_s=spec.tpot_slo_s
+    )
+    return replace(config, roles=RoleKeeperConfig(policy=roles))
