@@ -59,8 +59,6 @@ def run(
     world, service = deployment.world, deployment.service
     records, notes = Records(world, WARM_UP_S), _Notes(deployment)
     waiting = _Arrivals(world, records, arrivals)
-    if waiting.ended:
-        raise ConfigError("the trace holds no requests")
     while not waiting.ended or len(service.journal):
         world.run(world.now + SAMPLE_EVERY_S)
         notes.sample()
@@ -113,6 +111,8 @@ class _Arrivals:
         self._world, self._records, self._requests = world, records, requests
         self.ended = False
         self._look_ahead()
+        if self.ended:
+            raise ConfigError("the trace holds no requests")
 
     def _look_ahead(self) -> None:
         request = next(self._requests, None)
