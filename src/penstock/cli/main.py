@@ -21,7 +21,12 @@ COMMANDS = {
     "bench": ("penstock.cli.bench", "put a small load on a running server and measure it"),
     "trace": ("penstock.cli.trace", "say what a trace of requests is like; make one up"),
     "top": ("penstock.cli.top", "watch the instances of a running service"),
+    "costs": ("penstock.cli.costs", "write what the steps of a running instance cost"),
     "up": ("penstock.cli.up", "run a cluster on the nodes of a Ray cluster"),
+    "simulate": (
+        "penstock.cli.simulate",
+        "run a trace through a simulated cluster, compare setups",
+    ),
     "advise": ("penstock.cli.advise", "say whether prefill and decode should be apart, and how"),
     "router": ("penstock.cli.router", "the service alone, over engines that run elsewhere"),
     "worker": ("penstock.cli.worker", "run one engine instance (started by `serve`)"),

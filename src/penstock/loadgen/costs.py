@@ -97,9 +97,10 @@ def _model(name: str, found: dict[str, Any], step_tokens: int, max_running: int)
         if not numeric or not math.isfinite(value) or value < 0:
             raise ConfigError(f"{name}: {term} is {value!r}, not a number of at least 0")
         values[term] = float(value)
-    for term in ("base_s", "per_token_s", "kv_tokens"):
-        if not values[term]:
-            raise ConfigError(f"{name} lacks {term}, which has to be more than 0")
+    if not values["base_s"] + values["per_token_s"] + values["per_row_s"]:
+        raise ConfigError(f"{name} lacks base_s and per_token_s: a step of one token takes no time")
+    if not values["kv_tokens"]:
+        raise ConfigError(f"{name} lacks kv_tokens, which has to be more than 0")
     cost = CostModel(
         base_s=values["base_s"],
         per_token_s=values["per_token_s"],

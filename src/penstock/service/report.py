@@ -66,6 +66,7 @@ class InstanceReport(msgspec.Struct, kw_only=True):
     queued_tokens: int = 0
     running_tokens: int = 0
     max_running: int | None = None
+    max_num_batched_tokens: int | None = None
     kv: KvReport | None = None
     steps: StepsReport | None = None
     #: Times of requests that this service has sent there, of late.
@@ -239,6 +240,7 @@ def _describe(report: InstanceReport, card: InstanceCard) -> None:
     report.model = card.model
     report.endpoints = dict(card.endpoints)
     report.max_running = card.max_num_seqs
+    report.max_num_batched_tokens = card.max_num_batched_tokens
     report.kernels = dict(card.kernels)
 
 
