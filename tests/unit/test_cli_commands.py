@@ -70,6 +70,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _stream(self, body: dict[str, Any]) -> None:
         chat = "messages" in body
         text = body["messages"][-1]["content"] if chat else body["prompt"]
+        if isinstance(text, list):
+            text = " ".join(str(token) for token in text)
         self.send_response(200)
         self.send_header("content-type", "text/event-stream")
         self.end_headers()
@@ -220,6 +222,63 @@ def test_bench_reports_failures(server: FakeServer, says: Says) -> None:
     assert code == 1
     assert "the queue is full" in out
     assert "0 requests" in out
+
+
+def test_bench_plays_a_trace(server: FakeServer, says: Says, tmp_path: Path) -> None:
+    lines = [(0.0, 600, 5, [7]), (0.1, 700, 3, [7, 8]), (0.2, 40, 2, [])]
+    rows = [
+        json.dumps(dict(arrival_s=at_s, input_tokens=n, output_tokens=out, hash_ids=ids))
+        for at_s, n, out, ids in lines
+    ]
+    (tmp_path / "t.jsonl").write_text("\n".join(rows))
+    code, out, _ = says(
+        "bench", "--url", server.url, "--trace", str(tmp_path / "t.jsonl"), "--speed", "2",
+        "--goodput", "ttft:60000", "tpot:60000", "--metric-percentiles", "95", "--json",
+    )  # fmt: skip
+    result = json.loads(out)
+    assert code == 0 and result["completed"] == 3 and result["duration_s"] >= 0.1
+    assert result["output_tokens"] == 10 and result["slo_attainment"] == 1.0
+    assert set(result["itl_ms"]) == {"mean", "p95"}
+    bodies = [body for path, body, _ in server.requests if path == "/v1/completions"]
+    prompts = sorted((body["prompt"] for body in bodies), key=len)
+    assert [len(prompt) for prompt in prompts] == [40, 600, 700]
+    assert prompts[1][:512] == prompts[2][:512]
+    assert sorted(body["max_tokens"] for body in bodies) == [2, 3, 5]
+    code, out, _ = says(
+        "bench", "--url", server.url, "--trace", str(tmp_path / "t.jsonl"), "--limit", "2",
+        "--goodput", "ttft:0.0001", "--request-rate", "50",
+    )  # fmt: skip
+    assert code == 0 and "within TTFT 0.0001 ms: 0.0%" in out
+
+
+def test_bench_takes_lengths_at_a_rate(server: FakeServer, says: Says, tmp_path: Path) -> None:
+    (tmp_path / "l.csv").write_text("input_tokens,output_tokens\n9,2\n17,1\n")
+    trace = ("bench", "--url", server.url, "--trace", str(tmp_path / "l.csv"))
+    code, out, _ = says(*trace, "--request-rate", "100", "--burstiness", "0.5", "--json")
+    assert code == 0 and json.loads(out)["output_tokens"] == 3
+    code, _, err = says(*trace)
+    assert code == 2 and "no times of arrival" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--speed", "2"], "give one with --trace"),
+        (["--trace", "x.csv", "--random-input-len", "5"], "has its own lengths"),
+        (["--trace", "x.csv"], "cannot be read"),
+        (["--trace", "generate:rate=1"], "needs a duration"),
+        (["--trace", "x.csv", "--speed", "2", "--request-rate", "1"], "choose one"),
+        (["--burstiness", "2"], "give one"),
+        (["--goodput", "ttft=500"], "is not like ttft:500"),
+        (["--request-rate", "0"], "no rate above 0"),
+        (["--metric-percentiles", "101"], "not like 50,90,99"),
+    ],
+)
+def test_bench_says_what_does_not_fit(
+    server: FakeServer, says: Says, arguments: list[str], message: str
+) -> None:
+    code, out, err = says("bench", "--url", server.url, *arguments)
+    assert code == 2 and message in err and not out
 
 
 def test_the_summary() -> None:

@@ -24,7 +24,7 @@ from penstock.protocol.errors import ConfigError
 
 BURSTGPT = "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n"
 SESSIONS = (
-    "Timestamp,Session ID,Elapsed time,Model,Request tokens,Response tokens,Total tokens,Log Type\n"  # noqa: E501
+    "Timestamp,Session ID,Elapsed time,Model,Request tokens,Response tokens,Total tokens,Log Type\n"
 )
 
 
@@ -304,7 +304,7 @@ def test_prompts_fit_a_small_vocabulary() -> None:
     assert (
         prompt_ids(request, 3)[:700]
         == prompt_ids(TraceRequest(0.0, 1500, 1, (0, 123_456)), 3)[:700]
-    )  # noqa: E501
+    )
 
 
 def test_the_command_says_what_a_trace_is_like(

@@ -1,61 +1,72 @@
-"""`penstock bench`: a small load on a running OpenAI-style server, and what came of it."""
+"""`penstock bench`: a load on a running OpenAI-style server, and what came of it."""
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
+import math
 import os
 import random
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import httpx
 
-from penstock.cli import client
+from penstock.cli import client, trace_flags
 from penstock.cli.parser import Parser, count
 from penstock.cli.serve import KEY_VARIABLES
-from penstock.protocol.errors import EngineUnavailable, PenstockError
+from penstock.loadgen.generate import PREFIX, arrivals
+from penstock.loadgen.live import GOODPUT_METRICS, PERCENTILES, Outcome, Shot, play, summary
+from penstock.loadgen.prompts import prompt_ids
+from penstock.loadgen.sources import open_trace
+from penstock.loadgen.traces import TraceRequest, has_times, read_lengths
+from penstock.protocol.errors import ConfigError
+
+__all__ = ["Outcome", "make_parser", "run", "summary"]
 
 #: Prompts are drawn from these words; what they come to in tokens is what the server reports.
 _WORDS = (
     "water", "river", "stone", "light", "garden", "winter", "letter", "morning", "silver", "road",
 )  # fmt: skip
-_PERCENTILES = (50, 90, 99)
-
-
-@dataclass(slots=True)
-class Outcome:
-    """One request, by the client's clock, from the moment of sending. With `error`, only that."""
-
-    error: str = ""
-    ttft_s: float = 0.0
-    end_s: float = 0.0
-    prompt_tokens: int = 0
-    output_tokens: int = 0
-
-    @property
-    def tpot_s(self) -> float | None:
-        """Seconds a token after the first."""
-        if self.output_tokens < 2:
-            return None
-        return (self.end_s - self.ttft_s) / (self.output_tokens - 1)
+#: Requests at once, where nothing says when they come.
+_CONCURRENCY = 16
+#: Sent later than this, a load is not the one that was asked for.
+_LATE_MS = 100.0
 
 
 def make_parser() -> Parser:
-    parser = Parser("bench", "Send requests to a running server and measure. Names are vLLM's.")
+    parser = Parser(
+        "bench",
+        "Send requests to a running server and measure: random prompts, or those of a trace when\n"
+        "they came, with what they shared. Names are vLLM's.",
+        epilog=trace_flags.EPILOG,
+    )
     add = parser.add_argument
     add("--url", "--base-url", dest="url", help="http://127.0.0.1:8000")
     add("--api-key", metavar="KEY", help=f"else ${KEY_VARIABLES[0]}")
     add("--model", help="the server's first by default")
-    add("--num-prompts", type=count, metavar="N", help="requests in all (64)")
-    add("--max-concurrency", type=count, metavar="N", help="requests at once (16)")
+    add("--trace", metavar="TRACE", help="requests of a file, or generate:...")
+    trace_flags.add_cut_flags(parser, limit="--num-prompts")
+    add("--num-prompts", "--limit", dest="num_prompts", type=count, metavar="N",
+        help="requests in all (64, or all of a trace)")  # fmt: skip
+    add("--max-concurrency", type=count, metavar="N",
+        help=f"requests at once ({_CONCURRENCY}; no bound where they have times)")  # fmt: skip
+    add("--request-rate", type=_rate, metavar="X",
+        help="requests a second, instead of the times of a trace; inf: all at once")  # fmt: skip
+    add("--burstiness", type=_rate, metavar="X",
+        help="of --request-rate: shape of the gamma distribution of gaps (1)")  # fmt: skip
     add("--random-input-len", dest="input_len", type=count, metavar="TOKENS",
         help="prompt length, roughly (256)")  # fmt: skip
     add("--random-output-len", dest="output_len", type=count, metavar="TOKENS",
         help="output length, exactly (64)")  # fmt: skip
-    add("--seed", type=int, help="of the prompts (0)")
+    add("--goodput", nargs="+", type=_slo, metavar="NAME:MS",
+        help="how many requests keep these times: ttft:500 tpot:50 e2el:9000")  # fmt: skip
+    add("--metric-percentiles", type=_percentiles, metavar="P,P", help="50,90,99")
+    add("--seed", type=int, help="of prompts and arrivals (0)")
     add("--json", action="store_true", help="the result for programs")
     return parser
 
@@ -63,25 +74,88 @@ def make_parser() -> Parser:
 def run(arguments: list[str]) -> int:
     """0 if every request was answered, else 1."""
     options = vars(make_parser().parse(arguments))
+    _check(options)
     url = client.base_url(options.get("url", "http://127.0.0.1:8000"))
     key = options.get("api_key") or os.environ.get(KEY_VARIABLES[0])
+    traced = _traced(options) if "trace" in options else None
     with client.connect(url, key) as http:
         model = options.get("model") or client.first_model(http)
-        tokens_a_word = _tokens_a_word(http, model)
-    dice = random.Random(options.get("seed", 0))
-    num_words = max(1, round(options.get("input_len", 256) / tokens_a_word))
-    prompts = [
-        " ".join(dice.choices(_WORDS, k=num_words)) for _ in range(options.get("num_prompts", 64))
-    ]
-    body = {"model": model, "max_tokens": options.get("output_len", 64), "ignore_eos": True}
-    load = _load(url, key, body, prompts, options.get("max_concurrency", 16))
-    outcomes, duration_s = asyncio.run(load)
-    result = summary(outcomes, duration_s)
+        shots = _random(http, model, options) if traced is None else traced
+    timed = "trace" in options or "request_rate" in options
+    concurrency = options.get("max_concurrency", None if timed else _CONCURRENCY)
+    body = {"model": model, "ignore_eos": True}
+    shots = [Shot(shot.at_s, body | dict(shot.body)) for shot in shots]
+    outcomes, duration_s = asyncio.run(_load(url, key, shots, concurrency))
+    result = summary(
+        outcomes,
+        duration_s,
+        slos_s=dict(options.get("goodput", ())),
+        percentiles=options.get("metric_percentiles", PERCENTILES),
+    )
     if options.get("json"):
         print(json.dumps(result, indent=2))
     else:
         _show(model, result)
-    return 0 if result["completed"] == len(prompts) else 1
+    return 0 if result["completed"] == len(shots) else 1
+
+
+def _check(options: Mapping[str, Any]) -> None:
+    for name in ("speed", "window"):
+        if name in options and "trace" not in options:
+            raise ConfigError(f"--{name} is about a trace: give one with --trace")
+    if "trace" in options and ("input_len" in options or "output_len" in options):
+        raise ConfigError("a trace has its own lengths: leave out --random-input-len and its like")
+    if "request_rate" in options and "speed" in options:
+        raise ConfigError("--request-rate sets when requests come, --speed too: choose one")
+    if "burstiness" in options and options.get("request_rate", float("inf")) == float("inf"):
+        raise ConfigError("--burstiness is about the gaps of a --request-rate: give one")
+
+
+# --- what is sent, and when -----------------------------------------------------------------------
+
+
+def _traced(options: Mapping[str, Any]) -> list[Shot]:
+    requests = _requests(options["trace"], options)
+    times = [r.arrival_s for r in requests]
+    if "request_rate" in options:
+        times = _arrivals(len(requests), options)
+    return [
+        _shot(at_s, prompt_ids(r, number), r.output_tokens)
+        for number, (at_s, r) in enumerate(zip(times, requests))
+    ]
+
+
+def _requests(source: str, options: Mapping[str, Any]) -> list[TraceRequest]:
+    limit = options.get("num_prompts")
+    is_file = not source.startswith(PREFIX)
+    if is_file and "request_rate" in options and not has_times(Path(source)):
+        return [TraceRequest(0.0, *lengths) for lengths in read_lengths(Path(source))[:limit]]
+    return open_trace(
+        source, speed=options.get("speed", 1.0), window_s=options.get("window"), limit=limit
+    )
+
+
+def _random(http: client.Http, model: str, options: Mapping[str, Any]) -> list[Shot]:
+    dice = random.Random(options.get("seed", 0))
+    num_words = max(1, round(options.get("input_len", 256) / _tokens_a_word(http, model)))
+    number = options.get("num_prompts", 64)
+    prompts = [" ".join(dice.choices(_WORDS, k=num_words)) for _ in range(number)]
+    times = _arrivals(number, options)
+    output = options.get("output_len", 64)
+    return [_shot(at_s, prompt, output) for at_s, prompt in zip(times, prompts)]
+
+
+def _shot(at_s: float, prompt: str | list[int], output_tokens: int) -> Shot:
+    return Shot(at_s, {"prompt": prompt, "max_tokens": output_tokens})
+
+
+def _arrivals(number: int, options: Mapping[str, Any]) -> list[float]:
+    """Seconds from the start."""
+    rate = options.get("request_rate", math.inf)
+    if rate == math.inf:
+        return [0.0] * number
+    cv = 1 / math.sqrt(options.get("burstiness", 1.0))
+    return arrivals(number, rate, cv, options.get("seed", 0))
 
 
 def _tokens_a_word(http: client.Http, model: str) -> float:
@@ -94,107 +168,95 @@ def _tokens_a_word(http: client.Http, model: str) -> float:
 
 
 async def _load(
-    url: str, key: str | None, body: dict[str, Any], prompts: Sequence[str], concurrency: int
+    url: str, key: str | None, shots: Sequence[Shot], concurrency: int | None
 ) -> tuple[list[Outcome], float]:
     limits = httpx.Limits(max_connections=concurrency)
-    gate = asyncio.Semaphore(concurrency)
     async with httpx.AsyncClient(
         base_url=url, headers=client.headers(key), timeout=client.TIMEOUT, limits=limits
     ) as http:
-
-        async def one(prompt: str) -> Outcome:
-            async with gate:
-                return await _request(http, body | {"prompt": prompt})
-
-        start_s = time.perf_counter()
-        outcomes = await asyncio.gather(*(one(prompt) for prompt in prompts))
-        return list(outcomes), time.perf_counter() - start_s
+        return await play(http, shots, concurrency=concurrency, ended=_progress(len(shots)))
 
 
-async def _request(http: httpx.AsyncClient, body: dict[str, Any]) -> Outcome:
-    outcome = Outcome()
-    asked = body | {"stream": True, "stream_options": {"include_usage": True}}
-    start_s = time.perf_counter()
+def _progress(total: int) -> Callable[[int], None]:
+    if not sys.stderr.isatty():
+        return lambda done: None
+
+    def show(done: int) -> None:
+        end = "\n" if done == total else ""
+        print(f"\r{done} of {total} answered", end=end, file=sys.stderr, flush=True)
+
+    return show
+
+
+# --- words ----------------------------------------------------------------------------------------
+
+
+def _rate(text: str) -> float:
     try:
-        async with http.stream("POST", "/v1/completions", json=asked) as response:
-            if response.is_error:
-                await response.aread()
-                client.raise_for_status(response)
-            async for line in response.aiter_lines():
-                if not line.startswith("data: {"):
-                    continue
-                event = json.loads(line.removeprefix("data: "))
-                now_s = time.perf_counter()
-                if "error" in event:
-                    raise EngineUnavailable(str(event["error"]["message"]))
-                if event.get("choices"):
-                    outcome.ttft_s = outcome.ttft_s or now_s - start_s
-                    outcome.end_s = now_s - start_s
-                if usage := event.get("usage"):
-                    outcome.prompt_tokens = usage["prompt_tokens"]
-                    outcome.output_tokens = usage["completion_tokens"]
-    except PenstockError as exc:
-        outcome.error = exc.message
-    except (httpx.HTTPError, ValueError, KeyError) as exc:
-        outcome.error = f"{type(exc).__name__}: {exc}"
-    return outcome
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no rate above 0")
+    return value
 
 
-def summary(outcomes: Sequence[Outcome], duration_s: float) -> dict[str, Any]:
-    """Times in ms. TTFT: to the first token; TPOT: a token after it; E2EL: to the last one."""
-    good = [outcome for outcome in outcomes if not outcome.error]
-    output_tokens = sum(outcome.output_tokens for outcome in good)
-    input_tokens = sum(outcome.prompt_tokens for outcome in good)
-    times = {
-        "ttft_ms": [outcome.ttft_s for outcome in good],
-        "tpot_ms": [outcome.tpot_s for outcome in good if outcome.tpot_s is not None],
-        "e2el_ms": [outcome.end_s for outcome in good],
-    }
-    return {
-        "completed": len(good),
-        "failed": len(outcomes) - len(good),
-        "errors": sorted({outcome.error for outcome in outcomes if outcome.error})[:5],
-        "duration_s": duration_s,
-        "request_throughput_per_s": len(good) / duration_s,
-        "output_throughput_tokens_per_s": output_tokens / duration_s,
-        "total_throughput_tokens_per_s": (input_tokens + output_tokens) / duration_s,
-        "input_tokens": input_tokens,
-        "output_tokens": output_tokens,
-        **{name: _distribution(values) for name, values in times.items()},
-    }
+def _slo(text: str) -> tuple[str, float]:
+    """ "ttft:500" in seconds."""
+    match = re.fullmatch(r"([a-z0-9]+):([0-9]+(?:\.[0-9]+)?)", text)
+    if match is None or match[1] not in GOODPUT_METRICS or not float(match[2]):
+        names = ", ".join(GOODPUT_METRICS)
+        raise argparse.ArgumentTypeError(f"{text!r} is not like ttft:500 (ms), of {names}")
+    return match[1], float(match[2]) * 1e-3
 
 
-def _distribution(values_s: Sequence[float]) -> dict[str, float] | None:
-    if not values_s:
-        return None
-    ordered = sorted(values_s)
-    found = {"mean": sum(ordered) / len(ordered) * 1e3}
-    for percent in _PERCENTILES:
-        # The nearest rank: a value that was measured, not one between two.
-        rank = -(-percent * len(ordered) // 100)
-        found[f"p{percent}"] = ordered[rank - 1] * 1e3
+def _percentiles(text: str) -> tuple[float, ...]:
+    try:
+        found = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        found = (-1.0,)
+    if not all(0 < percent <= 100 for percent in found):
+        raise argparse.ArgumentTypeError(f"{text!r} is not like 50,90,99")
     return found
 
 
-def _show(model: str, result: dict[str, Any]) -> None:
+def _show(model: str, result: Mapping[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
     console = Console(highlight=False)
     console.print(
         f"{model}: {result['completed']} requests in {result['duration_s']:.2f} s, "
-        f"{result['input_tokens']} tokens in, {result['output_tokens']} out",
+        f"{result['input_tokens']} tokens in ({result['cached_tokens']} of them cached), "
+        f"{result['output_tokens']} out",
         markup=False,
     )
     console.print(
         f"{result['output_throughput_tokens_per_s']:.1f} output tokens/s, "
         f"{result['request_throughput_per_s']:.2f} requests/s"
     )
-    table = Table("ms", "mean", *(f"p{percent}" for percent in _PERCENTILES))
-    for name in ("ttft_ms", "tpot_ms", "e2el_ms"):
+    if "slo_ms" in result:
+        slos = ", ".join(f"{name.upper()} {ms:g} ms" for name, ms in result["slo_ms"].items())
+        console.print(
+            f"within {slos}: {100 * result['slo_attainment']:.1f}%, "
+            f"{result['request_goodput_per_s']:.2f} requests/s"
+        )
+    names = ("ttft_ms", "tpot_ms", "itl_ms", "e2el_ms")
+    columns = next((list(result[n]) for n in names if result[n] is not None), [])
+    table = Table("ms", *columns)
+    for name in names:
         if result[name] is not None:
             row = [f"{value:.1f}" for value in result[name].values()]
             table.add_row(name.removesuffix("_ms").upper(), *row)
-    console.print(table)
+    if columns:
+        console.print(table)
+    late = result["sent_late_ms"]
+    if late is not None and max(late.values()) > _LATE_MS:
+        console.print(
+            f"requests were sent up to {max(late.values()):.0f} ms late: "
+            "they waited for others (--max-concurrency), or this client is too slow for the load"
+        )
+    if result["failed"]:
+        console.print(f"{result['failed']} failed", style="red")
     for error in result["errors"]:
         console.print(f"failed: {error}", style="red", markup=False)

@@ -126,6 +126,12 @@ def generate(spec: GeneratedTrace) -> list[TraceRequest]:
     return [replace(r, arrival_s=r.arrival_s - first_s) for r in made]
 
 
+def arrivals(number: int, rate: float, cv: float, seed: int) -> list[float]:
+    """Times of so many arrivals of a steady process, the first at 0 s."""
+    gaps = np.random.default_rng(seed).gamma(1 / cv**2, cv**2 / rate, max(number - 1, 0))
+    return [0.0, *np.cumsum(gaps).tolist()][:number]
+
+
 def _session_starts(spec: GeneratedTrace, dice: np.random.Generator) -> Floats:
     """From before 0 s on, so that at 0 s there are later turns as well as first ones."""
     warm_up_s = _WARM_UP_LIVES * spec.turns * spec.think_s if spec.turns > 1 else 0.0

@@ -113,6 +113,12 @@ def read_lengths(path: Path) -> list[tuple[int, int]]:
     return found
 
 
+def has_times(path: Path) -> bool:
+    """False for a file that holds lengths and nothing more. Raises `ConfigError`."""
+    _, row = next(read_rows(path), (0, {}))
+    return _lengths_of(row) is None or any(set(f.columns) <= row.keys() for f in _FORMATS)
+
+
 def read_rates(path: Path, column: str | None = None) -> Rates:
     """Of a file with window_s and one column of rates (ServeGen's have several: m_small_rps; the
     first is taken if none is named). Raises `ConfigError`."""
