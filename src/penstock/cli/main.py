@@ -25,7 +25,7 @@ COMMANDS = {
     "up": ("penstock.cli.up", "run a cluster on the nodes of a Ray cluster"),
     "simulate": (
         "penstock.cli.simulate",
-        "run a trace through a simulated cluster, compare setups",
+        "run a trace through simulated clusters, compared",
     ),
     "advise": ("penstock.cli.advise", "say whether prefill and decode should be apart, and how"),
     "router": ("penstock.cli.router", "the service alone, over engines that run elsewhere"),
