@@ -25,6 +25,9 @@ from penstock.engine.transfer.jobs import (
 from penstock.protocol.kv import Tier
 from penstock.simulator.kv import KvMemory, Page
 
+#: What a slower tier holds whose bytes are not what was stored there.
+_SPOILT: list[int] = []
+
 
 @dataclass(frozen=True, slots=True)
 class DataFaults:
@@ -95,6 +98,12 @@ class SimulatedDataPlane:
 
         self._at(began_s + seconds, end)
 
+    def spoil_tiers(self) -> None:
+        """What slower tiers hold now is spoilt, which its checksum tells whoever loads it."""
+        for held in self.tiers.values():
+            for key in held:
+                held[key] = _SPOILT
+
     def close(self) -> None:
         self.closed = True
 
@@ -135,7 +144,7 @@ class SimulatedDataPlane:
 
     def _load(self, tier: Tier, key: bytes, block: int) -> bool:
         cells = self.tiers.get(tier, {}).get(key)
-        if cells is None or self._draw.random() < self.faults.corrupt:
+        if cells is None or cells is _SPOILT or self._draw.random() < self.faults.corrupt:
             self.tiers.get(tier, {}).pop(key, None)
             return False
         self._memory.fill(block, cells)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+from collections import deque
 from collections.abc import Callable, Coroutine, Generator
 from typing import Any, TypeVar
 
@@ -24,7 +25,10 @@ class NodeLoop(asyncio.AbstractEventLoop):
         self._clock = clock
         self._at = at
         self._tasks: list[asyncio.Task[Any]] = []
+        self._readers: dict[int, Callable[[], object]] = {}
         self._ended = False
+        #: What is to run though the process is gone.
+        self._last: deque[asyncio.Handle] = deque()
         #: Exceptions that nobody has taken; a test looks here.
         self.troubles: list[dict[str, Any]] = []
 
@@ -40,7 +44,10 @@ class NodeLoop(asyncio.AbstractEventLoop):
         context: contextvars.Context | None = None,
     ) -> asyncio.Handle:
         handle = asyncio.Handle(callback, args, self, context)
-        self._at(self.time(), lambda: self._run(handle))
+        if self._ended:
+            self._last.append(handle)
+        else:
+            self._at(self.time(), lambda: self._run(handle))
         return handle
 
     def call_later(  # type: ignore[override]
@@ -60,7 +67,8 @@ class NodeLoop(asyncio.AbstractEventLoop):
         context: contextvars.Context | None = None,
     ) -> asyncio.TimerHandle:
         handle = asyncio.TimerHandle(when, callback, args, self, context)
-        self._at(when, lambda: self._run(handle))
+        if not self._ended:
+            self._at(when, lambda: self._run(handle))
         return handle
 
     def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
@@ -93,6 +101,12 @@ class NodeLoop(asyncio.AbstractEventLoop):
         if not self._ended:
             self.troubles.append(context)
 
+    def add_reader(self, fd: Any, callback: Callable[..., object], *args: Any) -> None:
+        self._readers[fd] = lambda: callback(*args)
+
+    def remove_reader(self, fd: Any) -> bool:
+        return self._readers.pop(fd, None) is not None
+
     # --- what the world does -------------------------------------------------------------------
 
     def enter(self, call: Callable[[], _T]) -> _T:
@@ -104,12 +118,18 @@ class NodeLoop(asyncio.AbstractEventLoop):
         finally:
             asyncio._set_running_loop(outer)
 
+    def readable(self, fd: int) -> None:
+        if fd in self._readers and not self._ended:
+            self.enter(self._readers[fd])
+
     def _run(self, handle: asyncio.Handle) -> None:
         if not handle.cancelled() and not self._ended:
             self.enter(handle._run)
 
     def end(self) -> None:
-        """The process is gone: nothing of it goes on, nor is tidied up."""
+        """The process is gone. Its tasks are unwound where nobody hears them."""
         self._ended = True
         for task in self._tasks:
-            task._log_destroy_pending = False  # type: ignore[attr-defined]
+            task.cancel()
+        while self._last:
+            self.enter(self._last.popleft()._run)

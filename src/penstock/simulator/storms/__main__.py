@@ -1,0 +1,64 @@
+"""`python -m penstock.simulator.storms SEED`: play the storm of a seed."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+from dataclasses import replace
+
+from penstock.simulator.storms.draw import storm_of
+from penstock.simulator.storms.play import Verdict, play
+from penstock.simulator.storms.storm import Storm
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    logging.getLogger("penstock").setLevel(logging.CRITICAL)
+    first, _, last = options.seeds.partition("-")
+    failed = 0
+    began_s = time.perf_counter()
+    seeds = range(int(first), int(last or first) + 1)
+    for seed in seeds:
+        storm = _only(storm_of(seed), options.only)
+        verdict = play(storm, until_s=options.until)
+        if len(seeds) == 1 and verdict.ok:
+            print(storm)
+            print(_summary(verdict))
+        if not verdict.ok:
+            failed += 1
+            print(
+                f"seed {seed}: {verdict.failure} [{verdict.where}] at {verdict.failed_at_s:.4f} s"
+            )
+            if len(seeds) == 1:
+                print(verdict.trace)
+    took_s = time.perf_counter() - began_s
+    print(f"{len(seeds)} storms, {failed} failed, {1000 * took_s / len(seeds):.0f} ms each")
+    return 1 if failed else 0
+
+
+def _only(storm: Storm, only: str | None) -> Storm:
+    if only is None:
+        return storm
+    kept = [int(number) for number in only.split(",") if number]
+    return replace(storm, faults=tuple(storm.faults[number] for number in kept))
+
+
+def _summary(v: Verdict) -> str:
+    return (
+        f"{v.num_events} events, {v.handovers} handovers, {v.resumed} resumed, {v.migrated} "
+        f"migrated, {v.preemptions} preemptions, {v.errors} errors, digest {v.digest[:16]}"
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m penstock.simulator.storms")
+    parser.add_argument("seeds", help="SEED, or FIRST-LAST")
+    parser.add_argument("--only", help="leave out all faults but these, by number: 0,2")
+    parser.add_argument("--until", type=float, help="stop after so many virtual seconds")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,74 @@
+"""When a request may end with an error: only if, at some moment of its life, no instance could
+be counted on. Any single failure ends in tokens."""
+
+from __future__ import annotations
+
+from penstock.simulator.storms.storm import (
+    SERVICES,
+    Ask,
+    Assignment,
+    Crash,
+    Cut,
+    Drain,
+    Fault,
+    Halt,
+    Noise,
+    RegistryLoss,
+    ScaleUp,
+    Skew,
+    Slow,
+    SpoilTiers,
+    Storm,
+    TakeBack,
+)
+
+#: Until all have noticed that a fault is over.
+_AFTERWARDS_S = 8.0
+#: From so many lost frames on nothing can be promised.
+_LOUD = 0.05
+
+
+def may_fail(storm: Storm, ask: Ask, ended_s: float) -> bool:
+    spans = [span for fault in storm.faults if (span := _span(storm, fault, ask.service))]
+    begin_s = ask.at_s
+    moments = [begin_s, *(s for _, s, _ in spans if begin_s < s <= ended_s)]
+    for moment_s in moments:
+        out: set[str] = set()  # only asked whether it has everybody
+        for who, from_s, to_s in spans:
+            if from_s <= moment_s <= to_s:
+                out.update(who)
+        if out.issuperset(storm.shape.instances):
+            return True
+    return False
+
+
+def _span(storm: Storm, fault: Fault, service: str) -> tuple[tuple[str, ...], float, float] | None:
+    """Who cannot be counted on, from when, until when."""
+    everybody = storm.shape.instances
+    until_s = fault.over_s + _AFTERWARDS_S
+    match fault:
+        case Crash(node=node, again_after_s=None) if node not in SERVICES:
+            return (node,), fault.at_s, float("inf")
+        case Crash(node=node) | Halt(node=node) | Skew(node=node):
+            if node in SERVICES:
+                return (everybody, fault.at_s, until_s) if node == service else None
+            return (node,), fault.at_s, _found_again_s(storm, until_s)
+        case Slow(node=node):
+            return (node,), fault.at_s, until_s
+        case Cut(these=these, those=those):
+            if service in these:
+                return those, fault.at_s, until_s
+            return (these, fault.at_s, until_s) if service in those else None
+        case Noise(loss=loss, reorder=reorder):
+            loud = loss >= _LOUD or reorder >= _LOUD
+            return (everybody, fault.at_s, until_s) if loud else None
+        case Drain(node=node):
+            return (node,), fault.at_s, float("inf")
+        case Assignment() | RegistryLoss() | ScaleUp() | SpoilTiers() | TakeBack():
+            return None
+
+
+def _found_again_s(storm: Storm, until_s: float) -> float:
+    """Who comes back while the registry is away is found when that is back."""
+    losses = [f.over_s for f in storm.faults if isinstance(f, RegistryLoss)]
+    return max([until_s, *(over_s + _AFTERWARDS_S for over_s in losses)])

@@ -1,0 +1,285 @@
+"""A storm: a small cluster, its requests, and all that goes wrong, as plain data.
+
+Everything is in the data, nothing in the seed that it was drawn from: so a storm can be shrunk,
+printed, and pasted into a test. Times are virtual seconds since the start.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pprint import pformat
+
+from penstock.protocol.instance import Role
+from penstock.protocol.request import RequestClass
+
+INSTANCES = ("a", "b", "c", "d", "e")
+SERVICES = ("s", "t")
+REGISTRY = "registry"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """The cluster. Pools are small, so that memory is short and blocks are evicted."""
+
+    num_instances: int = 2
+    num_services: int = 1
+    #: "in-turn" (every request is split, over all pairs in turn) or the name of a routing policy.
+    policy: str = "in-turn"
+    #: "off", "auto", or "P:D".
+    pd: str = "off"
+    #: Whether instances and services find each other, and a leader, in a registry.
+    registry: bool = False
+    num_blocks: int = 96
+    num_windows: int = 64
+    host_blocks: int = 0
+    disk_blocks: int = 0
+    #: How blocks move between instances, best first.
+    means: tuple[str, ...] = ("map", "tcp")
+    num_hosts: int = 1
+    max_num_seqs: int = 8
+    max_num_batched_tokens: int = 128
+    #: `Tokens` that an instance sends ahead of the service's credits.
+    credit_window: int = 512
+    #: Of each job of the data plane: that nothing comes of it, that it ends seconds late; and of
+    #: each block that it arrives spoilt.
+    job_fails: float = 0.0
+    job_hangs: float = 0.0
+    block_spoilt: float = 0.0
+
+    @property
+    def instances(self) -> tuple[str, ...]:
+        return INSTANCES[: self.num_instances]
+
+    @property
+    def services(self) -> tuple[str, ...]:
+        return SERVICES[: self.num_services]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """One request. Its prompt begins with `shared_tokens` that others of the same `family` have
+    too; the rest (`own_tokens`) follows from its number alone."""
+
+    number: int
+    at_s: float
+    service: str = "s"
+    family: int = 0
+    shared_tokens: int = 0
+    own_tokens: int = 16
+    max_tokens: int = 16
+    n: int = 1
+    request_class: RequestClass = "online"
+    #: The caller goes away so long after asking.
+    cancel_after_s: float | None = None
+    budget_s: float | None = None
+
+
+# --- faults --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Crash:
+    """The process of `node` is gone. `noticed`: a supervisor sees that at once, otherwise others
+    notice the silence. `words_arrive`: what it had sent is still delivered. It starts again (as a
+    new incarnation) after `again_after_s`, or never."""
+
+    at_s: float
+    node: str
+    noticed: bool = False
+    words_arrive: bool = False
+    again_after_s: float | None = None
+
+    @property
+    def over_s(self) -> float:
+        return self.at_s + (self.again_after_s or 0.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Halt:
+    """SIGSTOP, and SIGCONT after `for_s`."""
+
+    at_s: float
+    node: str
+    for_s: float
+
+    @property
+    def over_s(self) -> float:
+        return self.at_s + self.for_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slow:
+    """Steps of `node` take `factor` times as long."""
+
+    at_s: float
+    node: str
+    factor: float
+    for_s: float
+
+    @property
+    def over_s(self) -> float:
+        return self.at_s + self.for_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cut:
+    """Nothing passes from any of `these` to any of `those`, nor (unless `one_way`) back."""
+
+    at_s: float
+    these: tuple[str, ...]
+    those: tuple[str, ...]
+    for_s: float
+    one_way: bool = False
+
+    @property
+    def over_s(self) -> float:
+        return self.at_s + self.for_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Noise:
+    """Of the frames on every link, the shares that are lost, that come twice, and that are late and
+    overtaken; each takes up to `jitter_s` longer."""
+
+    at_s: float
+    for_s: float
+    loss: float = 0.0
+    duplicate: float = 0.0
+    jitter_s: float = 0.0
+    reorder: float = 0.0
+
+    @property
+    def over_s(self) -> float:
+        return self.at_s + self.for_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RegistryLoss:
+    """The registry's process is gone for `for_s`, and has forgotten everything afterwards."""
+
+    at_s: float
+    for_s: float
+
+    @property
+    def over_s(self) -> float:
+        return self.at_s + self.for_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpoilTiers:
+    """Every block that the slower tiers of `node` hold is spoilt, which its checksum tells."""
+
+    at_s: float
+    node: str
+
+    @property
+    def over_s(self) -> float:
+        return self.at_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TakeBack:
+    """`node` takes back every page that peers have mapped, as when their leases end unheard."""
+
+    at_s: float
+    node: str
+
+    @property
+    def over_s(self) -> float:
+        return self.at_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Skew:
+    """The clock of `node` jumps forward by `jump_s`, and from then on gains `drift` seconds in
+    each second, for `for_s`."""
+
+    at_s: float
+    node: str
+    jump_s: float = 0.0
+    drift: float = 0.0
+    for_s: float = 0.0
+
+    @property
+    def over_s(self) -> float:
+        return self.at_s + self.for_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drain:
+    """An operator has `service` empty `node`, whose process ends then. `out`: for good (scaling
+    down); otherwise a supervisor starts it again."""
+
+    at_s: float
+    service: str
+    node: str
+    out: bool = True
+
+    @property
+    def over_s(self) -> float:
+        return self.at_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScaleUp:
+    """Another instance starts."""
+
+    at_s: float
+    node: str
+
+    @property
+    def over_s(self) -> float:
+        return self.at_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assignment:
+    """A change of role by hand."""
+
+    at_s: float
+    service: str
+    node: str
+    role: Role
+
+    @property
+    def over_s(self) -> float:
+        return self.at_s
+
+
+Fault = (
+    Crash
+    | Halt
+    | Slow
+    | Cut
+    | Noise
+    | RegistryLoss
+    | SpoilTiers
+    | TakeBack
+    | Skew
+    | Drain
+    | ScaleUp
+    | Assignment
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Storm:
+    """`seed` decides what the network and the data plane draw on the way."""
+
+    seed: int
+    shape: Shape = field(default_factory=Shape)
+    asks: tuple[Ask, ...] = ()
+    faults: tuple[Fault, ...] = ()
+
+    @property
+    def healed_s(self) -> float:
+        """From here on nothing new goes wrong."""
+        return max((fault.over_s for fault in self.faults), default=0.0)
+
+    @property
+    def last_ask_s(self) -> float:
+        return max((ask.at_s for ask in self.asks), default=0.0)
+
+    def __str__(self) -> str:
+        """Python that makes this storm again."""
+        return pformat(self, width=98)
