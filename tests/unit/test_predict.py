@@ -133,7 +133,7 @@ def test_more_hits_never_make_it_later(columns, tokens, data) -> None:
     speeds = predict.speeds(view)
     room = predict.queues(view, speeds, tokens, 1).room
     num_chunks = np.ceil(max(tokens - few, 1) / room)
-    reads_s = float(speeds.context_s[0] * (num_chunks[0] - 1) * (many - few))
+    reads_s = float(speeds.ratio[0] * speeds.context_s[0] * (num_chunks[0] - 1) * (many - few))
     assert with_hits(many) <= with_hits(few) * (1 + 1e-9) + reads_s + 1e-9
 
 

@@ -47,6 +47,7 @@ class CostFitter:
         self._moments: Floats = np.zeros((2, _NUM_FEATURES))
         self._residual_s = 0.0
         self._num_steps = 0
+        self._prompt_tokens = 0
 
     def observe(self, batch: Batch, step_s: float) -> None:
         x = _features(batch)
@@ -60,7 +61,9 @@ class CostFitter:
             if self._num_steps >= _SETTLED_STEPS:
                 step_s = predicted_s + min(max(error_s, -limit_s), limit_s)
         weight = 1.0 / max(step_s, 1e-6) ** 2
-        kind = int(any(row.num_tokens > 1 for row in batch.rows))
+        prompts = [row.num_tokens for row in batch.rows if row.num_tokens > 1]
+        self._prompt_tokens += sum(prompts)
+        kind = int(bool(prompts))
         self._grams[kind] = _FORGET * self._grams[kind] + weight * np.outer(x, x)
         self._moments[kind] = _FORGET * self._moments[kind] + weight * step_s * x
         self._num_steps += 1
@@ -80,7 +83,10 @@ class CostFitter:
 
     def model(self) -> CostModel:
         base, token, row, context, attention = (float(v) for v in self._weights * _SCALE)
-        return CostModel(base, token, row, context, attention, self._residual_s, self._num_steps)
+        return CostModel(
+            base, token, row, context, attention,
+            self._residual_s, self._num_steps, self._prompt_tokens,
+        )  # fmt: skip
 
 
 def _non_negative(gram: Floats, moment: Floats) -> Floats:

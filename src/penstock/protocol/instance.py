@@ -18,6 +18,8 @@ class CostModel(msgspec.Struct, frozen=True):
              + per_context_token_s * sum over rows of (context tokens read)
              + per_attention_s * sum over rows of (new tokens * context tokens)
     `residual_s` is the mean absolute error over the last steps; `num_steps` how many were seen.
+    `prompt_tokens` were computed in steps with prompts: with few of them, or none, what a prompt
+    costs is not known, whatever the coefficients say. None: who fitted it does not count them.
     """
 
     base_s: float = 0.0
@@ -27,6 +29,7 @@ class CostModel(msgspec.Struct, frozen=True):
     per_attention_s: float = 0.0
     residual_s: float = 0.0
     num_steps: int = 0
+    prompt_tokens: int | None = None
 
 
 class MapCounts(msgspec.Struct, frozen=True):

@@ -11,7 +11,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 
 from penstock.protocol.kv import Fetched
-from penstock.service.policies.routing import Decision
+from penstock.service.policies.view import Decision, WayKind
 
 #: Placements kept of one sequence: its first, and the last ones.
 _PLACEMENTS_KEPT = 16
@@ -59,6 +59,8 @@ class PlacementRecord:
     num_tokens: int
     predicted_ttft_s: float | None
     predicted_cached_tokens: int | None
+    #: How an interrupted sequence was to go on; None where it was not interrupted.
+    way: WayKind | None = None
     actual_ttft_s: float | None = None
     cached_tokens: int | None = None
     queued_s: float | None = None

@@ -44,6 +44,7 @@ def _placement(p: PlacementRecord) -> list[str]:
     lines = [f"attempt {p.attempt} ({p.because}) went to {p.instance}{at}"]
     if p.decision is not None:
         lines.append(f"  {p.decision.policy}: {p.decision.reason}")
+        lines += _ways(p)
         for other in p.decision.candidates:
             if other.instance != p.instance:
                 lines.append(
@@ -57,6 +58,26 @@ def _placement(p: PlacementRecord) -> list[str]:
         )
     if p.end and p.end not in ("stop", "length"):
         lines.append(f"  it ended there: {p.end}")
+    return lines
+
+
+def _ways(p: PlacementRecord) -> list[str]:
+    """What an interrupted sequence could have done on the chosen instance."""
+    assert p.decision is not None
+    here = next((c for c in p.decision.candidates if c.instance == p.instance), None)
+    if p.way is None or here is None or not here.ways:
+        return []
+    said = [
+        f"{way.kind}{f' from {way.source}' if way.source else ''} {duration(way.predicted_s)}"
+        + (f" ({way.tokens} tokens)" if way.tokens else "")
+        for way in here.ways
+    ]
+    lines = [f"  to go on there: {p.way}; predicted: {', '.join(said)}"]
+    if p.actual_ttft_s is not None and p.predicted_ttft_s is not None:
+        lines.append(
+            f"  next token after {duration(p.actual_ttft_s)}, {duration(p.predicted_ttft_s)} "
+            "predicted with those placed at the same moment"
+        )
     return lines
 
 

@@ -66,6 +66,8 @@ class Entry:
     foreseen: tuple[int | None, Decision] | None = None
     #: Why it was placed last, or waits to be.
     because: str = "new"
+    #: When it lost its instance or was told to leave it, until the next token has come.
+    interrupted_s: float | None = None
     _keys: bytearray = field(default_factory=bytearray)
     _keys_digest: str = ""
 

@@ -28,7 +28,9 @@ from penstock.service.explain import Explainer, Explanation, PlacementRecord
 from penstock.service.generation import TokenDelta
 from penstock.service.journal import Entry, Journal, Reservation
 from penstock.service.policies.routing import ClusterView, Decision, Policy
+from penstock.service.policies.view import WayKind
 from penstock.service.prospects import Prospects
+from penstock.service.recovery import Recoveries, by_urgency, wait_for_each_other, way_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,7 @@ class Placement:
         self.prospects = prospects
         #: Journal entries without any token yet.
         self.num_queued = 0
+        self.recoveries = Recoveries()
         #: Sequences that went on after they had lost an instance; that were prefilled in one place
         #: and went on in another; and that left an instance which was still well.
         self.num_resumed = 0
@@ -128,7 +131,7 @@ class Placement:
             return self.end(entry, error.info())
         freed = self._unplace(entry, because, now)
         self.num_resumed += 1
-        entry.because = f"moved: {because}"
+        self._interrupt(entry, f"moved: {because}", now)
         return freed + self._place(entry, now, avoid=avoid)
 
     def retry(self, entry: Entry, now: float) -> list[Effect]:
@@ -146,8 +149,10 @@ class Placement:
         effects: list[Effect] = []
         for entry in list(instance.coming.values()):
             self._let_reservation_go(entry)
-        for entry in list(instance.entries.values()):
+        leaving = by_urgency(list(instance.entries.values()), now)
+        for entry in leaving:
             effects += self.move(entry, now, f"{instance.name} was lost")
+        wait_for_each_other(self.view, self.instances, leaving, now)
         return effects
 
     def relieve(self, instance: Instance, now: float) -> list[Effect]:
@@ -163,8 +168,10 @@ class Placement:
         effects: list[Effect] = []
         worth = self._config.not_worth_migrating_tokens
         leaving = [e for e in leaving if e.sampling.max_tokens - len(e.emitted) > worth]
-        for entry in leaving[: self._config.migrated_at_once]:
+        leaving = by_urgency(leaving, now)[: self._config.migrated_at_once]
+        for entry in leaving:
             effects += self.migrate(entry, now, because)
+        wait_for_each_other(self.view, self.instances, leaving, now)
         return effects
 
     def needs(self, instance: Instance) -> bool:
@@ -184,7 +191,7 @@ class Placement:
         computed = not entry.queued_tokens
         freed = self._unplace(entry, because, now)
         self.num_migrated += 1
-        entry.because = f"migrated: {because}"
+        self._interrupt(entry, f"migrated: {because}", now)
         placed = self._place(
             entry, now, avoid=origin.name, prefilled_on=origin.name if computed else None
         )
@@ -208,9 +215,10 @@ class Placement:
     def house(self, now: float) -> list[Effect]:
         """Place who has no instance; end who has waited for one too long."""
         effects: list[Effect] = []
-        waiting, self._homeless = self._homeless, deque()
+        waiting, self._homeless = by_urgency(self._homeless, now), deque()
         for entry in waiting:
             effects += self._place(entry, now)
+        wait_for_each_other(self.view, self.instances, waiting, now)
         bound_s = self._config.recovery_s
         if self._expected:
             bound_s = self._config.restart_recovery_s
@@ -241,6 +249,9 @@ class Placement:
             placement = entry.record.started(row.cached_tokens, row.queued_s, now)
             self.prospects.came_true(instance, placement)
             instance.outcomes.started(placement, now)
+            if entry.interrupted_s is not None:
+                self.recoveries.went_on(entry, placement, now)
+                entry.interrupted_s = None
         if not entry.emitted:
             self.num_queued -= 1
         entry.emitted += row.ids
@@ -276,6 +287,12 @@ class Placement:
 
     # --- inside --------------------------------------------------------------------------------
 
+    @staticmethod
+    def _interrupt(entry: Entry, because: str, now: float) -> None:
+        entry.because = because
+        if entry.interrupted_s is None:
+            entry.interrupted_s = now
+
     def _place(
         self, entry: Entry, now: float, avoid: str = "", prefilled_on: str | None = None
     ) -> list[Effect]:
@@ -303,12 +320,20 @@ class Placement:
     def _able(self, avoid: str = "") -> list[Instance]:
         return [i for i in self.instances.values() if i.takes_work and i.name != avoid]
 
+    def _givers(self, able: list[Instance]) -> list[Instance]:
+        """Instances that take no work (or not this), and still give blocks away."""
+        if len(able) == len(self.instances):
+            return []
+        takers = {i.name for i in able}  # membership only
+        active = [i for i in self.instances.values() if i.state == "active"]
+        return [i for i in active if i.name not in takers and i.card is not None]
+
     def _decide(
         self, entry: Entry, able: list[Instance], prefilled_on: str | None, now: float
     ) -> tuple[int | None, Decision]:
         """Where to; and how many tokens of it are thought to be there already, if that is known."""
         view = self.view.of(able, now)
-        request = self.prospects.request(entry, able, prefilled_on, now)
+        request = self.prospects.request(entry, able, prefilled_on, now, self._givers(able))
         decision = self._policy(view, request)
         if request.tier_hits is None:
             return None, decision
@@ -365,15 +390,26 @@ class Placement:
             num_tokens=entry.num_tokens,
             predicted_ttft_s=(decision.predicted_ttft_s or None) if decision else None,
             predicted_cached_tokens=cached_tokens,
+            way=None if entry.interrupted_s is None else self._way(decision, source),
             source=source.instance if source else None,
         )
         entry.record.placed(record, now)
         self.prospects.placed(target, record, now)
 
+    @staticmethod
+    def _way(decision: Decision | None, source: KvSource | None) -> WayKind:
+        way = way_of(decision) if decision is not None else None
+        if way is not None:
+            return way.kind
+        return "recompute" if source is None else "fetch"
+
     def _source(
         self, entry: Entry, decision: Decision, prefilled_on: str | None
     ) -> KvSource | None:
         """Whom to fetch leading blocks from: as decided, or where the prompt was computed."""
+        if (way := way_of(decision)) is not None:
+            giver = self.instances.get(way.source or "")
+            return None if giver is None else orders.kv_source(giver, way.tokens)
         if decision.source is not None and decision.source in self.instances:
             return orders.kv_source(self.instances[decision.source], decision.source_tokens)
         if prefilled_on is None or prefilled_on == decision.instance:

@@ -19,7 +19,7 @@ from penstock.service.cluster.instances import Instance
 from penstock.service.cluster.roles import Attainment
 from penstock.service.explain import PlacementRecord
 from penstock.service.journal import Entry
-from penstock.service.policies.view import Floats, RouteRequest
+from penstock.service.policies.view import Floats, Held, RouteRequest
 
 #: Weight of the newest answer in the mean length of answers.
 _OUTPUT_WEIGHT = 0.05
@@ -43,9 +43,15 @@ class Prospects:
         return "" if self.kind is None else self.kind.model_digest
 
     def request(
-        self, entry: Entry, able: Sequence[Instance], prefilled_on: str | None, now: float
+        self,
+        entry: Entry,
+        able: Sequence[Instance],
+        prefilled_on: str | None,
+        now: float,
+        givers: Sequence[Instance] = (),
     ) -> RouteRequest:
-        """`entry` as the policies see it, with hits in the order of `able`."""
+        """`entry` as the policies see it, with hits in the order of `able`. `givers` take no work
+        and give their blocks away."""
         self.num_decisions += 1
         device_hits, tier_hits = self._hits(entry, able)
         left_s = None
@@ -61,6 +67,8 @@ class Prospects:
             tier_hits=tier_hits,
             aggregated_because=_why_whole(entry),
             prefilled_on=prefilled_on,
+            held=self._held(entry, able, givers, prefilled_on) if givers else (),
+            interrupted=entry.interrupted_s is not None,
             number=self.num_decisions,
         )
 
@@ -77,6 +85,25 @@ class Prospects:
             if soon > device[place]:
                 device[place] = soon
         return device, np.maximum(tiers, device)
+
+    def _held(
+        self,
+        entry: Entry,
+        able: Sequence[Instance],
+        givers: Sequence[Instance],
+        prefilled_on: str | None,
+    ) -> tuple[Held, ...]:
+        found = self.finder.hits(entry.block_keys(self.model_digest), [i.name for i in givers])
+        hosts = [_host(instance) for instance in able]
+        held = []
+        for place, giver in enumerate(givers):
+            tokens = int(found[0][place]) if found is not None else 0
+            if giver.name == prefilled_on:  # all but the last token's KV, whatever the index says
+                tokens = max(tokens, (entry.num_tokens - 1) // BLOCK_TOKENS * BLOCK_TOKENS)
+            if tokens:
+                near = np.array([host == _host(giver) for host in hosts])
+                held.append(Held(name=giver.name, tokens=tokens, near=near))
+        return tuple(held)
 
     def placed(self, instance: Instance, placement: PlacementRecord, now: float) -> None:
         decision = placement.decision
@@ -110,6 +137,11 @@ class Prospects:
         most = entry.sampling.max_tokens - len(entry.emitted)
         usual = round(self.mean_output_tokens) - len(entry.emitted)
         return most if self.mean_output_tokens == 0.0 else max(1, min(most, usual))
+
+
+def _host(instance: Instance) -> str:
+    assert instance.card is not None
+    return instance.card.host or instance.name
 
 
 def _soon_there(keys: bytes, instance: Instance, digest: str) -> int:

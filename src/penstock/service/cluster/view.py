@@ -14,7 +14,7 @@ _COLUMNS = (
     "roles", "queued_tokens", "queued", "running", "running_tokens", "step_ends_s",
     "base_s", "per_token_s", "per_row_s", "per_context_token_s", "per_attention_s", "residual_s",
     "num_steps", "ttft_ratio", "ttft_error", "step_tokens", "max_running", "free_blocks",
-    "total_blocks", "hosts", "prefill_share",
+    "total_blocks", "hosts", "prefill_share", "prompt_tokens",
     "map_s", "map_token_s", "copy_s", "copy_token_s", "tier_s", "tier_token_s",
 )  # fmt: skip
 _AT = {name: place for place, name in enumerate(_COLUMNS)}
@@ -72,6 +72,7 @@ class LiveView:
             total_blocks=column("total_blocks"),
             hosts=whole("hosts"),
             prefill_share=column("prefill_share"),
+            prompt_tokens=column("prompt_tokens"),
             transfer=TransferCosts(
                 map_s=column("map_s"),
                 map_token_s=column("map_token_s"),
@@ -134,6 +135,7 @@ class LiveView:
             card.num_blocks,
             host,
             seen.prefill.share(now),
+            np.inf if cost.prompt_tokens is None else cost.prompt_tokens,
             *seen.transfer.line("map"),
             *seen.transfer.line("copy"),
             *seen.transfer.line("tier"),

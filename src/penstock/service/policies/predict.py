@@ -17,6 +17,8 @@ its tokens alone, at the mean speed of those that are believed ("least load").
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +31,9 @@ from penstock.service.policies.view import ClusterView, Floats, Speeds
 MIN_STEPS = 8.0
 MAX_RESIDUAL_SHARE = 0.5
 MAX_TTFT_ERROR = 1.0
+#: Prompt tokens that a fit must have seen before it is believed about prompts. An instance that
+#: decodes only has seen those of its warm-up (64).
+MIN_PROMPT_TOKENS = 256.0
 #: However much goes to prompts, a step goes on.
 MAX_SHARE = 0.95
 
@@ -54,6 +59,15 @@ def speeds(view: ClusterView) -> Speeds:
             for own in (token_s, base_s, row_s, context_s, attention_s)
         )
         ratio = np.where(believed, ratio, 1.0)
+    if view.prompt_tokens is not None:
+        knows = view.prompt_tokens >= MIN_PROMPT_TOKENS
+        if not knows.all() and knows.any():
+            # In steps without prompts, rows and tokens are one number: only their sum is known.
+            decode_s = row_s + token_s
+            token_s, attention_s = (
+                np.where(knows, own, own[knows].mean()) for own in (token_s, attention_s)
+            )
+            row_s = np.where(knows, row_s, np.maximum(decode_s - token_s, 0.0))
     return Speeds(
         base_s,
         token_s,
@@ -127,6 +141,38 @@ def prefill_s(s: Speeds, q: Queues, num_tokens: int, hits: Floats | float) -> Fl
     result += num_tokens * (new * s.attention_s + chunks * s.context_s)
     result -= fewer * (q.room * s.attention_s + s.context_s)
     return result
+
+
+def company_s(
+    view: ClusterView, s: Speeds, news: Sequence[int], totals: Sequence[int]
+) -> list[float]:
+    """Of a view of one instance: how much later each of the sequences queued last there, all at one
+    moment, has its token than if it were the last of them: what those behind it compute in its
+    step. `news`: tokens that each has to compute, `totals`: tokens that each has, in order."""
+    running, queued = float(view.running[0]), float(view.queued[0])
+    room = max(float(view.step_tokens[0]) - running, 1.0)
+    token_s, row_s = float(s.token_s[0]), float(s.row_s[0])
+    read_s, attention_s = float(s.context_s[0]), float(s.attention_s[0])
+    ahead = max(float(view.queued_tokens[0]) - sum(news), 0.0)
+    longer_s: list[float] = []
+    if running == 0.0 and queued <= len(news) and news[0] < room:
+        # An idle device starts with the first of them; the others share the step after that.
+        alone_s = float(s.base_s[0]) + row_s
+        longer_s, news, totals = [0.0], news[1:], totals[1:]
+    else:
+        alone_s = 0.0
+    end = ahead
+    for place, new in enumerate(news):
+        end += new
+        left, more_s = math.ceil(end / room) * room - end, alone_s
+        for behind in range(place + 1, len(news)):
+            share = min(float(news[behind]), left)
+            if share <= 0.0:
+                break
+            more_s += row_s + share * token_s + totals[behind] * (read_s + share * attention_s)
+            left -= share
+        longer_s.append(more_s)
+    return longer_s
 
 
 def tpot_s(view: ClusterView, s: Speeds, q: Queues, num_tokens: int) -> Floats:

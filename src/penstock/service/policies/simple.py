@@ -48,7 +48,8 @@ def least_load(view: ClusterView, request: RouteRequest) -> Decision:
     blind = RouteRequest(
         num_tokens=request.num_tokens, expected_output_tokens=request.expected_output_tokens
     )
-    o = look(view, blind)
+    # What was interrupted goes on where that is fastest, with all that is left of it.
+    o = look(view, request if request.interrupted else blind)
     members = _first_stage(view, request)
     prompt_is_there = request.prefilled_on is not None and not pools.why_not_split(view)
     score = view.running_tokens if prompt_is_there else by_time(o)

@@ -247,13 +247,16 @@ def _after_prefill(k: _Stakes, prefilled_on: str, may_stay: bool) -> Decision:
     if k.over[chosen]:
         switch = _to_decode(k)
         reason += _limit_words(k, chosen)
+    source, source_tokens = (None, 0) if chosen == p else (prefilled_on, n)
+    if p is None and k.request.held:  # whether fetching is worth it is a matter of time as well
+        source, source_tokens = o.source_of(chosen)
     return Decision(
         policy="slo-aware",
         instance=names[chosen],
         candidates=o.candidates(dict.fromkeys(i for i in (chosen, p, d) if i is not None)),
         reason=reason + o.doubt(chosen),
-        source=None if chosen == p else prefilled_on,
-        source_tokens=0 if chosen == p else n,
+        source=source,
+        source_tokens=source_tokens,
         wants_switch=switch,
     )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import get_args
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -103,10 +103,23 @@ class ClusterView:
     #: The share of late of each instance's time that went to prompts (`predict.PrefillShare`):
     #: what a sequence that decodes there has to expect. None: not known, taken for 0.
     prefill_share: Floats | None = None
+    #: Of the steps that each cost model was fitted to. None: not known, taken for many.
+    prompt_tokens: Floats | None = None
     transfer: TransferCosts = field(default_factory=TransferCosts)
     #: `predict.speeds` of this view, where whoever keeps it has them: they change with heartbeats,
     #: not with requests. None: worked out for each decision.
     speeds: Speeds | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Held:
+    """Leading tokens of a sequence on an instance that takes no work but still gives blocks away:
+    it drains, is being emptied, or has just refused the sequence."""
+
+    name: str
+    tokens: int
+    #: Who of the view shares its host, shape (I,).
+    near: Bools
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,8 +142,27 @@ class RouteRequest:
     aggregated_because: str = ""
     #: Decode goes on: its prefill was there (so its KV is).
     prefilled_on: str | None = None
+    #: What instances outside the view have of it.
+    held: tuple[Held, ...] = ()
+    #: It has lost its instance, or leaves it: candidates say what each way of going on would take.
+    interrupted: bool = False
     #: How many decisions this service has made before this one; round-robin goes by it.
     number: int = 0
+
+
+#: How a sequence comes to its KV: computed (again), loaded from the instance's slower tiers, or
+#: brought from a peer.
+WayKind = Literal["recompute", "restore", "fetch"]
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """`predicted_s` to the next token this way, `tokens` of the sequence need no computing."""
+
+    kind: WayKind
+    predicted_s: float
+    tokens: int = 0
+    source: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,6 +180,8 @@ class Candidate:
     fetch_s: float = 0.0
     hit_tokens: int = 0
     predicted_tpot_s: float = 0.0
+    #: Of an interrupted sequence: all ways there are, the fastest first.
+    ways: tuple[Way, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
