@@ -117,6 +117,9 @@ class BlockPool:
         stands behind one."""
         return block < self.num_blocks and not self._fleeting[block]
 
+    def num_holders(self, block: int) -> int:
+        return self._refs[block]
+
     def num_held_once(self, blocks: Iterable[int]) -> int:
         """How many of `blocks` would become available if one holder of them let go."""
         return sum(block < self.num_blocks and self._refs[block] == 1 for block in blocks)
@@ -264,8 +267,8 @@ class BlockPool:
 
     def freed_by(self, holdings: Iterable[Sequence[int]], besides: Sequence[int]) -> Iterator[int]:
         """How many blocks become available, other than `besides`, if the first holder lets go, if
-        the first two do, and so on."""
-        kept = frozenset(besides)
+        the first two do, and so on. What is being stored does not before its copy has ended."""
+        kept = frozenset(besides) | self._storing.keys()
         released: Counter[int] = Counter()
         num_freed = 0
         for blocks in holdings:
