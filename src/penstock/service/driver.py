@@ -125,7 +125,7 @@ class ServiceDriver:
         """A new process goes by this name: what ran on the old one goes on elsewhere, or here."""
         self._close_endpoint(name)
         self._open(name, address)
-        self.core.instances[name].refusal = ""
+        self.core.doubt(name, "")
         self.instance_lost(name, coming_back=True)
 
     def _reconnect(self, name: str) -> None:
@@ -183,7 +183,7 @@ class ServiceDriver:
             instance, trouble = self.core.instances[name], endpoint.trouble()
             if trouble and trouble != instance.refusal:
                 log.warning("%s: %s", name, trouble)
-                instance.refusal = trouble
+                self.core.doubt(name, trouble)
             broken = instance.state in ("lost", "refused") or (
                 trouble and instance.state == "connecting"
             )
@@ -205,7 +205,7 @@ class ServiceDriver:
                 message = decode(frame)
             except ProtocolError as exc:
                 log.warning(_DROPPED, peer, exc)
-                self.core.instances[peer].refusal = exc.message
+                self.core.doubt(peer, exc.message)
                 continue
             if isinstance(message, Refused):
                 # A plan that a change of role has overtaken is no news: it is made again.
@@ -342,6 +342,7 @@ class ServiceDriver:
                 "service": self.core.config.name,
                 "handovers": placement.num_handovers,
                 "migrated": placement.num_migrated,
+                "recoveries": placement.recoveries.by_way,
                 "role_changes": sum(i.role_changes for i in self.core.instances.values()),
             },
         )

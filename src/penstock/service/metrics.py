@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import (
@@ -24,7 +24,9 @@ from prometheus_client.registry import Collector
 
 from penstock.service.generation import ServiceStatus
 from penstock.service.instance_metrics import PREFIX, instance_families
+from penstock.service.policies.view import WayKind
 from penstock.service.recent import Rate, Recent
+from penstock.service.recovery import Recovered
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 #: What vLLM calls the ways in which a request ends; a cancel by the client is an abort.
@@ -80,6 +82,25 @@ _HISTOGRAMS = {
     "request_params_n": ("n of a request.", _CHOICES),
 }
 
+
+_RECOVERIES: dict[str, tuple[str, Callable[[Recovered], float]]] = {
+    "recoveries": ("Interrupted sequences that went on.", lambda r: r.num),
+    "recovery_recomputed_tokens": (
+        "Tokens that they had to compute again.", lambda r: r.recomputed_tokens,
+    ),
+    "recovery_waited_seconds": (
+        "From where the service knew to the next token, summed.", lambda r: r.waited_s,
+    ),
+    "recovery_predictions": (
+        "Those whose time from the new placement to the next token was predicted.",
+        lambda r: r.num_predicted,
+    ),
+    "recovery_predicted_seconds": ("Sum of the predictions.", lambda r: r.predicted_s),
+    "recovery_actual_seconds": ("Sum of what it took.", lambda r: r.actual_s),
+    "recovery_prediction_error_seconds": (
+        "Sum of |predicted - actual|.", lambda r: r.error_s,
+    ),
+}  # fmt: skip
 
 _FROM_ENGINES = "request_queue_time_seconds"
 
@@ -154,6 +175,15 @@ class Metrics(Collector):
         for name, (text, value) in counters.items():
             counter = CounterMetricFamily(PREFIX + name, text, labels=["model_name"])
             counter.add_metric([self.model_name], value)
+            yield counter
+        yield from self._recoveries(facts.get("recoveries", {}))
+
+    def _recoveries(self, by_way: Mapping[WayKind, Recovered]) -> Iterator[Metric]:
+        """Of sequences that were interrupted, by how they went on."""
+        for name, (text, read) in _RECOVERIES.items():
+            counter = CounterMetricFamily(PREFIX + name, text, labels=["model_name", "way"])
+            for way, sums in by_way.items():
+                counter.add_metric([self.model_name, way], read(sums))
             yield counter
 
     def describe(self) -> list[Metric]:
