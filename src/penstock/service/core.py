@@ -8,7 +8,7 @@ whoever made the request.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from penstock.protocol.codec import PROTOCOL_VERSION, Message
 from penstock.protocol.effects import Effect, Reply, Send, SetTimer
@@ -127,7 +127,8 @@ class ServiceCore:
                 "try again later",
                 retry_after_s=1.0,
             )
-        entries = [Entry.of(self._with_slo(spec), choice, now) for choice in range(spec.n)]
+        spec = spec.with_slos(self.config.ttft_slo_s, self.config.tpot_slo_s)
+        entries = [Entry.of(spec, choice, now) for choice in range(spec.n)]
         self.placement.admit(entries[0], now)
         effects: list[Effect] = []
         for entry in entries:
@@ -135,13 +136,6 @@ class ServiceCore:
             expected_tokens = self.prospects.expected_output_tokens(entry)
             self.roles.arrived(now, len(entry.prompt_ids), expected_tokens)
         return effects
-
-    def _with_slo(self, spec: GenerationSpec) -> GenerationSpec:
-        if spec.request_class != "online":
-            return spec
-        ttft_slo_s = self.config.ttft_slo_s if spec.ttft_slo_s is None else spec.ttft_slo_s
-        tpot_slo_s = self.config.tpot_slo_s if spec.tpot_slo_s is None else spec.tpot_slo_s
-        return replace(spec, ttft_slo_s=ttft_slo_s, tpot_slo_s=tpot_slo_s)
 
     def cancel(self, request_id: str, choice: int | None, now: float) -> list[Effect]:
         """The caller wants no more of it; no further delta follows. Unknown requests are fine."""
@@ -168,6 +162,10 @@ class ServiceCore:
         """`name` is there and may not be used; status says why."""
         return self._give_up(self.instances[name], now, refusal=reason)
 
+    def doubt(self, name: str, reason: str) -> None:
+        """What is wrong with the connection to `name`, for status; "" if nothing is any more."""
+        self.instances[name].refusal = reason
+
     def lead(self, term: int | None, now: float, *, elected: bool = False) -> list[Effect]:
         """This service decides on roles from now on, in a term greater than all before; with None
         another one does. `elected`: a registry sees to it that nobody else leads."""
@@ -193,6 +191,11 @@ class ServiceCore:
         self.instances[name].is_out = True
         self.expect(name, False)
         return self.drain_instance(name, now)
+
+    def bring_back(self, name: str) -> None:
+        """The other way: its process starts again."""
+        self.instances[name].bring_back()
+        self.expect(name, True)
 
     def on_drained(self, name: str, now: float) -> list[Effect]:
         effects = self.on_instance_lost(name, now)

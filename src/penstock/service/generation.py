@@ -6,7 +6,7 @@ The API turns an HTTP request into a `GenerationSpec`, submits it to a `Generato
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
@@ -37,6 +37,16 @@ class GenerationSpec:
     #: None: the service's defaults.
     ttft_slo_s: float | None = None
     tpot_slo_s: float | None = None
+
+    def with_slos(self, ttft_slo_s: float | None, tpot_slo_s: float | None) -> GenerationSpec:
+        """With these where it says nothing of its own; only online requests have any."""
+        if self.request_class != "online":
+            return self
+        return replace(
+            self,
+            ttft_slo_s=ttft_slo_s if self.ttft_slo_s is None else self.ttft_slo_s,
+            tpot_slo_s=tpot_slo_s if self.tpot_slo_s is None else self.tpot_slo_s,
+        )
 
 
 class TokenDelta(msgspec.Struct, frozen=True, gc=False):

@@ -164,8 +164,7 @@ class CoreOperations:
             if not self._roster.is_out(name):
                 if instance.is_out:
                     self._reconnect(name)
-                    instance.bring_back()
-                    self._core.expect(name, True)
+                    self._core.bring_back(name)
             elif not instance.is_out or instance.leaving_since_s is None:
                 self._carry_out(self._core.take_out(name, self._clock()))
             elif self._roster.has_gone(name) and instance.state != "drained":
