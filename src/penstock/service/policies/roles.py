@@ -238,8 +238,9 @@ def _adaptive(
         if neutral
         else load.split(pools.prefill | pools.neutral, pools.decode | pools.neutral)
     )
+    order = _prefill_first(view, pools, load)
     splits = {
-        k: _pressure_with(view, load, pools, k)
+        k: _pressure_with(load, pools, order[:k])
         for k in range(_within(0, total, config), _within(total, total, config) + 1)
     }
     target = min(splits, key=lambda k: (splits[k], abs(k - pools.counts[0])))
@@ -265,11 +266,10 @@ def _adaptive(
     return replace(plan, pressure=present, target_pressure=splits[target])
 
 
-def _pressure_with(view: ClusterView, load: Loads, pools: _Pools, num_prefill: int) -> float:
-    """Of the split that has `num_prefill` and keeps who prefills already, as far as it can."""
-    order = _prefill_first(view, pools, load)
-    prefilling = np.zeros(len(view.names), dtype=np.bool_)
-    prefilling[order[:num_prefill]] = True
+def _pressure_with(load: Loads, pools: _Pools, prefill: list[int]) -> float:
+    """Of the split in which these prefill, and all others decode."""
+    prefilling = np.zeros(len(pools.encode), dtype=np.bool_)
+    prefilling[prefill] = True
     return load.split(prefilling, ~prefilling & ~pools.encode)
 
 
