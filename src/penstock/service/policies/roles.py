@@ -238,11 +238,9 @@ def _adaptive(
         if neutral
         else load.split(pools.prefill | pools.neutral, pools.decode | pools.neutral)
     )
-    order = _prefill_first(view, pools, load)
-    splits = {
-        k: _pressure_with(load, pools, order[:k])
-        for k in range(_within(0, total, config), _within(total, total, config) + 1)
-    }
+    pressures = _pressures(load, _prefill_first(view, pools, load))
+    fewest, most = _within(0, total, config), _within(total, total, config)
+    splits = dict(enumerate(pressures[fewest : most + 1].tolist(), fewest))
     target = min(splits, key=lambda k: (splits[k], abs(k - pools.counts[0])))
     better = splits[target] * (1.0 + config.margin) < present
     settled = pools.counts == (target, total - target)
@@ -266,11 +264,17 @@ def _adaptive(
     return replace(plan, pressure=present, target_pressure=splits[target])
 
 
-def _pressure_with(load: Loads, pools: _Pools, prefill: list[int]) -> float:
-    """Of the split in which these prefill, and all others decode."""
-    prefilling = np.zeros(len(pools.encode), dtype=np.bool_)
-    prefilling[prefill] = True
-    return load.split(prefilling, ~prefilling & ~pools.encode)
+def _pressures(load: Loads, order: list[int]) -> Floats:
+    """Of the splits in which the first k of `order` prefill and the others decode, for each k from
+    0 to all of them: as `Loads.split`, for all at once."""
+    prefill_speed = 1.0 / np.maximum(load.prefill[order], 1e-12)
+    decode_speed = 1.0 / np.maximum(load.decode[order], 1e-12)
+    together = np.zeros((2, len(order) + 1))
+    together[0, 1:] = np.cumsum(prefill_speed)
+    together[1, :-1] = np.cumsum(decode_speed[::-1])[::-1]
+    with np.errstate(divide="ignore"):
+        pressures: Floats = (1.0 / together).max(axis=0)
+    return pressures
 
 
 def _prefill_first(view: ClusterView, pools: _Pools, load: Loads) -> list[int]:
