@@ -346,7 +346,9 @@ class InstanceCore:
             keys = b"".join(self.scheduler.kv_keys())
             tier_keys = {tier: b"".join(tiers.keys(tier)) for tier in tiers.tiers}
         card = self.card
-        snapshot = Snapshot(card.name, card.incarnation, live, link.kv_sent, keys, nonce, tier_keys)
+        snapshot = Snapshot(
+            card.name, card.incarnation, live, link.kv_sent, keys, nonce, tier_keys, link.sent
+        )
         return [Send(peer, snapshot)]
 
     # --- what goes out -------------------------------------------------------------------------

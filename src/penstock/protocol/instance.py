@@ -10,6 +10,11 @@ from penstock.protocol.kv import KvLayout, Tier
 
 Role = Literal["any", "encode", "prefill", "decode", "prefill_to_decode", "decode_to_prefill"]
 
+#: Where sequences that decode have a TPOT to keep, steps take as many prompt tokens beside them as
+#: fit this share of it; but never fewer than so many, or prompts would not move.
+PACE = 0.9
+PACED_TOKENS = 64
+
 
 class CostModel(msgspec.Struct, frozen=True):
     """Step time, fitted on this very instance, never a constant of ours.
@@ -122,6 +127,8 @@ class Snapshot(msgspec.Struct, frozen=True, tag="snapshot"):
     nonce: int = 0
     #: Keys in slower tiers, by tier.
     tier_keys: dict[Tier, bytes] = {}
+    #: Number of the last `Tokens` before it; whoever has not seen that has lost some.
+    tokens_sent: int = 0
 
 
 class TierLoad(msgspec.Struct, frozen=True, array_like=True):

@@ -394,14 +394,21 @@ class ServiceCore:
         instance.snapshot_wanted = False
         self.prospects.finder.snapshot(instance.name, snapshot)
         effects: list[Effect] = []
-        live = {r.request_id: r.attempt for r in snapshot.requests}
-        for request_id, attempt in live.items():
+        if snapshot.tokens_sent > instance.tokens_seen:
+            # The last ones were lost. If it waits for credit, none will come that would show it.
+            instance.tokens_seen = snapshot.tokens_sent
+            effects.append(self._credit(instance, now))
+        live = {r.request_id: r for r in snapshot.requests}
+        for request_id, found in live.items():
             entry = instance.entries.get(request_id)
-            if entry is None or entry.attempt != attempt:
-                effects.append(Send(instance.name, Cancel(request_id, attempt)))
+            if entry is None or entry.attempt != found.attempt:
+                effects.append(Send(instance.name, Cancel(request_id, found.attempt)))
         for entry in list(instance.entries.values()):
-            if live.get(entry.key) == entry.attempt:
+            there = live.get(entry.key)
+            if there is not None and there.attempt == entry.attempt:
                 entry.confirmed_s = now
+                if there.num_output_tokens > len(entry.emitted):
+                    effects += self.placement.move(entry, now, "tokens were lost")
             elif entry.submitted_s <= asked_s:  # asked after it: the snapshot should have had it
                 effects += self.placement.move(entry, now, f"{instance.name} did not know it")
         return effects
