@@ -132,6 +132,8 @@ def _add_server_flags(parser: argparse.ArgumentParser) -> None:
         action="store_false",
         help=argparse.SUPPRESS,
     )
+    add("--record", metavar="FILE", help="record the service's inputs for `penstock replay`")
+    add("--record-max-bytes", type=count, metavar="BYTES", help="at most this much (1GiB)")
     add("--otlp-traces-endpoint", metavar="URL", help="send OpenTelemetry traces there")
     add("--banner", action=boolean, help="print what to try, once ready (on)")
     add("--stop-with-parent", action="store_true", help=argparse.SUPPRESS)
@@ -151,7 +153,7 @@ def config_of(
         "host", "port", "uds", "seed", "revision", "chat_template", "trust_request_chat_template",
         "otlp_traces_endpoint",
         "tool_call_parser", "reasoning_parser", "max_queue", "max_body_bytes", "drain_timeout_s",
-        "in_process", "log_level", "log_requests", "banner",
+        "in_process", "log_level", "log_requests", "banner", "record", "record_max_bytes",
     )  # fmt: skip
     said = vars(options)
     use_cluster_secret(options)

@@ -18,7 +18,7 @@ from penstock.protocol.errors import EngineUnavailable, StartupError
 from penstock.registry.embedded import RegistryServer
 from penstock.registry.open import open_registry
 from penstock.repeats import OneASecond
-from penstock.service.assemble import build_app, build_core, policy_name
+from penstock.service.assemble import build_app, build_core, open_tape, policy_name
 from penstock.service.cluster.cluster import Alone, AmongOthers
 from penstock.service.cluster.fleet import Fleet
 from penstock.service.cluster.roster import FolderRoster, LocalRoster, NobodyHere, Roster
@@ -109,7 +109,8 @@ class _Service:
             roster=roster,
         )
         self._fleet.start()
-        core = build_core(config)
+        self._tape = open_tape(config)
+        core = build_core(config, self._tape)
         self.driver = ServiceDriver(
             core,
             on_active=self._attached,
@@ -232,6 +233,7 @@ class _Service:
         if self._cluster is not None:
             await self._cluster.close()
         self.driver.close(EngineUnavailable("the server was stopped before the request finished"))
+        self._tape.close()
         if self._registry_server is not None:
             self._registry_server.close()
         await self._fleet.stop(_STOP_S)

@@ -5,33 +5,30 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from pathlib import Path
 
 from fastapi import FastAPI
 
 from penstock.checkpoint import resolve
 from penstock.service.api.app import create_app
 from penstock.service.api.config import ApiConfig
-from penstock.service.cluster.finder import Finder, IndexFinder, NoFinder
 from penstock.service.cluster.roles import RoleKeeperConfig
 from penstock.service.config import ClusterConfig, ServeConfig
 from penstock.service.core import ServiceCore, ServiceCoreConfig
 from penstock.service.generation import Generator
 from penstock.service.policies.roles import RolesConfig
-from penstock.service.policies.routing import (
-    ClusterView,
-    Decision,
-    Policy,
-    RouteRequest,
-    policy_named,
-)
+from penstock.service.recipe import CoreRecipe
+from penstock.service.recorder import NO_TAPE, FileTape, Tape, make_core
 from penstock.service.text.texts import Texts
 
 
-def build_core(config: ServeConfig) -> ServiceCore:
+def build_core(config: ServeConfig, tape: Tape = NO_TAPE) -> ServiceCore:
+    return make_core(recipe_of(config), tape)
+
+
+def recipe_of(config: ServeConfig) -> CoreRecipe:
     cluster = config.cluster
-    return ServiceCore(
+    return CoreRecipe(
         ServiceCoreConfig(
             name=config.name or f"{socket.gethostname()}-{os.getpid()}",
             # Grows with each start of the same name, as engines expect of it.
@@ -44,9 +41,21 @@ def build_core(config: ServeConfig) -> ServiceCore:
             roles=_roles(config),
             wanted=config.wanted,
         ),
-        _policy(cluster),
-        _finder(config),
+        policy_name(cluster),
+        in_one_place=cluster.pd == "off",
+        kv_index=_has_index(config),
     )
+
+
+def open_tape(config: ServeConfig) -> Tape:
+    """Where the core's inputs are recorded. Raises `ConfigError`."""
+    if config.record is None:
+        return NO_TAPE
+    path, worker = Path(config.record), config.cluster.api_worker
+    if worker is not None:
+        path = path.with_name(f"{path.name}.api-{worker}")
+    facts = {"model": config.model, "seed": str(config.seed)}
+    return FileTape(path, config.record_max_bytes, facts)
 
 
 def build_app(generator: Generator, config: ServeConfig) -> FastAPI:
@@ -84,18 +93,6 @@ def several_instances(config: ServeConfig) -> bool:
     return cluster.registry is not None or cluster.instances > 1 or len(config.engine_addresses) > 1
 
 
-def _policy(cluster: ClusterConfig) -> Policy:
-    policy = policy_named(policy_name(cluster))
-    return _in_one_place(policy) if cluster.pd == "off" else policy
-
-
-def _in_one_place(policy: Policy) -> Policy:
-    def decide(view: ClusterView, request: RouteRequest) -> Decision:
-        return policy(view, replace(request, aggregated_because="the server has --pd off"))
-
-    return decide
-
-
 def _roles(config: ServeConfig) -> RoleKeeperConfig:
     cluster = config.cluster
     if cluster.pd == "off" or not several_instances(config):
@@ -109,9 +106,6 @@ def _roles(config: ServeConfig) -> RoleKeeperConfig:
     )
 
 
-def _finder(config: ServeConfig) -> Finder:
+def _has_index(config: ServeConfig) -> bool:
     wanted = config.cluster.kv_index
-    make: Callable[[], Finder] = (
-        IndexFinder if (several_instances(config) if wanted is None else wanted) else NoFinder
-    )
-    return make()
+    return several_instances(config) if wanted is None else wanted

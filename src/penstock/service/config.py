@@ -168,6 +168,9 @@ class ServeConfig:
     banner: bool = True
     #: Where a trace of what ran when is written, beside the engine's; None: nowhere.
     trace: str | None = None
+    #: Where what goes into the service's core is recorded (`penstock replay`), up to so much.
+    record: str | None = None
+    record_max_bytes: int = 1 << 30
 
     def __post_init__(self) -> None:
         if not self.served_model_names:

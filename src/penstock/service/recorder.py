@@ -1,0 +1,227 @@
+"""--record FILE: a service's core that writes down whatever goes into it (`recording.py`).
+
+`RecordedCore` is the core and nothing else: each of its inputs is packed, passed on, and written
+with a digest of the effects. Without --record there is none, and nothing is paid. A thread deflates
+and writes a few times a second, so a process that is killed loses the last moments of its record;
+one whose core breaks does not.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from penstock import __version__
+from penstock.protocol.codec import PROTOCOL_VERSION
+from penstock.protocol.errors import ConfigError, PenstockError
+from penstock.service.cluster.finder import Finder
+from penstock.service.core import ServiceCore, ServiceCoreConfig
+from penstock.service.policies.routing import Policy
+from penstock.service.recipe import CoreRecipe
+from penstock.service.recording import (
+    Header,
+    Step,
+    array_of,
+    digest_of,
+    encode_header,
+    encode_step,
+    pack_call,
+    piece,
+    sends_of,
+)
+
+log = logging.getLogger(__name__)
+
+MAX_BYTES = 1 << 30
+_FLUSH_EVERY_S = 0.2
+#: Of one piece, before it is deflated.
+_PIECE_BYTES = 1 << 20
+#: Waiting for a disk that does not keep up.
+_WAITING_BYTES = 256 << 20
+
+
+class Tape:
+    """Where steps go. This one takes none: nothing is recorded."""
+
+    def header(self, recipe: CoreRecipe) -> None:
+        """Told once, first."""
+
+    def add(self, step: Step) -> None: ...
+
+    def flush(self) -> None:
+        """Returns when what was added is written."""
+
+    def close(self) -> None: ...
+
+
+NO_TAPE = Tape()
+
+
+class FileTape(Tape):
+    """Writes to `path`, or to `path`.1, .2, ... where there is such a file already: no recording is
+    ever overwritten. With `max_bytes` written, or on an error of the disk, it says so and stops:
+    what it has is replayed up to there. Raises `ConfigError` where nothing can be written."""
+
+    def __init__(
+        self, path: Path, max_bytes: int = MAX_BYTES, facts: Mapping[str, str] | None = None
+    ) -> None:
+        self.path, self._fd = _create(path)
+        self._left_bytes = max_bytes
+        self._facts = dict(facts or {})
+        self._waiting: deque[bytes] = deque()
+        #: By the thread of the core, and by whoever writes.
+        self._added_bytes = self._taken_bytes = 0
+        self._stopped = ""
+        self._lock = threading.Lock()  # held while writing
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
+
+    def header(self, recipe: CoreRecipe) -> None:
+        header = Header(
+            version=__version__,
+            protocol=PROTOCOL_VERSION,
+            python=platform.python_version(),
+            started_unix_s=time.time(),
+            recipe=recipe,
+            facts=self._facts,
+        )
+        self._write(encode_header(header))
+        log.info("recording to %s, prompts and answers included", self.path)
+        self._thread.start()
+
+    def add(self, step: Step) -> None:
+        if self._stopped:
+            return
+        data = encode_step(step)
+        self._waiting.append(data)
+        self._added_bytes += len(data)
+        if self._added_bytes - self._taken_bytes > _WAITING_BYTES:
+            self._stop(f"{self.path} is on a disk that does not keep up")
+
+    def flush(self) -> None:
+        with self._lock:
+            while self._waiting and not self._stopped:
+                self._write(piece(array_of(self._take())))
+
+    def close(self) -> None:
+        if self._closing.is_set():
+            return
+        self._closing.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        self.flush()
+        os.close(self._fd)
+
+    def _run(self) -> None:
+        while not self._closing.wait(_FLUSH_EVERY_S):
+            self.flush()
+
+    def _take(self) -> list[bytes]:
+        taken, size = [], 0
+        while self._waiting and size < _PIECE_BYTES:
+            taken.append(self._waiting.popleft())
+            size += len(taken[-1])
+        self._taken_bytes += size
+        return taken
+
+    def _write(self, data: bytes) -> None:
+        if len(data) > self._left_bytes:
+            self._stop(f"{self.path} has reached --record-max-bytes")
+            return
+        self._left_bytes -= len(data)
+        try:
+            while data:
+                data = data[os.write(self._fd, data) :]
+        except OSError as exc:
+            self._stop(f"{self.path} cannot be written: {exc.strerror}")
+
+    def _stop(self, why: str) -> None:
+        if not self._stopped:
+            self._stopped = why
+            log.warning("%s: nothing more is recorded", why)
+        self._waiting.clear()
+
+
+def _create(path: Path) -> tuple[Path, int]:
+    number = 0
+    while True:
+        named = path if not number else path.with_name(f"{path.name}.{number}")
+        try:
+            # Prompts are in there: for nobody else's eyes.
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
+            return named, os.open(named, flags, 0o600)
+        except FileExistsError:
+            number += 1
+        except OSError as exc:
+            raise ConfigError(f"--record {path} cannot be written: {exc.strerror}") from None
+
+
+def _tap(name: str) -> Any:
+    """The method of that name, with its calls on the tape."""
+    method = getattr(ServiceCore, name)
+
+    def call(self: RecordedCore, *args: Any, **kwargs: Any) -> Any:
+        if self._inside:  # one input that the core makes of another
+            return method(self, *args, **kwargs)
+        packed = pack_call(name, args, kwargs)
+        self._inside = True
+        try:
+            effects = method(self, *args, **kwargs)
+        except PenstockError as exc:
+            self._tape.add(Step(packed, 0, 0, [], exc.code))
+            raise
+        except BaseException as exc:
+            self._tape.add(Step(packed, 0, 0, [], f"{type(exc).__name__}: {exc}"))
+            self._tape.flush()
+            raise
+        finally:
+            self._inside = False
+        found = effects or ()
+        self._tape.add(Step(packed, digest_of(found), len(found), sends_of(found)))
+        return effects
+
+    return call
+
+
+class RecordedCore(ServiceCore):
+    """A `ServiceCore` that is recorded."""
+
+    def __init__(
+        self, config: ServiceCoreConfig, policy: Policy, finder: Finder, tape: Tape
+    ) -> None:
+        super().__init__(config, policy, finder)
+        self._tape = tape
+        self._inside = False
+
+    submit = _tap("submit")
+    cancel = _tap("cancel")
+    on_message = _tap("on_message")
+    on_timer = _tap("on_timer")
+    add_instance = _tap("add_instance")
+    expect = _tap("expect")
+    on_instance_lost = _tap("on_instance_lost")
+    on_instance_refused = _tap("on_instance_refused")
+    doubt = _tap("doubt")
+    lead = _tap("lead")
+    assign = _tap("assign")
+    drain_instance = _tap("drain_instance")
+    take_out = _tap("take_out")
+    bring_back = _tap("bring_back")
+    on_drained = _tap("on_drained")
+    remove_instance = _tap("remove_instance")
+    close_all = _tap("close_all")
+
+
+def make_core(recipe: CoreRecipe, tape: Tape = NO_TAPE) -> ServiceCore:
+    """Recorded, unless `tape` is the one that takes nothing."""
+    if tape is NO_TAPE:
+        return recipe.make()
+    tape.header(recipe)
+    return recipe.make(lambda config, policy, finder: RecordedCore(config, policy, finder, tape))
