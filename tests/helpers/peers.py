@@ -150,7 +150,7 @@ def check_nothing_is_left(*cores: InstanceCore) -> None:
         core.exchange.check()
         assert core.exchange.idle, core.card.name
         assert not core.scheduler.has_work()
-        assert core.scheduler.num_blocks_used == 0
+        assert core.scheduler.pool.num_held == 0
         assert core.scheduler.pool.num_free_windows == core.scheduler.pool.num_windows
         assert len(core.scheduler.holds) == 0 and not core.scheduler.claims.owners()
         assert core.scheduler.holds.promised(("", "")) == 0

@@ -124,10 +124,10 @@ def test_offers_end_with_their_release() -> None:
     bench = Bench()
     bench.compute(prompt(1, 64))
     bench.pull(prompt(1, 64))
-    assert bench.a.scheduler.num_blocks_used == 4
+    assert bench.a.scheduler.pool.num_held == 4
     bench.peer.say("a", Release("t", 2))  # a chain is held from its beginning
     bench.wait(0.01)
-    assert bench.a.scheduler.num_blocks_used == 4
+    assert bench.a.scheduler.pool.num_held == 4
     bench.peer.say("a", Release("t"))
     bench.wait(0.01)
     check_nothing_is_left(bench.a)
@@ -141,7 +141,7 @@ def test_offers_end_with_their_lease_unless_it_is_renewed() -> None:
         bench.wait(1.5)
         bench.peer.say("a", Ack("t", 4))
     bench.wait(1)
-    assert bench.a.scheduler.num_blocks_used == 4
+    assert bench.a.scheduler.pool.num_held == 4
     bench.wait(2)
     check_nothing_is_left(bench.a)
 

@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from tests.helpers.scheduling import Harness, extend, submit, undisturbed_output
 
 from penstock.engine.scheduler.imports import Hold, Import
-from penstock.engine.scheduler.scheduler import DuplicateSubmit
+from penstock.engine.scheduler.validation import DuplicateSubmit
 from penstock.protocol.errors import InvalidRequest, Overloaded
 from penstock.protocol.kv import block_keys, root_key, split_keys
 
@@ -120,7 +120,7 @@ class ImportsMachine(RuleBasedStateMachine):
             return
         self.imports.append((imp, ids))
         num_missing, start = len(imp.keys) - len(imp.blocks), len(imp.blocks)
-        room = self.scheduler.room_for_imports()
+        room = self.scheduler.room.spare()
         taken = self.holds.take_room(imp, num_missing, windows, room)
         job = Job(imp, ids, start, taken, self.scheduler.fence())
         if taken:
@@ -142,7 +142,7 @@ class ImportsMachine(RuleBasedStateMachine):
         if not imp.claiming or num_blocks <= 0:
             return
         start = len(imp.blocks)
-        taken = self.holds.take_room(imp, num_blocks, windows, self.scheduler.room_for_imports())
+        taken = self.holds.take_room(imp, num_blocks, windows, self.scheduler.room.spare())
         if taken:
             self.jobs.append(Job(imp, ids, start, taken, self.scheduler.fence()))
 

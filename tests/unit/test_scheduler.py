@@ -8,9 +8,10 @@ from tests.helpers.scheduling import EOS, Harness, next_id, submit, undisturbed_
 
 from penstock.engine.scheduler.batch import Batch, RowResult, StepResult
 from penstock.engine.scheduler.config import SchedulerConfig
-from penstock.engine.scheduler.scheduler import DuplicateSubmit, Scheduler
+from penstock.engine.scheduler.scheduler import Scheduler
 from penstock.engine.scheduler.sequence import Sequence
 from penstock.engine.scheduler.stopping import check_stop
+from penstock.engine.scheduler.validation import DuplicateSubmit
 from penstock.protocol.errors import (
     ConfigError,
     ContextLengthExceeded,

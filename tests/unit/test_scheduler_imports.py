@@ -31,9 +31,7 @@ def bring(harness: Harness, request: Submit, num_blocks: int, *, windows: bool =
     imp = scheduler.holds.begin_import(keys)
     assert imp is not None
     start = len(imp.blocks)
-    taken = scheduler.holds.take_room(
-        imp, num_blocks - start, windows, scheduler.room_for_imports()
-    )
+    taken = scheduler.holds.take_room(imp, num_blocks - start, windows, scheduler.room.spare())
     assert len(taken) == num_blocks - start
     fill(harness, imp, request.prompt_ids, taken, start)
     assert scheduler.holds.filled(imp, start, [True] * len(taken)) == len(taken)
@@ -85,7 +83,7 @@ def test_what_was_built_on_a_stale_page_counts_for_nothing() -> None:
     assert len(harness.output("r")) == known and not seq.num_placeholders
     harness.run()
     assert harness.output("r") == undisturbed_output(request, 200)[0]
-    assert len(scheduler.take_released_windows()) == 4 and scheduler.num_blocks_used == 0
+    assert len(scheduler.take_released_windows()) == 4 and scheduler.pool.num_held == 0
 
 
 def test_nothing_is_kept_behind_a_window() -> None:

@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from tests.helpers.scheduling import EOS, Harness, submit, undisturbed_output
 
-from penstock.engine.scheduler.scheduler import DuplicateSubmit
 from penstock.engine.scheduler.sequence import Sequence, SequenceUpdate
+from penstock.engine.scheduler.validation import DuplicateSubmit
 from penstock.protocol.errors import InvalidRequest, Overloaded
 from penstock.protocol.kv import split_keys
 from penstock.protocol.request import SamplingParams, Submit

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
+from msgspec.structs import replace
 from tests.unit.test_instance_core import Bench
 
 from penstock.engine.scheduler.batch import RowResult, StepResult

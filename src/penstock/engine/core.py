@@ -17,7 +17,8 @@ from penstock.engine.cost import CostFitter
 from penstock.engine.links import Link, Links, terminal_row
 from penstock.engine.memory.tiers.index import NO_TIERS, TierIndex
 from penstock.engine.scheduler.batch import Batch, StepResult
-from penstock.engine.scheduler.scheduler import DuplicateSubmit, Scheduler
+from penstock.engine.scheduler.scheduler import Scheduler
+from penstock.engine.scheduler.validation import DuplicateSubmit
 from penstock.engine.step_counts import StepCounts
 from penstock.engine.transfer.exchange import Exchange
 from penstock.engine.transfer.jobs import Moved

@@ -158,7 +158,7 @@ class InstanceDriver:
                 raise from_info(result.error)
             with self._trace.span("schedule"):
                 effects = self.core.on_step_done(result, self._clock())
-            self._trace.count("KV blocks in use", self.core.scheduler.num_blocks_used)
+            self._trace.count("KV blocks in use", self.core.scheduler.pool.num_held)
             with self._trace.span("launch and publish"):
                 self._carry_out(effects)
         while self._moved:

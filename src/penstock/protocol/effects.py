@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from penstock.protocol.codec import Message
 
 
-@dataclass(frozen=True, slots=True)
-class Send:
+class Send(msgspec.Struct, frozen=True):
     """Deliver `message` to the peer of that name. May be lost; cores must live with it."""
 
     peer: str
     message: Message
 
 
-@dataclass(frozen=True, slots=True)
-class Launch:
+class Launch(msgspec.Struct, frozen=True):
     """Give a batch to the runner. Batches finish in the order in which they were launched."""
 
     batch: Any
 
 
-@dataclass(frozen=True, slots=True)
-class Connect:
+class Shorten(msgspec.Struct, frozen=True):
+    """End the run `step`, the batch launched last, after so many of its steps, or with the one
+    under way if that is later: something came that should not wait. How many it will be by then is
+    told at once (`InstanceCore.on_shortened`)."""
+
+    step: int
+    steps: int
+
+
+class Connect(msgspec.Struct, frozen=True):
     """Be able to `Send` to the instance `peer`, which listens at `address`. Told again with another
     address, the old connection is given up; with the same, nothing happens."""
 
@@ -32,34 +39,30 @@ class Connect:
     address: str
 
 
-@dataclass(frozen=True, slots=True)
-class Move:
+class Move(msgspec.Struct, frozen=True):
     """Give a `engine.transfer.jobs.Job` to the data plane; its end comes back as `on_moved`."""
 
     job: Any
 
 
-@dataclass(frozen=True, slots=True)
-class SetTimer:
+class SetTimer(msgspec.Struct, frozen=True):
     """Call `on_timer` at `at_s` (the core's clock). A later one of the same core replaces it."""
 
     at_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
+class Reply(msgspec.Struct, frozen=True):
     """Hand something to whoever made request `request_id` (service side only)."""
 
     request_id: str
     event: Any
 
 
-@dataclass(frozen=True, slots=True)
-class Stop:
+class Stop(msgspec.Struct, frozen=True):
     """The driver should end the process: the core has drained, or (with a `failure`) cannot go on
     and leaves what runs to a successor."""
 
     failure: str | None = None
 
 
-Effect = Send | Launch | Connect | Move | SetTimer | Reply | Stop
+Effect = Send | Launch | Shorten | Connect | Move | SetTimer | Reply | Stop

@@ -3,11 +3,16 @@
 A batch is applied in the order of its fields: freed slots, admitted sequences, block maps, rows.
 The runner executes batches strictly in the order in which they were launched, so everything that
 step N does to a slot has happened before step N+1 touches it.
+
+A batch of several `steps` is a *run*: its rows, one token each, are computed so many times, each
+time one position further and from the id just drawn. Its maps cover all of its steps.
+
+These are msgspec structs because millions of them are made.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import msgspec
 
 from penstock.protocol.errors import ErrorInfo
 from penstock.protocol.instance import NO_MAPS, MapCounts
@@ -15,8 +20,7 @@ from penstock.protocol.request import Constraint, SamplingParams
 from penstock.protocol.tokens import TokenLogprobs
 
 
-@dataclass(frozen=True, slots=True)
-class NewSequence:
+class NewSequence(msgspec.Struct, frozen=True):
     """A sequence takes a slot. `token_ids` are all known ids (prompt, then output so far)."""
 
     slot: int
@@ -28,8 +32,7 @@ class NewSequence:
     adapter: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class BlockMap:
+class BlockMap(msgspec.Struct, frozen=True):
     """Block `index` of the slot's virtual range is the physical block `block` from now on."""
 
     slot: int
@@ -37,8 +40,7 @@ class BlockMap:
     block: int
 
 
-@dataclass(frozen=True, slots=True)
-class BatchRow:
+class BatchRow(msgspec.Struct, frozen=True):
     """Compute positions [start, start + num_tokens) of the sequence in `slot`.
 
     The token ids are in the runner's own table: those of `NewSequence`, and each sampled id, which
@@ -55,24 +57,24 @@ class BatchRow:
     prompt_logprobs: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
+class Batch(msgspec.Struct, frozen=True):
     step: int
     rows: list[BatchRow]
-    freed_slots: list[int] = field(default_factory=list)
-    admitted: list[NewSequence] = field(default_factory=list)
-    maps: list[BlockMap] = field(default_factory=list)
+    freed_slots: list[int] = []
+    admitted: list[NewSequence] = []
+    maps: list[BlockMap] = []
+    steps: int = 1
 
     @property
     def num_tokens(self) -> int:
-        return sum(row.num_tokens for row in self.rows)
+        """Of one step."""
+        return sum([row.num_tokens for row in self.rows])
 
 
-@dataclass(frozen=True, slots=True)
-class RowResult:
-    """`ids` is empty when the row did not sample. An `error` ends that sequence alone. A `stale`
-    row has read (or may have read) a window whose page its owner has taken back: nothing of it
-    counts, and the sequence's KV is computed again."""
+class RowResult(msgspec.Struct, frozen=True):
+    """`ids` has one id for each step of the batch; it is empty when the row did not sample. An
+    `error` ends that sequence alone. A `stale` row has read (or may have read) a window whose page
+    its owner has taken back: nothing of it counts, and the sequence's KV is computed again."""
 
     slot: int
     ids: list[int]
@@ -82,8 +84,7 @@ class RowResult:
     stale: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class StepResult:
+class StepResult(msgspec.Struct, frozen=True):
     """Answers one batch; `rows` stand in the order of `batch.rows`.
 
     `error` is set when the whole step failed: no row produced anything, and KV written by the step

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any
 
+from penstock.engine.scheduler.block_pool import BlockPool
+from penstock.engine.scheduler.imports import Import
+from penstock.engine.scheduler.runs import surplus
 from penstock.engine.scheduler.sequence import CLASSES, State
 from penstock.engine.scheduler.sequence import Sequence as Seq
-from penstock.engine.scheduler.step import InFlight
+from penstock.engine.scheduler.step import Claims, InFlight, SchedulerStats, Totals
+
+
+def check_slots(running: Sequence[Seq], free: list[int], num_slots: int) -> None:
+    slots = sorted([*free, *(seq.slot for seq in running)])
+    assert slots == list(range(num_slots)), "a slot is lost or taken twice"
+
+
+def check_claims(claims: Claims) -> None:
+    for owner in claims.owners():
+        running = isinstance(owner, Seq) and owner.state is State.RUNNING
+        assert running or (isinstance(owner, Import) and owner.claiming), "a claim for ever"
 
 
 def check_sequences(
@@ -25,20 +39,41 @@ def check_sequences(
         assert seq.num_confirmed <= seq.num_computed < seq.num_tokens <= seq.max_total_tokens
     for seq in waiting:
         assert seq.state is State.WAITING and not seq.blocks
-    flying = [seq for flight in flights for seq, row, _ in flight.rows if row.samples]
+    flying = Counter[Seq]()
+    for flight in flights:
+        flying.update({seq: flight.steps for seq, row, _ in flight.rows if row.samples})
     for seq in live:
-        assert flying.count(seq) == seq.num_placeholders, "placeholders without a step"
+        assert flying[seq] == seq.num_placeholders, "placeholders without a step"
 
 
-def counts_of(waiting: Sequence[Seq], running: Sequence[Seq]) -> dict[str, Any]:
-    """Fields of `SchedulerStats`."""
+def stats_of(
+    waiting: Sequence[Seq],
+    running: Sequence[Seq],
+    pool: BlockPool,
+    totals: Totals,
+    last: InFlight,
+    num_steps: int,
+    block_tokens: int,
+) -> SchedulerStats:
+    """Without the last `num_steps` steps of the run `last`."""
     prefills = [seq for seq in [*waiting, *running] if seq.num_to_compute > 1]
-    return {
-        "waiting": {c: sum(s.request_class == c for s in waiting) for c in CLASSES},
-        "running": {c: sum(s.request_class == c for s in running) for c in CLASSES},
-        "waiting_tokens": sum(len(s.token_ids) for s in waiting),
-        "running_tokens": sum(s.num_tokens for s in running),
-        "prefills": len(prefills),
-        "prefill_tokens_left": sum(s.num_to_compute for s in prefills),
-        "decode_context_tokens": sum(s.num_tokens for s in running if s.num_to_compute <= 1),
-    }
+    kept = [blocks for _, blocks in surplus(last, num_steps, block_tokens) if blocks is not None]
+    surplus_tokens = num_steps * len(kept)
+    decode_context_tokens = sum(s.num_tokens for s in running if s.num_to_compute <= 1)
+    return SchedulerStats(
+        waiting={c: sum(s.request_class == c for s in waiting) for c in CLASSES},
+        running={c: sum(s.request_class == c for s in running) for c in CLASSES},
+        waiting_tokens=sum(len(s.token_ids) for s in waiting),
+        running_tokens=sum(s.num_tokens for s in running) - surplus_tokens,
+        prefills=len(prefills),
+        prefill_tokens_left=sum(s.num_to_compute for s in prefills),
+        decode_context_tokens=decode_context_tokens - surplus_tokens,
+        kv_blocks_used=pool.num_held - sum(map(len, kept)),
+        kv_blocks_cached=pool.num_reusable,
+        kv_blocks_total=pool.num_blocks,
+        steps=totals.steps,
+        scheduled_tokens=totals.scheduled_tokens,
+        preemptions=totals.preemptions,
+        prefix_hit_tokens=totals.prefix_hit_tokens,
+        prefix_query_tokens=totals.prefix_query_tokens,
+    )

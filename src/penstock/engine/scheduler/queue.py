@@ -108,6 +108,11 @@ class WaitingQueue:
         """The head of `flow` is being admitted: virtual time moves on."""
         self._virtual_tokens = max(self._virtual_tokens, self._flows[flow].served_tokens)
 
+    @property
+    def takes_turns(self) -> bool:
+        """Do several flows wait at one priority? Then what is served changes the order."""
+        return any(len(level.by_flow) > 1 for level in self._levels.values())
+
     def in_order(self) -> Iterator[Sequence]:
         """Everyone who waits, best first. Charges made between two steps of the iteration count;
         sequences may be taken out only after it."""

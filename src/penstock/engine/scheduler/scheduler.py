@@ -37,21 +37,25 @@ from itertools import chain, islice
 
 from penstock.engine.scheduler.batch import Batch, BatchRow, BlockMap, RowResult, StepResult
 from penstock.engine.scheduler.block_pool import BlockPool, Generations, Holders
-from penstock.engine.scheduler.books import check_sequences, counts_of
+from penstock.engine.scheduler.books import (
+    check_claims,
+    check_sequences,
+    check_slots,
+    stats_of,
+)
 from penstock.engine.scheduler.config import SchedulerConfig
-from penstock.engine.scheduler.imports import Hold, Holds, Import, WindowReturns
+from penstock.engine.scheduler.foresight import Foresight
+from penstock.engine.scheduler.imports import Hold, Holds, WindowReturns
+from penstock.engine.scheduler.naming import name_blocks
 from penstock.engine.scheduler.queue import WaitingQueue
 from penstock.engine.scheduler.room import Room
+from penstock.engine.scheduler.runs import shorten
 from penstock.engine.scheduler.sequence import CLASSES, Key, Sequence, SequenceUpdate, State
-from penstock.engine.scheduler.step import Claims, InFlight, Plan, SchedulerStats, Slots
-from penstock.engine.scheduler.validation import validate
-from penstock.protocol.errors import EngineFailed, ErrorInfo, Overloaded, ProtocolError
+from penstock.engine.scheduler.step import Claims, InFlight, Plan, SchedulerStats, Slots, Totals
+from penstock.engine.scheduler.validation import DuplicateSubmit, validate
+from penstock.protocol.errors import EngineFailed, ErrorInfo, Overloaded
 from penstock.protocol.kv import KvChange
 from penstock.protocol.request import RequestClass, Submit
-
-
-class DuplicateSubmit(ProtocolError):
-    """This attempt, or a newer one, is here already; the live sequence is untouched."""
 
 
 class Scheduler:
@@ -87,17 +91,21 @@ class Scheduler:
         self.left_behind: list[Hold] | None = None
         self._returns = WindowReturns(self.pool)
         self._slots = Slots(config.max_num_seqs)
-        self._room = Room(
+        #: Who fits.
+        self.room = Room(
             self.pool, self.holds, self.claims, self._slots,
             self._running, self._paused, config.block_tokens,
         )  # fmt: skip
+        self._foresight = Foresight(
+            config.max_num_batched_tokens, self.pool, self.room,
+            self._running, self._queues, self._paused, config.block_tokens,
+        )  # fmt: skip
+        #: Grows when something happens that was not foreseen: what `stable_steps` has said before
+        #: holds no more.
+        self.num_changes = 0
         self._in_flight: deque[InFlight] = deque()
         self._arrivals = 0
-        self._steps = 0
-        self._scheduled_tokens = 0
-        self._preemptions = 0
-        self._prefix_hit_tokens = 0
-        self._prefix_query_tokens = 0
+        self._totals = Totals()
 
     # ---- sequences come and go ------------------------------------------------------------
 
@@ -123,6 +131,7 @@ class Scheduler:
         self._arrivals += 1
         self._live[seq.key] = seq
         self._queues[seq.request_class].enter(seq)
+        self.num_changes += 1
         return seq
 
     def cancel(self, key: Key, attempt: int | None = None) -> SequenceUpdate | None:
@@ -148,9 +157,11 @@ class Scheduler:
         """Give the service's sequences no further rows. They keep what they have, but are the
         first to lose it when somebody needs it."""
         self._paused.add(service)
+        self.num_changes += 1
 
     def resume(self, service: str) -> None:
         self._paused.discard(service)
+        self.num_changes += 1
 
     def live(self, service: str | None = None) -> list[Sequence]:
         """Unfinished sequences (of one service), in order of arrival."""
@@ -175,6 +186,9 @@ class Scheduler:
         queue.leave(seq)
         seq.state = State.FINISHED
         del self._live[seq.key]
+        if seq.num_placeholders:  # it has rows to come
+            self.num_changes += 1
+        self.reconsider()
 
     def _leave_slot(self, seq: Sequence, keep: bool) -> None:
         """Give up slot and blocks. `keep`: what has a key may serve later."""
@@ -186,13 +200,26 @@ class Scheduler:
 
     # ---- the loop -------------------------------------------------------------------------
 
-    def schedule(self) -> Batch | None:
-        """The next step, or None if there is nothing that can be computed now.
+    def stable_steps(self, limit: int) -> int:
+        """For how many of the next `limit` steps nothing but decode can change: all have the same
+        rows, and nobody is let in, preempted, or ends before the last of them (unless by a stop
+        token, which nobody can know). Holds until `num_changes` grows."""
+        return self._foresight.stable_steps(limit)
+
+    def reconsider(self) -> None:
+        """Something has changed that may let in who waits."""
+        if any(map(len, self._queues.values())):
+            self.num_changes += 1
+
+    def schedule(self, max_steps: int = 1) -> Batch | None:
+        """The next step, or None if there is nothing that can be computed now; or, of at most
+        `max_steps` steps, those that are stable.
 
         Online before offline; in each class decodes first, so that nobody's next token waits
         behind a prompt, then prompts under way, then newcomers, as far as budget, slots and
         blocks go.
         """
+        steps = max(1, self.stable_steps(max_steps)) if max_steps > 1 else 1
         plan = Plan(self._config.max_num_batched_tokens)
         self.holds.starved = False
         for request_class, queue in self._queues.items():
@@ -204,7 +231,7 @@ class Scheduler:
             for seq in decodes + prompts:
                 self._continue(seq, plan)
             self._admit_waiting(queue, plan)
-        return self._emit(plan) if plan.tokens else None
+        return self._emit(plan, steps) if plan.tokens else None
 
     def _continue(self, seq: Sequence, plan: Plan) -> None:
         """Plan the next tokens of a running sequence. Where blocks are short, held ones are given
@@ -212,12 +239,13 @@ class Scheduler:
         num_tokens = self._chunk(seq.num_to_compute, plan)
         if seq.state is not State.RUNNING or not num_tokens:
             return
-        missing = self._room.num_blocks(seq.num_computed + num_tokens) - len(seq.blocks)
+        missing = self.room.num_blocks(seq.num_computed + num_tokens) - len(seq.blocks)
         while missing > 0 and missing > self.pool.num_available:
             if self.holds.make_room():
                 continue
-            victim = max(self._running, key=self._room.victim_rank)
-            self._preempt(victim, plan)
+            victim = max(self._running, key=self.room.victim_rank)
+            plan.drop(victim)
+            self._send_back(victim)
             if victim is seq:
                 return
         self._allocate(seq, missing)
@@ -235,7 +263,7 @@ class Scheduler:
             # After a preemption the last ids may still be in flight: it returns with them.
             if not plan.budget or seq.num_placeholders:
                 break
-            if self._room.awaits(seq):
+            if self.room.awaits(seq):
                 continue
             hits = self._find_room(seq, plan)
             if hits is None:
@@ -243,35 +271,46 @@ class Scheduler:
             self._admit(seq, hits, queue)
             admitted.append(seq)
             num_tokens = self._chunk(seq.num_to_compute, plan)
-            self._allocate(seq, self._room.num_blocks(seq.num_computed + num_tokens) - len(hits))
+            self._allocate(seq, self.room.num_blocks(seq.num_computed + num_tokens) - len(hits))
             plan.add(seq, num_tokens)
         for seq in admitted:
             queue.take_out(seq)
 
-    def _emit(self, plan: Plan) -> Batch:
+    def _emit(self, plan: Plan, steps: int) -> Batch:
         """Turn the plan into a batch and remember it until its result comes."""
-        batch = Batch(self._steps, rows=[], freed_slots=self._slots.take_freed())
-        flight = InFlight(self._steps)
+        number = self._totals.steps
+        batch = Batch(number, rows=[], freed_slots=self._slots.take_freed(), steps=steps)
+        flight = InFlight(number, steps=steps)
         self.newcomers = []
         for seq, num_tokens in plan.tokens.items():
             if seq.is_new:
                 batch.admitted.append(seq.new_sequence())
+                self.newcomers += [] if seq.num_preemptions else [seq]
                 seq.is_new = False
-                if not seq.num_preemptions:
-                    self.newcomers.append(seq)
-            batch.maps.extend(BlockMap(seq.slot, i, seq.blocks[i]) for i in seq.stale_maps)
-            seq.stale_maps = []
             row = seq.next_row(num_tokens)
             batch.rows.append(row)
             flight.rows.append((seq, row, seq.run))
-            seq.num_computed += num_tokens
             if row.samples:
-                seq.num_placeholders += 1
-                self._queues[seq.request_class].charge(seq.flow, 1)
+                seq.num_placeholders += steps
+                self._queues[seq.request_class].charge(seq.flow, steps)
+            seq.num_computed += num_tokens + steps - 1
+            self._totals.scheduled_tokens += num_tokens + steps - 1
+            if steps > 1:
+                assert num_tokens == 1 and row.samples, "a run only decodes"
+                self._allocate(seq, self.room.num_blocks(seq.num_computed) - len(seq.blocks))
+            if seq.stale_maps:
+                batch.maps.extend([BlockMap(seq.slot, i, seq.blocks[i]) for i in seq.stale_maps])
+                seq.stale_maps = []
         self._in_flight.append(flight)
-        self._steps += 1
-        self._scheduled_tokens += batch.num_tokens
+        self._totals.steps += 1
         return batch
+
+    def shorten(self, step: int, steps: int) -> None:
+        """The run `step`, the batch launched last, will have only so many steps. What was set
+        aside for the others is given back."""
+        flight = self._in_flight[-1]
+        assert flight.step == step and 1 <= steps <= flight.steps, "not a run that can be shortened"
+        shorten(flight, steps, self.pool, self._queues, self._totals, self._config.block_tokens)
 
     # ---- room -----------------------------------------------------------------------------
 
@@ -279,7 +318,7 @@ class Scheduler:
         """Make room for `seq`; returns the cached blocks it begins with, which it holds from now
         on, or None if it cannot come in. When nothing runs whose end could be waited for, blocks
         of nobody's are given up for it."""
-        while (victims := self._room.victims_for(seq, hits := self._room.match(seq))) is None:
+        while (victims := self.room.victims_for(seq, hits := self.room.match(seq))) is None:
             if self._running:
                 return None
             if not self.holds.make_room():
@@ -288,20 +327,17 @@ class Scheduler:
         for block in hits:  # first: windows go with their last holder
             self.pool.share(block)
         for victim in victims:
-            self._preempt(victim, plan)
+            plan.drop(victim)
+            self._send_back(victim)
         return hits
 
-    def _preempt(self, seq: Sequence, plan: Plan) -> None:
+    def _send_back(self, seq: Sequence) -> None:
         """Take slot and blocks away. Confirmed whole blocks stay in the cache, so that the return
         is cheap while memory is not short; ids in flight still count."""
-        plan.drop(seq)
-        self._send_back(seq)
-
-    def _send_back(self, seq: Sequence) -> None:
         self._leave_slot(seq, keep=True)
         seq.state = State.WAITING
         seq.num_preemptions += 1
-        self._preemptions += 1
+        self._totals.preemptions += 1
         self._queues[seq.request_class].put_back(seq)
 
     def _admit(self, seq: Sequence, hits: list[int], queue: WaitingQueue) -> None:
@@ -319,8 +355,8 @@ class Scheduler:
             queue.charge(seq.flow, seq.num_to_compute)
             seq.cached_tokens = min(seq.num_computed, seq.num_prompt_tokens)
             if seq.public:
-                self._prefix_hit_tokens += seq.cached_tokens
-                self._prefix_query_tokens += seq.num_prompt_tokens
+                self._totals.prefix_hit_tokens += seq.cached_tokens
+                self._totals.prefix_query_tokens += seq.num_prompt_tokens
 
     def _chunk(self, num_to_compute: int, plan: Plan) -> int:
         return min(num_to_compute, plan.budget, self._config.max_chunk_tokens or plan.budget)
@@ -349,23 +385,24 @@ class Scheduler:
         for (seq, row, run), row_result in zip(flight.rows, result.rows):
             assert row_result.slot == row.slot, "row results stand in the order of the rows"
             if seq.state is not State.FINISHED:  # otherwise the row was surplus
-                update = self._apply_row(seq, row, run, row_result)
+                update = self._apply_row(seq, row, run, row_result, flight.steps)
                 if update is not None:
                     updates.append(update)
         return updates
 
     def _apply_row(
-        self, seq: Sequence, row: BatchRow, run: int, result: RowResult
+        self, seq: Sequence, row: BatchRow, run: int, result: RowResult, steps: int
     ) -> SequenceUpdate | None:
         if run <= seq.spoilt_run:
-            seq.num_placeholders -= row.samples
+            seq.num_placeholders -= steps * row.samples
             return None
         if result.error is not None:
             return self._end_with_error(seq, result.error)
+        update = seq.take(row, result, self._eos, steps)
         if run == seq.run:
-            seq.num_confirmed = row.start + row.num_tokens
-            self._register_blocks(seq)
-        update = seq.take(row, result, self._eos)
+            num_drawn = len(update.ids) if update is not None else 0
+            seq.num_confirmed = row.start + row.num_tokens + max(0, num_drawn - 1)
+            name_blocks(seq, self.pool, self.claims, self._config.block_tokens)
         if update is not None and update.finish is not None:
             self._finish(seq)
         return update
@@ -388,38 +425,14 @@ class Scheduler:
         self._finish(seq)
         return SequenceUpdate(seq, seq.num_output_tokens, finish="error", error=info)
 
-    def _register_blocks(self, seq: Sequence) -> None:
-        """Name the whole blocks that have become confirmed. A block that another sequence stored
-        first is mapped in place of our own, which is released."""
-        block_tokens = self._config.block_tokens
-        if not seq.trusted:
-            return
-        for index in range(seq.num_keyed_blocks, seq.num_confirmed // block_tokens):
-            key = seq.block_key(index, block_tokens)
-            parent = seq.keys[index - 1] if index else b""
-            block = self.pool.register(seq.blocks[index], key, parent, seq.public)
-            if block != seq.blocks[index]:
-                seq.blocks[index] = block
-                seq.stale_maps.append(index)
-            self.claims.settle(seq, [key])
-            seq.num_keyed_blocks = index + 1
-
     # ---- blocks from elsewhere ------------------------------------------------------------
 
     def fence(self) -> int:
         """To be asked of `passed` later: have the steps in flight now been answered?"""
-        return self._steps
+        return self._totals.steps
 
     def passed(self, fence: int) -> bool:
-        return self._steps - len(self._in_flight) >= fence
-
-    def room_for_imports(self) -> int:
-        """Blocks that running sequences can spare."""
-        return self._room.spare()
-
-    def num_lacking(self, seq: Sequence) -> int:
-        """Blocks that `seq`, which waits, would take from what is available if it came in now."""
-        return self._room.num_lacking(seq)
+        return self._totals.steps - len(self._in_flight) >= fence
 
     def next_waiting(self, count: int) -> list[Sequence]:
         """Who comes next, in order."""
@@ -440,23 +453,17 @@ class Scheduler:
     # ---- looking in -----------------------------------------------------------------------
 
     @property
-    def num_blocks_used(self) -> int:
-        return self.pool.num_held
-
-    @property
     def stats(self) -> SchedulerStats:
-        waiting = [seq for queue in self._queues.values() for seq in queue]
-        return SchedulerStats(
-            **counts_of(waiting, self._running),
-            kv_blocks_used=self.pool.num_held,
-            kv_blocks_cached=self.pool.num_reusable,
-            kv_blocks_total=self.pool.num_blocks,
-            steps=self._steps,
-            scheduled_tokens=self._scheduled_tokens,
-            preemptions=self._preemptions,
-            prefix_hit_tokens=self._prefix_hit_tokens,
-            prefix_query_tokens=self._prefix_query_tokens,
-        )
+        return self.stats_without(0)
+
+    def stats_without(self, num_steps: int) -> SchedulerStats:
+        """As if the batch launched last had so many steps fewer: those of a run that nobody would
+        have launched yet if it were single steps."""
+        last = self._in_flight[-1] if num_steps else InFlight(-1)
+        return stats_of(
+            list(self._waiting()), self._running, self.pool, self._totals,
+            last, num_steps, self._config.block_tokens,
+        )  # fmt: skip
 
     def kv_keys(self) -> list[bytes]:
         """Every key in the cache that others may match (for a `Snapshot`)."""
@@ -482,14 +489,11 @@ class Scheduler:
             self._returns.waiting(),
         )
         self.holds.check()
-        slots = sorted([*self._slots.free(), *(s.slot for s in self._running)])
-        assert slots == list(range(self._config.max_num_seqs)), "a slot is lost or taken twice"
+        check_slots(self._running, self._slots.free(), self._config.max_num_seqs)
         check_sequences(self._running, list(self._waiting()), self.live(), self._in_flight)
+        check_claims(self.claims)
         for seq in self._running:
-            assert len(seq.blocks) == self._room.num_blocks(seq.num_computed), "blocks held"
-        for owner in self.claims.owners():
-            running = isinstance(owner, Sequence) and owner.state is State.RUNNING
-            assert running or (isinstance(owner, Import) and owner.claiming), "a claim for ever"
+            assert len(seq.blocks) == self.room.num_blocks(seq.num_computed), "blocks held"
 
     def _waiting(self) -> Iterator[Sequence]:
         for queue in self._queues.values():

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from penstock.engine.scheduler.batch import BatchRow, NewSequence, RowResult
-from penstock.engine.scheduler.stopping import check_stop
+from penstock.engine.scheduler.stopping import Stop, check_stop
 from penstock.protocol.errors import ErrorInfo
 from penstock.protocol.kv import next_key, root_key, split_keys
 from penstock.protocol.request import RequestClass, SamplingParams, Submit
@@ -132,6 +132,12 @@ class Sequence:
         num_tokens = len(self.token_ids) + self.num_placeholders
         return num_tokens - self.num_computed if num_tokens < self.num_tokens_here else 0
 
+    @property
+    def has_drawn(self) -> bool:
+        """Has a token been drawn here (in this attempt), or is one in flight?"""
+        submit = self.submit
+        return self.num_tokens > len(submit.prompt_ids) + len(submit.resumed_ids)
+
     def block_key(self, index: int, block_tokens: int) -> bytes:
         """The key of whole block `index`; its ids, and those before it, are known.
 
@@ -194,10 +200,10 @@ class Sequence:
         return entries, sent + 1
 
     def take(
-        self, row: BatchRow, result: RowResult, eos_token_ids: frozenset[int]
+        self, row: BatchRow, result: RowResult, eos_token_ids: frozenset[int], steps: int = 1
     ) -> SequenceUpdate | None:
-        """What a row's result says, once its KV has been seen to. A `finish` is for the scheduler
-        to carry out."""
+        """What a row's result says. A `finish` is for the scheduler to carry out; what a run has
+        drawn behind it is dropped."""
         entries, entries_start = self.unsent_prompt_logprobs(row, result.prompt_logprobs)
         start = self.num_output_tokens
         if not row.samples:
@@ -206,31 +212,40 @@ class Sequence:
             return SequenceUpdate(
                 self, start, prompt_logprobs=entries, prompt_logprobs_start=entries_start
             )
-        assert len(result.ids) == 1, "a row that samples yields one id"
-        self.num_placeholders -= 1
-        self.token_ids.extend(result.ids)
-        stop = check_stop(
-            self.sampling,
-            eos_token_ids,
-            result.ids[-1],
-            self.num_output_tokens,
-            self.max_total_tokens - len(self.token_ids),
-            constrained=self.submit.constraint is not None,
-            hands_over=self.hands_over,
-        )
+        assert len(result.ids) == steps, "a row that samples yields one id a step"
+        self.num_placeholders -= steps
+        ids, stop = self._draw(result.ids, eos_token_ids)
         cached_tokens = 0 if self.cached_tokens_told else self.cached_tokens
         self.cached_tokens_told = True
         return SequenceUpdate(
             self,
             start,
-            result.ids,
-            logprobs=result.logprobs,
+            ids,
+            logprobs=result.logprobs and result.logprobs[: len(ids)],
             prompt_logprobs=entries or None,
             prompt_logprobs_start=entries_start,
             finish=stop.reason if stop else None,
             stop_token=stop.token if stop else None,
             cached_tokens=cached_tokens,
         )
+
+    def _draw(self, ids: list[int], eos_token_ids: frozenset[int]) -> tuple[list[int], Stop | None]:
+        """Take in new ids up to the one that ends the sequence, if one does."""
+        stop = None
+        for count, last_id in enumerate(ids, start=1):
+            self.token_ids.append(last_id)
+            stop = check_stop(
+                self.sampling,
+                eos_token_ids,
+                last_id,
+                self.num_output_tokens,
+                self.max_total_tokens - len(self.token_ids),
+                constrained=self.submit.constraint is not None,
+                hands_over=self.hands_over,
+            )
+            if stop is not None:
+                return ids[:count], stop
+        return ids, stop
 
     def max_reusable_blocks(self, block_tokens: int) -> int:
         """How many leading blocks may come from the cache.

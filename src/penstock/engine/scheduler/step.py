@@ -24,12 +24,25 @@ class Plan:
         self.budget += self.tokens.pop(seq, 0)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class InFlight:
-    """A batch that was launched and not answered: whose rows, in which of their residences."""
+    """A batch that was launched and not answered: whose rows, in which of their residences, and
+    how many steps it is to have (fewer than when it was launched, if it was shortened)."""
 
     step: int
     rows: list[tuple[Sequence, BatchRow, int]] = field(default_factory=list)
+    steps: int = 1
+
+
+@dataclass(slots=True)
+class Totals:
+    """Since the start; fields of `SchedulerStats`."""
+
+    steps: int = 0
+    scheduled_tokens: int = 0
+    preemptions: int = 0
+    prefix_hit_tokens: int = 0
+    prefix_query_tokens: int = 0
 
 
 class Slots:

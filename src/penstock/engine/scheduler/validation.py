@@ -7,6 +7,10 @@ from penstock.protocol.kv import KEY_BYTES
 from penstock.protocol.request import Submit
 
 
+class DuplicateSubmit(ProtocolError):
+    """This attempt, or a newer one, is here already; the live sequence is untouched."""
+
+
 def validate(submit: Submit, max_model_len: int, block_tokens: int) -> None:
     """Raises `ContextLengthExceeded`, `InvalidRequest`, or `ProtocolError` for misshapen keys.
 

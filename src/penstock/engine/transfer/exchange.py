@@ -129,7 +129,7 @@ class Exchange:
         keys = split_keys(fetch.keys)
         num_blocks = -(-fetch.num_tokens // self._card.layout.block_tokens)
         num_missing = max(0, num_blocks - len(self._scheduler.pool.match(keys)))
-        room = self._scheduler.room_for_imports() - self._holds.promised(key)
+        room = self._scheduler.room.spare() - self._holds.promised(key)
         if (
             len(self._wants) >= self.config.max_wants
             or num_missing > room
@@ -276,9 +276,9 @@ class Exchange:
         first that would find no room: what is loaded for one of them takes it from nobody before.
         """
         wanting = {want.key for want in self._wants.values() if not want.done}
-        room = self._scheduler.room_for_imports()
+        room = self._scheduler.room.spare()
         for seq in self._scheduler.next_waiting(self.config.load_ahead_seqs):
-            room -= self._scheduler.num_lacking(seq)
+            room -= self._scheduler.room.num_lacking(seq)
             if room < 0:
                 break
             if not seq.public or seq.key in wanting:

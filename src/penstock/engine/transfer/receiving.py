@@ -115,7 +115,7 @@ class Receiving:
         imp = transfer.imp
         start = len(imp.blocks)
         taken = self._holds.take_room(
-            imp, len(imp.keys) - start, False, self._scheduler.room_for_imports()
+            imp, len(imp.keys) - start, False, self._scheduler.room.spare()
         )
         if not taken:
             want.reason, want.tiers_failed = "no room for it here", True
@@ -207,7 +207,7 @@ class Receiving:
         means = cast(Means, ready.means)
         transfer.owner = Peer(peer, ready.owner_incarnation, means, ready.endpoint)
         taken = self._holds.take_room(
-            imp, len(offered), ready.means == "map", self._scheduler.room_for_imports()
+            imp, len(offered), ready.means == "map", self._scheduler.room.spare()
         )
         incoming = [Incoming(handle, block) for handle, block in zip(offered, taken)]
         for first in range(0, len(incoming), self.config.blocks_a_job):

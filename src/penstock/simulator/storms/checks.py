@@ -188,7 +188,7 @@ def nothing_left_in_instance(core: InstanceCore) -> None:
     recount_instance(core)
     hold(not scheduler.has_work(), f"{name} still has sequences")
     hold(core.exchange.idle, f"{name} still has wants, transfers or offers")
-    hold(scheduler.num_blocks_used == 0, f"{name} still holds {scheduler.num_blocks_used} blocks")
+    hold(scheduler.pool.num_held == 0, f"{name} still holds {scheduler.pool.num_held} blocks")
     windows = scheduler.pool.num_windows - scheduler.pool.num_free_windows
     hold(not windows, f"{name} still has {windows} windows")
     hold(len(scheduler.holds) == 0, f"{name} still has holds")

@@ -1,0 +1,35 @@
+"""How long each step of a batch takes, as predicted or as simulated."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from typing import NamedTuple
+
+
+class StepTimes(NamedTuple):
+    """The first of `steps` steps takes `first_s`, each one after it `growth_s` more than the one
+    before: in a run of steps only the context grows, and time is linear in it."""
+
+    first_s: float
+    growth_s: float = 0.0
+    steps: int = 1
+
+    @property
+    def total_s(self) -> float:
+        return self.end_s(self.steps)
+
+    def of_step(self, number: int) -> float:
+        """Seconds of step `number`, which counts from 1."""
+        return self.first_s + self.growth_s * (number - 1)
+
+    def end_s(self, number: int) -> float:
+        """Seconds from the start of the first step to the end of step `number`."""
+        return number * (self.first_s + self.growth_s * (number - 1) / 2)
+
+    def under_way(self, elapsed_s: float) -> int:
+        """The step that is computed so long after the start of the first one."""
+        ended = bisect_right(range(1, self.steps), elapsed_s, key=self.end_s)
+        return ended + 1
+
+    def shortened(self, steps: int) -> StepTimes:
+        return self._replace(steps=steps)
