@@ -101,7 +101,9 @@ class NodeLoop(asyncio.AbstractEventLoop):
         if not self._ended:
             self.troubles.append(context)
 
-    def add_reader(self, fd: Any, callback: Callable[..., object], *args: Any) -> None:
+    def add_reader(  # type: ignore[override]
+        self, fd: int, callback: Callable[..., object], *args: Any
+    ) -> None:
         self._readers[fd] = lambda: callback(*args)
 
     def remove_reader(self, fd: Any) -> bool:

@@ -1,4 +1,5 @@
-"""`python -m penstock.simulator.storms SEED`: play the storm of a seed."""
+"""`python -m penstock.simulator.storms SEED`: play the storm of a seed; if it fails, say so in one
+line, and make it smaller."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from dataclasses import replace
 
 from penstock.simulator.storms.draw import storm_of
 from penstock.simulator.storms.play import Verdict, play
+from penstock.simulator.storms.shrink import Shrinker
 from penstock.simulator.storms.storm import Storm
 
 
@@ -31,8 +33,13 @@ def main(arguments: list[str] | None = None) -> int:
             print(
                 f"seed {seed}: {verdict.failure} [{verdict.where}] at {verdict.failed_at_s:.4f} s"
             )
+            print(f"    python -m penstock.simulator.storms {seed}")
             if len(seeds) == 1:
                 print(verdict.trace)
+                smallest = Shrinker(play).shrink(verdict)
+                print(f"fails in the same way, at {smallest.failed_at_s:.4f} s:")
+                print(f"    {smallest.failure}")
+                print(smallest.storm)
     took_s = time.perf_counter() - began_s
     print(f"{len(seeds)} storms, {failed} failed, {1000 * took_s / len(seeds):.0f} ms each")
     return 1 if failed else 0

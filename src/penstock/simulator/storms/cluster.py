@@ -248,9 +248,15 @@ class Cluster:
             self.world.at(at_s, partial(self._cancel, caller, spec.request_id))
 
     def _cancel(self, caller: Caller, request_id: str) -> None:
-        if caller.waits:
+        core = self.services[caller.ask.service]
+
+        def go_away(now: float) -> list[Effect]:
+            if not caller.waits:
+                return []
             caller.goes_away()
-            self.world.cancel(caller.ask.service, request_id, self.world.now)
+            return core.cancel(request_id, None, now)
+
+        self.tell(caller.ask.service, go_away)
 
     def close(self) -> None:
         if self.registry is not None:

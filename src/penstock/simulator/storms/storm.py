@@ -6,8 +6,7 @@ printed, and pasted into a test. Times are virtual seconds since the start.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from pprint import pformat
+from dataclasses import MISSING, dataclass, field, fields
 
 from penstock.protocol.instance import Role
 from penstock.protocol.request import RequestClass
@@ -282,4 +281,17 @@ class Storm:
 
     def __str__(self) -> str:
         """Python that makes this storm again."""
-        return pformat(self, width=98)
+        lines = [f"seed={self.seed},", f"shape={_source(self.shape)},"]
+        for name, parts in (("asks", self.asks), ("faults", self.faults)):
+            lines += [f"{name}=(", *(f"    {_source(part)}," for part in parts), "),"]
+        return "\n".join(["Storm(", *(f"    {line}" for line in lines), ")"])
+
+
+def _source(part: Shape | Ask | Fault) -> str:
+    """Without what is as it would be anyway."""
+    given = [
+        f"{f.name}={getattr(part, f.name)!r}"
+        for f in fields(part)
+        if f.default is MISSING or getattr(part, f.name) != f.default
+    ]
+    return f"{type(part).__name__}({', '.join(given)})"
