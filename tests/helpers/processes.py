@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,9 +13,10 @@ from typing import Any
 
 import httpx
 import psutil
-from tests.helpers.server import environment, free_port, penstock
+from tests.helpers.server import environment, free_port
 
 PATIENCE_S = 90.0
+MAIN = "penstock.cli.main"
 
 
 @dataclass
@@ -55,14 +57,18 @@ class Processes:
         self._started: list[Command] = []
 
     def start(
-        self, *arguments: str, env: dict[str, str] | None = None, namespace: str | None = None
+        self,
+        *arguments: str,
+        env: dict[str, str] | None = None,
+        namespace: str | None = None,
+        module: str = MAIN,
     ) -> Command:
         """`namespace`: of the network, in place of ours."""
         inside = ["ip", "netns", "exec", namespace] if namespace else []
-        log_file = self._folder / f"{len(self._started)}-{arguments[0]}.log"
+        log_file = self._folder / f"{len(self._started)}-{Path(arguments[0]).name}.log"
         with log_file.open("wb") as out:
             process = subprocess.Popen(
-                [*inside, *penstock(*arguments)],
+                [*inside, sys.executable, "-m", module, *arguments],
                 env=environment(**(env or {})),
                 stdin=subprocess.DEVNULL,
                 stdout=out,
