@@ -6,17 +6,17 @@ the simulator carries them out. Time is whatever `now` says.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import msgspec
 
 from penstock.engine.admission import check_ids, check_supported
-from penstock.engine.cost import CostFitter
+from penstock.engine.cost import CostFitter, Features
+from penstock.engine.flights import Flight, Flights, PrepareAhead
 from penstock.engine.links import Link, Links, terminal_row
 from penstock.engine.memory.tiers.index import NO_TIERS, TierIndex
-from penstock.engine.scheduler.batch import Batch, StepResult
+from penstock.engine.scheduler.batch import StepResult
 from penstock.engine.scheduler.scheduler import Scheduler
 from penstock.engine.scheduler.validation import DuplicateSubmit
 from penstock.engine.step_counts import StepCounts
@@ -24,7 +24,7 @@ from penstock.engine.transfer.exchange import Exchange
 from penstock.engine.transfer.jobs import Moved
 from penstock.engine.transfer.transfers import ExchangeConfig
 from penstock.protocol.codec import PROTOCOL_VERSION, Message
-from penstock.protocol.effects import Effect, Launch, Send, SetTimer, Stop
+from penstock.protocol.effects import Effect, Launch, Send, SetTimer, Shorten, Stop
 from penstock.protocol.errors import (
     EngineUnavailable,
     PenstockError,
@@ -67,20 +67,13 @@ class CoreConfig:
     service_silent_s: float = 5.0
     #: A step that is overdue by this much, and by ten times its prediction, will never end.
     stuck_after_s: float = 30.0
-    #: A step is prepared this long before its predecessor's predicted end (or right away if steps
-    #: are shorter): late enough to take in new arrivals, early enough that the device never waits.
-    prepare_ahead_s: float = 0.006
-    prepare_ahead_fraction: float = 0.15
+    prepare_ahead: PrepareAhead = field(default_factory=PrepareAhead)
+    #: How many steps that are alike may be one batch, and for how long, by what such steps took of
+    #: late. A run's tokens come when it ends, so production takes single steps: with batches in
+    #: overlap the device would gain nothing.
+    max_run_steps: int = 1
+    max_run_s: float = 1.0
     exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
-
-
-@dataclass(frozen=True, slots=True)
-class _Flight:
-    batch: Batch
-    launched_s: float
-    predicted_s: float | None
-    #: There was work ever since its predecessor ended.
-    follows: bool
 
 
 class InstanceCore:
@@ -108,14 +101,14 @@ class InstanceCore:
             card, scheduler, self.config.exchange, means=means, endpoints=endpoints, tiers=tiers
         )
         self._links = Links(card, scheduler, self.config.credit_window)
-        self._flights: deque[_Flight] = deque()
+        self._flights = Flights(self.config.prepare_ahead)
         self._deadlines: dict[tuple[str, str], tuple[float, int]] = {}
-        self._free_at_s = 0.0  # when the device is predicted to have done all it was given
         self._next_beat_s = 0.0
         self._load_number = 0
         self._counts = StepCounts()
         self._last_done_s = 0.0
         self._idle_beats = 0
+        self._decode_s: float | None = None  # what a step that only decodes took last, predicted
 
     # --- what comes in -------------------------------------------------------------------------
 
@@ -132,6 +125,7 @@ class InstanceCore:
                 effects = self._fetch(peer, message, now)
             case Pull() | BlocksReady() | Ack() | Release() | Refused():
                 effects = self.exchange.on_message(peer, message, now)
+                self.scheduler.reconsider()
             case Attach():
                 effects = self._attach(peer, message, now)
             case Detach():
@@ -153,23 +147,29 @@ class InstanceCore:
         return self._settle(effects, now)
 
     def on_step_done(self, result: StepResult, now: float) -> list[Effect]:
-        flight = self._flights.popleft()
+        flight = self._flights.ended(now)
         assert flight.batch.step == result.step, "the runner finished steps out of order"
-        self._counts.observe(result, flight.follows)
+        self._counts.observe(result, flight.batch.steps, flight.follows)
         self._last_done_s = now
         if result.error is None:
-            self.cost.observe(flight.batch, result.compute_s or now - flight.launched_s)
+            self.cost.observe(flight.features, result.compute_s or now - flight.launched_s)
             self.ready = self.ready or any(row.ids for row in result.rows)
-        # Predictions err; what is left in flight starts now, whatever was thought before.
-        self._free_at_s = now + sum(f.predicted_s or 0.0 for f in self._flights)
         updates = self.scheduler.apply(result)
         for update in updates:
             if update.finish is not None:
                 self._deadlines.pop(update.sequence.key, None)
         return self._settle(self._links.publish(updates, now), now, step_done=True)
 
+    def on_shortened(self, step: int, steps: int, now: float) -> list[Effect]:
+        """The runner will end the run `step` after so many of its steps."""
+        assert self._flights.last.batch.step == step, "only the last batch can be shortened"
+        self.scheduler.shorten(step, steps)
+        self._flights.shortened(steps)
+        return self._settle([], now)
+
     def on_moved(self, moved: Moved, now: float) -> list[Effect]:
         """A job of the data plane has ended."""
+        self.scheduler.reconsider()
         return self._settle(self.exchange.on_moved(moved, now), now)
 
     def on_timer(self, now: float) -> list[Effect]:
@@ -194,23 +194,30 @@ class InstanceCore:
     def _settle(self, effects: list[Effect], now: float, step_done: bool = False) -> list[Effect]:
         """What every input ends with: keep the device fed, say when to wake up."""
         moves = self.exchange.poll(now)
+        if moves:
+            self.scheduler.reconsider()
         wake_s = min(self._next_beat_s, self.exchange.next_s())
-        launches: list[Effect] = []
+        launches = self._shorten(now)
         while len(self._flights) < self.config.overlap_steps:
+            if self._flights and self._flights.last.is_being_shortened:
+                break  # where its sequences will stand is not known yet
             prepare_s = self._prepare_at_s()
             if prepare_s > now:
                 wake_s = min(wake_s, prepare_s)
                 break
-            batch = self.scheduler.schedule()
+            batch = self.scheduler.schedule(self._max_steps())
             if batch is None:
                 break
             for newcomer in self.scheduler.newcomers:
                 newcomer.started_s = now
             self.exchange.touch(self.scheduler.newcomers)
-            predicted_s = self.cost.predict(batch)
+            features = Features.of(batch)
+            times = self.cost.predict(features)
+            if times is not None and not features.prompt_tokens:
+                self._decode_s = times.first_s
             follows = step_done or bool(self._flights)
-            self._flights.append(_Flight(batch, now, predicted_s, follows))
-            self._free_at_s = max(self._free_at_s, now) + (predicted_s or 0.0)
+            changes = self.scheduler.num_changes
+            self._flights.launched(Flight(batch, features, now, times, follows, changes), now)
             launches.append(Launch(batch))
             self._idle_beats = 0
         # The device first: frames can wait while it computes.
@@ -222,19 +229,31 @@ class InstanceCore:
         return effects
 
     def _prepare_at_s(self) -> float:
-        """When the next batch should be put together: at once if the device idles or nothing is
-        known, else shortly before it is predicted to fall idle."""
-        if not self._flights or not self.scheduler.has_work():
+        if not self.scheduler.has_work():
             return 0.0
-        last = self._flights[-1].predicted_s
-        if last is None:
-            return 0.0
-        ahead_s = max(
-            self.config.prepare_ahead_s,
-            self.config.prepare_ahead_fraction * last,
-            2 * self.cost.residual_s,
-        )
-        return self._free_at_s - ahead_s
+        return self._flights.prepare_at_s(self.cost.residual_s)
+
+    def _max_steps(self) -> int:
+        """How long a run may be."""
+        limit = self.config.max_run_steps
+        if limit == 1 or not self._decode_s:
+            return 1
+        return max(1, min(limit, int(self.config.max_run_s / self._decode_s)))
+
+    def _shorten(self, now: float) -> list[Effect]:
+        """End the run under way (or the one behind it) where it would not have been gone on with,
+        had it been single steps, because something has come in meanwhile."""
+        if not self._flights:
+            return []
+        last, steps = self._flights.last, self._flights.last.batch.steps
+        if steps == 1 or last.is_being_shortened or last.changes == self.scheduler.num_changes:
+            return []
+        last.changes = self.scheduler.num_changes
+        begun = self._flights.begun(now, self.cost.residual_s)
+        if begun == steps:
+            return []
+        last.is_being_shortened = True
+        return [Shorten(last.batch.step, begun)]
 
     # --- messages ------------------------------------------------------------------------------
 
@@ -284,11 +303,13 @@ class InstanceCore:
         if refusal:
             code, reason = refusal
             return [Send(peer, Refused("fetch", reason, fetch.request_id, fetch.attempt, code))]
+        self.scheduler.reconsider()
         return self.exchange.on_fetch(peer, fetch, now)
 
     def _cancel(self, peer: str, cancel: Cancel, now: float) -> list[Effect]:
         key = (peer, cancel.request_id)
         self.exchange.on_cancel(key, cancel.attempt)
+        self.scheduler.reconsider()
         if not self.scheduler.cancel(key, cancel.attempt):
             return []
         self._deadlines.pop(key, None)
@@ -369,14 +390,17 @@ class InstanceCore:
         return [Send(service, load) for service in self._links]
 
     def load(self, now: float) -> Load:
-        s = self.scheduler.stats
+        # What a run is to compute later has not happened yet.
+        not_begun = self._flights.not_begun(now, self.cost.residual_s)
+        steps, steps_s = self._flights.done(now)
+        s = self.scheduler.stats_without(not_begun)
         card = self.card
         return Load(
             instance=card.name,
             incarnation=card.incarnation,
             number=self._load_number,
-            step=self._counts.steps,
-            step_end_in_s=max(0.0, self._free_at_s - now) if self._flights else 0.0,
+            step=self._counts.steps + steps,
+            step_end_in_s=self._flights.end_in_s(now, not_begun),
             waiting=dict(s.waiting),
             running=dict(s.running),
             waiting_tokens=s.waiting_tokens,
@@ -387,7 +411,7 @@ class InstanceCore:
             preemptions=s.preemptions,
             prefix_hit_tokens=s.prefix_hit_tokens,
             prefix_query_tokens=s.prefix_query_tokens,
-            **self._counts.for_load(),
+            **self._counts.for_load(steps, steps_s),
             cost=self.cost.model(),
             role=self.role,
             epoch=self.epoch,
@@ -434,8 +458,8 @@ class InstanceCore:
         """A device that hangs cannot be told so; the process ends and its successor goes on."""
         if not self._flights:
             return []
-        first = self._flights[0]
-        predicted_s = first.predicted_s if first.predicted_s is not None else 0.0
+        first = self._flights.first
+        predicted_s = first.predicted_s
         bound_s = predicted_s + max(self.config.stuck_after_s, 10 * predicted_s)
         started_s = max(first.launched_s, self._last_done_s)
         if now - started_s < bound_s:

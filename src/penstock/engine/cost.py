@@ -13,68 +13,134 @@ them all: the solution of a non-negative least squares problem is the plain one 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import numpy.typing as npt
 
 from penstock.engine.scheduler.batch import Batch
+from penstock.engine.step_times import StepTimes
 from penstock.protocol.instance import CostModel
 
 Floats = npt.NDArray[np.float64]
+#: Scaled features of a step, or their weights.
+Vector = tuple[float, float, float, float, float]
 
 _FORGET = 0.995
 _NUM_FEATURES = 5
 _SETTLED_STEPS = 6
-#: Steps between two solutions once there are many: one costs some 100 us.
+#: Steps between two solutions once there are many.
 _SOLVE_EVERY = 8
 # Features differ by orders of magnitude; scaled to about one, the fit stays well conditioned.
-_SCALE = np.array([1.0, 1e-2, 1e-1, 1e-4, 1e-6])
+_SCALE: Vector = (1.0, 1e-2, 1e-1, 1e-4, 1e-6)
 #: Against directions that the steps so far say nothing about.
 _RIDGE = 1e-7
 #: Every way to leave some features out [subset, feature].
 _SUBSETS = np.array(
     [[bool(mask >> i & 1) for i in range(_NUM_FEATURES)] for mask in range(2**_NUM_FEATURES)]
 )
+_PLACES = [np.flatnonzero(subset) for subset in _SUBSETS]
+
+
+class Features(NamedTuple):
+    """Of a batch, summed over the rows of its first step; each further step of a run reads one
+    token more in each row."""
+
+    tokens: int
+    rows: int
+    context: int
+    attention: int
+    prompt_tokens: int  # of rows with more than one
+    steps: int
+
+    @classmethod
+    def of(cls, batch: Batch) -> Features:
+        tokens = context = attention = prompt_tokens = 0
+        for row in batch.rows:
+            new = row.num_tokens
+            read = row.start + new
+            tokens += new
+            context += read
+            attention += new * read
+            if new > 1:
+                prompt_tokens += new
+        return cls(tokens, len(batch.rows), context, attention, prompt_tokens, batch.steps)
+
+    def scaled(self) -> Vector:
+        """Of a mean step."""
+        more = self.rows * (self.steps - 1) / 2
+        _, tokens, rows, context, attention = _SCALE
+        return (
+            1.0,
+            self.tokens * tokens,
+            self.rows * rows,
+            (self.context + more) * context,
+            (self.attention + more) * attention,
+        )
+
+
+class _Seen(NamedTuple):
+    """A batch that the next solution will take into account."""
+
+    x: Vector
+    step_s: float
+    weight: float
+    kept: float  # how much of what was seen before it is not forgotten
 
 
 class CostFitter:
-    """`observe` each finished step; `predict` the next; `model` is what gets published."""
+    """`observe` each finished batch; `predict` the next; `model` is what gets published."""
 
     def __init__(self) -> None:
-        self._weights: Floats = np.zeros(_NUM_FEATURES)
+        self._weights: Vector = (0.0,) * 5
         # Decayed sums over the steps without prompts, and over those with: of x x^T and of x y,
         # each step weighted by 1 / y^2.
         self._grams: Floats = np.zeros((2, _NUM_FEATURES, _NUM_FEATURES))
         self._moments: Floats = np.zeros((2, _NUM_FEATURES))
+        self._unsolved: tuple[list[_Seen], list[_Seen]] = ([], [])
+        self._subset = 0
         self._residual_s = 0.0
         self._num_steps = 0
         self._prompt_tokens = 0
 
-    def observe(self, batch: Batch, step_s: float) -> None:
-        x = _features(batch)
-        predicted_s = float(self._weights @ x)
+    def observe(self, features: Features, seconds: float) -> None:
+        """A batch took so long, all of its steps together."""
+        steps, before = features.steps, self._num_steps
+        x, step_s = features.scaled(), seconds / features.steps
+        predicted_s = _dot(self._weights, x)
         error_s = step_s - predicted_s
-        if self._num_steps:
+        if before:
             limit_s = 5 * self._residual_s + 0.2 * predicted_s
-            self._residual_s += 0.05 * (abs(error_s) - self._residual_s)
+            size_s = abs(error_s)
+            self._residual_s = size_s + 0.95**steps * (self._residual_s - size_s)
             # One step that was interrupted says little about the next; a lasting change widens the
             # limit step by step and gets through.
-            if self._num_steps >= _SETTLED_STEPS:
+            if before >= _SETTLED_STEPS:
                 step_s = predicted_s + min(max(error_s, -limit_s), limit_s)
-        weight = 1.0 / max(step_s, 1e-6) ** 2
-        prompts = [row.num_tokens for row in batch.rows if row.num_tokens > 1]
-        self._prompt_tokens += sum(prompts)
-        kind = int(bool(prompts))
-        self._grams[kind] = _FORGET * self._grams[kind] + weight * np.outer(x, x)
-        self._moments[kind] = _FORGET * self._moments[kind] + weight * step_s * x
-        self._num_steps += 1
-        if self._num_steps < 4 * _SOLVE_EVERY or self._num_steps % _SOLVE_EVERY == 0:
-            self._weights = _non_negative(self._grams.sum(axis=0), self._moments.sum(axis=0))
+        kept = _FORGET**steps
+        weight = (1.0 - kept) / (1.0 - _FORGET) / max(step_s, 1e-6) ** 2
+        kind = 1 if features.prompt_tokens else 0
+        self._unsolved[kind].append(_Seen(x, step_s, weight, kept))
+        self._prompt_tokens += features.prompt_tokens
+        self._num_steps += steps
+        if before < 4 * _SOLVE_EVERY or before // _SOLVE_EVERY < self._num_steps // _SOLVE_EVERY:
+            self._solve()
 
-    def predict(self, batch: Batch) -> float | None:
-        """Seconds the batch will take, or None while there is nothing to go by."""
+    def predict(self, features: Features) -> StepTimes | None:
+        """How long the steps of a batch will take; None while there is nothing to go by."""
         if self._num_steps < 3:
             return None
-        return float(self._weights @ _features(batch))
+        weights = self._weights
+        _, tokens, rows, context, attention = _SCALE
+        context_s, attention_s = weights[3] * context, weights[4] * attention
+        first_s = (
+            weights[0]
+            + weights[1] * tokens * features.tokens
+            + weights[2] * rows * features.rows
+            + context_s * features.context
+            + attention_s * features.attention
+        )
+        return StepTimes(first_s, (context_s + attention_s) * features.rows, features.steps)
 
     @property
     def residual_s(self) -> float:
@@ -82,30 +148,55 @@ class CostFitter:
         return self._residual_s
 
     def model(self) -> CostModel:
-        base, token, row, context, attention = (float(v) for v in self._weights * _SCALE)
+        base, token, row, context, attention = (w * s for w, s in zip(self._weights, _SCALE))
         return CostModel(
             base, token, row, context, attention,
             self._residual_s, self._num_steps, self._prompt_tokens,
         )  # fmt: skip
 
+    def _solve(self) -> None:
+        for kind, seen in enumerate(self._unsolved):
+            if not seen:
+                continue
+            kept, weights = 1.0, []
+            for batch in reversed(seen):
+                weights.append(batch.weight * kept)
+                kept *= batch.kept
+            x_BF = np.array([batch.x for batch in seen])
+            weighted_FB = x_BF.T * weights[::-1]
+            self._grams[kind] = kept * self._grams[kind] + weighted_FB @ x_BF
+            steps_B = np.array([batch.step_s for batch in seen])
+            self._moments[kind] = kept * self._moments[kind] + weighted_FB @ steps_B
+            seen.clear()
+        gram, moment = self._grams[0] + self._grams[1], self._moments[0] + self._moments[1]
+        found, self._subset = _non_negative(gram, moment, self._subset)
+        base, token, row, context, attention = found.tolist()
+        self._weights = base, token, row, context, attention
 
-def _non_negative(gram: Floats, moment: Floats) -> Floats:
-    """The w >= 0 that minimises w^T gram w - 2 moment^T w."""
-    gram = gram + _RIDGE * np.trace(gram) * np.eye(_NUM_FEATURES)
+
+def _dot(a: Vector, b: Vector) -> float:
+    return a[0] * b[0] + a[1] * b[1] + a[2] * b[2] + a[3] * b[3] + a[4] * b[4]
+
+
+def _non_negative(gram: Floats, moment: Floats, guess: int) -> tuple[Floats, int]:
+    """The w >= 0 that minimises w^T gram w - 2 moment^T w, and which subset of the features it is
+    the solution on. Most times it is the one of the last time (`guess`)."""
+    gram = gram.copy()
+    gram.flat[:: _NUM_FEATURES + 1] += _RIDGE * gram.trace()
+    places = _PLACES[guess]
+    found: Floats = np.zeros(_NUM_FEATURES)
+    found[places] = np.linalg.solve(gram[places[:, None], places], moment[places])
+    slopes = gram @ found - moment
+    slopes[places] = 0.0
+    # No step downhill from there: the problem is convex, so that is the solution.
+    if found.min() >= 0.0 and slopes.min() >= 0.0:
+        return found, guess
     # A feature that is left out keeps a row of the identity and a zero on the right: w = 0.
     both = _SUBSETS[:, :, None] & _SUBSETS[:, None, :]
     systems = np.where(both, gram, np.eye(_NUM_FEATURES))
     right = np.where(_SUBSETS, moment, 0.0)
-    found = np.linalg.solve(systems, right[..., None])[..., 0]
+    solutions = np.linalg.solve(systems, right[..., None])[..., 0]
     # At a subset's own solution the objective is -moment^T w.
-    gains = np.where((found >= 0.0).all(axis=1), found @ moment, -np.inf)
-    best: Floats = found[int(gains.argmax())]
-    return best
-
-
-def _features(batch: Batch) -> Floats:
-    context = sum(row.start + row.num_tokens for row in batch.rows)
-    attention = sum(row.num_tokens * (row.start + row.num_tokens) for row in batch.rows)
-    raw = np.array([1.0, batch.num_tokens, len(batch.rows), context, attention], dtype=np.float64)
-    scaled: Floats = raw * _SCALE
-    return scaled
+    gains = np.where((solutions >= 0.0).all(axis=1), solutions @ moment, -np.inf)
+    best = int(gains.argmax())
+    return solutions[best], best

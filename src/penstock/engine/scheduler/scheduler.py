@@ -428,7 +428,9 @@ class Scheduler:
     # ---- blocks from elsewhere ------------------------------------------------------------
 
     def fence(self) -> int:
-        """To be asked of `passed` later: have the steps in flight now been answered?"""
+        """To be asked of `passed` later: have the steps in flight now been answered? Somebody waits
+        for that, so a run should not go on."""
+        self.num_changes += 1
         return self._totals.steps
 
     def passed(self, fence: int) -> bool:
@@ -448,7 +450,7 @@ class Scheduler:
     def take_released_windows(self) -> list[int]:
         """Windows that no sequence, hold or step uses any more: back to their owner with them.
         They may stand for other pages from now on."""
-        return self._returns.take(self.fence(), self.passed)
+        return self._returns.take(self._totals.steps, self.passed)
 
     # ---- looking in -----------------------------------------------------------------------
 
