@@ -41,9 +41,11 @@ def run(
     seed: int = 0,
     mode: str = "exact",
     progress: Callable[[float], None] = lambda share: None,
+    prepare: Callable[[Deployment], None] = lambda deployment: None,
 ) -> Outcome:
     """`requests` in the order of arrival; an iterator is asked for each when its time comes, so
-    that a trace need not be in memory. `progress` is told what share of a sequence has arrived.
+    that a trace need not be in memory. `progress` is told what share of a sequence has arrived,
+    `prepare` is given what has been built before anything happens in it.
 
     Raises `ConfigError` for a cluster that cannot hold its model or a request (of a sequence before
     anything is run), and for a trace that goes back in time.
@@ -56,6 +58,7 @@ def run(
     if whole is not None:
         arrivals = iter(list(arrivals))
     deployment = build(spec, seed, MODES[mode])
+    prepare(deployment)
     world, service = deployment.world, deployment.service
     records, notes = Records(world, WARM_UP_S), _Notes(deployment)
     waiting = _Arrivals(world, records, arrivals)
