@@ -23,10 +23,8 @@ COMMANDS = {
     "top": ("penstock.cli.top", "watch the instances of a running service"),
     "costs": ("penstock.cli.costs", "write what the steps of a running instance cost"),
     "up": ("penstock.cli.up", "run a cluster on the nodes of a Ray cluster"),
-    "simulate": (
-        "penstock.cli.simulate",
-        "run a trace through simulated clusters, compared",
-    ),
+    "simulate": ("penstock.cli.simulate", "run a trace through simulated clusters, compared"),
+    "plan": ("penstock.cli.plan", "find the cheapest cluster that serves a trace within its SLOs"),
     "advise": ("penstock.cli.advise", "say whether prefill and decode should be apart, and how"),
     "router": ("penstock.cli.router", "the service alone, over engines that run elsewhere"),
     "worker": ("penstock.cli.worker", "run one engine instance (started by `serve`)"),

@@ -21,12 +21,13 @@ from penstock.loadgen.traces import TraceRequest, read_trace, spread_ticks
 from penstock.protocol.errors import ConfigError
 from penstock.service.policies.routing import POLICIES
 from penstock.simulator.cluster_file import check_fits, read_cluster
+from penstock.simulator.experiment import MODES
 from penstock.simulator.quantities import seconds_of
 from penstock.simulator.report import comparison, table
 from penstock.simulator.report.html import render, to_json
+from penstock.simulator.stretch import faster
 
 _OUT = "simulate-report"
-MODES = ("exact", "scale")
 T = TypeVar("T")
 
 _DESCRIPTION = """Run a trace through the service and the engines of a cluster, with the scheduler,
@@ -49,7 +50,7 @@ def make_parser() -> Parser:
     add("--policy", metavar="NAME[,NAME...]", help="of " + ", ".join(POLICIES) + " (the file's)")
     add("--pd", metavar="HOW[,HOW...]", help="of off, auto, pools and splits like 2:6 (the file's)")
     add("--seed", type=int, metavar="N", help="of message delays; one seed, one history (0)")
-    add("--mode", choices=MODES,
+    add("--mode", choices=tuple(MODES),
         help="exact: every step is an event; scale: steps that only decode are taken together, for "
         "large clusters (exact)")  # fmt: skip
     add("--window", metavar="TIME", help="only the busiest stretch of the trace, as in 10m (all)")
@@ -105,9 +106,9 @@ def _tasks(flags: Namespace) -> list[comparison.Task]:
     )
 
 
-def read(trace: str) -> list[TraceRequest]:
+def read(trace: str, speed: float = 1.0) -> list[TraceRequest]:
     """Raises `ConfigError` for a file that is no trace."""
-    return spread_ticks(read_trace(Path(trace).expanduser()))
+    return faster(spread_ticks(read_trace(Path(trace).expanduser())), speed)
 
 
 def words_of(flags: Namespace, name: str) -> list[str]:
@@ -159,8 +160,9 @@ def wide(console: Console) -> Console:
 
 
 @contextmanager
-def progress_bar(what: str) -> Iterator[Callable[[Sequence[float]], None]]:
-    """On standard error, if that is a terminal. What is yielded takes how far each run is."""
+def progress_bar(what: str) -> Iterator[Callable[..., None]]:
+    """On standard error, if that is a terminal. What is yielded takes how far each run is, and what
+    to call the work from now on."""
     console = Console(stderr=True)
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
@@ -170,9 +172,9 @@ def progress_bar(what: str) -> Iterator[Callable[[Sequence[float]], None]]:
     with bar:
         task = bar.add_task(what, total=1.0)
 
-        def tell(shares: Sequence[float]) -> None:
+        def tell(shares: Sequence[float], called: str = what) -> None:
             done = sum(share >= 1.0 for share in shares)
-            text = f"{what} ({done}/{len(shares)})" if len(shares) > 1 else what
+            text = f"{called} ({done}/{len(shares)})" if len(shares) > 1 else called
             bar.update(task, completed=sum(shares) / len(shares), description=text)
 
         yield tell

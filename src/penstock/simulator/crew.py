@@ -18,7 +18,7 @@ from penstock.protocol.errors import NotEnoughMemory
 from penstock.simulator import experiment
 from penstock.simulator.outcome import Outcome
 from penstock.simulator.spec import ClusterSpec
-from penstock.simulator.stretch import busiest, faster
+from penstock.simulator.stretch import busiest, dealt, faster
 
 T = TypeVar("T")
 #: How far each of the tasks is, from 0 to 1.
@@ -29,13 +29,14 @@ _LOOK_EVERY_S = 0.2
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
     """One run. `window_s`: only the busiest stretch of the trace, which then comes `speed` times as
-    fast."""
+    fast. `deal`: a seed for `stretch.dealt`."""
 
     spec: ClusterSpec
     speed: float = 1.0
     seed: int = 0
     mode: str = "exact"
     window_s: float | None = None
+    deal: int = 0
 
 
 class Crew(Generic[T]):
@@ -145,6 +146,6 @@ def _result(
     measure: Callable[[Outcome, Task], T],
     progress: Callable[[float], None],
 ) -> T:
-    chosen = faster(busiest(requests, task.window_s), task.speed)
+    chosen = faster(dealt(busiest(requests, task.window_s), task.deal), task.speed)
     outcome = experiment.run(task.spec, chosen, seed=task.seed, mode=task.mode, progress=progress)
     return measure(outcome, task)

@@ -1,0 +1,59 @@
+"""What a GPU costs for an hour: defaults with their source and date, and files of one's own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from penstock.protocol.errors import ConfigError
+
+#: US dollars, SXM, on demand: RunPod's list as quoted by deploybase.ai on 2026-03-10 (the H100's
+#: again by spheron.network on 2026-05-22). Prices move: give your own with --prices.
+DEFAULT_USD: Mapping[str, float] = {"a100": 1.39, "h100": 2.69, "h200": 3.59}
+SOURCE = "RunPod's list, quoted in March 2026 (deploybase.ai); --prices takes yours"
+
+
+def prices_of(text: str | None) -> dict[str, float]:
+    """By GPU, from "h100=2.5,h200=3.5" or from a YAML or JSON file with the same; the defaults
+    where nothing is said. Raises `ConfigError`."""
+    if text is None:
+        return dict(DEFAULT_USD)
+    found = _pairs(text) if "=" in text else _file(Path(text).expanduser())
+    return {str(gpu): _price(value, f"the price of {gpu}") for gpu, value in found.items()}
+
+
+def _pairs(text: str) -> dict[str, Any]:
+    found = {}
+    for part in text.split(","):
+        gpu, equals, price = part.partition("=")
+        if not equals or not gpu.strip():
+            raise ConfigError(f"--prices {text} is not like h100=2.5,h200=3.5")
+        try:
+            found[gpu.strip()] = float(price)
+        except ValueError:
+            raise ConfigError(f"the price of {gpu} is {price!r}, not a number") from None
+    return found
+
+
+def _file(path: Path) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as exc:
+        reason = exc.strerror if isinstance(exc, OSError) else "it is not UTF-8"
+        raise ConfigError(f"--prices {path} cannot be read: {reason}") from None
+    except yaml.YAMLError as exc:
+        raise ConfigError(f"--prices {path}: {' '.join(str(exc).split())}") from None
+    if not isinstance(found, dict) or not found:
+        raise ConfigError(f"--prices {path} has to hold GPUs and prices, such as `h100: 2.5`")
+    return found
+
+
+def _price(value: Any, what: str) -> float:
+    numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not numeric or not math.isfinite(value) or value <= 0:
+        raise ConfigError(f"{what} is {value!r}, not a number of more than 0")
+    return float(value)
