@@ -16,8 +16,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 
 from penstock.engine.scheduler.batch import Batch, BatchRow, RowResult, StepResult
+from penstock.protocol.errors import EngineFailed
 from penstock.protocol.kv import BLOCK_TOKENS
-from penstock.simulator.kv import KvMemory, prefix_hash
+from penstock.simulator.kv import GARBAGE, KvMemory, prefix_hash
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +95,8 @@ class CostModelRunner:
         self._free_at_s = 0.0
         self._slots: dict[int, _Slot] = {}
         self.closed = False
+        #: So many of the next steps will raise.
+        self.num_to_fail = 0
         #: Seconds computed since the start.
         self.busy_s = 0.0
 
@@ -118,9 +121,24 @@ class CostModelRunner:
             self._slots[new.slot] = _Slot(list(new.token_ids))
         for entry in batch.maps:
             self._slots[entry.slot].map(entry.index, entry.block)
+        if self.num_to_fail:
+            self.num_to_fail -= 1
+            return self._failed(batch, step_s)
         stale: dict[int, None] = {}
         rows = [self._row(row, stale) for row in batch.rows]
         return StepResult(batch.step, rows, step_s, stale_windows=tuple(stale))
+
+    def _failed(self, batch: Batch, step_s: float) -> StepResult:
+        """What the step would have written is anything."""
+        for row in batch.rows:
+            slot, end = self._slots[row.slot], row.start + row.num_tokens
+            for position in range(row.start, end):
+                index, offset = divmod(position, self._memory.block_tokens)
+                self._memory.write(slot.blocks[index], offset, GARBAGE)
+            if row.samples:
+                slot.put(end, 0)
+        error = EngineFailed("the simulated device says so").info()
+        return StepResult(batch.step, [], step_s, error=error)
 
     def _row(self, row: BatchRow, stale: dict[int, None]) -> RowResult:
         slot = self._slots[row.slot]
