@@ -309,6 +309,10 @@ class ServiceCore:
         return effects
 
     def _row_failed(self, entry: Entry, error: ErrorInfo, now: float) -> list[Effect]:
+        if error.code == Overloaded.code and self.placement.may_move(entry):
+            # What others have sent there was not in our view. Elsewhere there may be room.
+            why = f"{entry.instance} has no room in its queue"
+            return self.placement.move(entry, now, why, avoid=entry.instance or "")
         if from_info(error).retryable:
             return self.placement.retry(entry, now)
         return self.placement.end(entry, error)

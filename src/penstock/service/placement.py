@@ -134,6 +134,11 @@ class Placement:
         self._interrupt(entry, f"moved: {because}", now)
         return freed + self._place(entry, now, avoid=avoid)
 
+    def may_move(self, entry: Entry) -> bool:
+        """There is another instance, and it has not been tried elsewhere too often."""
+        elsewhere = self._able(avoid=entry.instance or "")
+        return bool(elsewhere) and entry.moves < self._config.max_moves
+
     def retry(self, entry: Entry, now: float) -> list[Effect]:
         """A step with this sequence raised: try again, a bounded number of times."""
         entry.failed_steps += 1
