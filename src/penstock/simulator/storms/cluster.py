@@ -13,10 +13,12 @@ from penstock.protocol.kv import Pull, Release
 from penstock.service.cluster.finder import IndexFinder
 from penstock.service.cluster.roles import RoleKeeperConfig
 from penstock.service.core import ServiceCore, ServiceCoreConfig
+from penstock.service.kv_index.index import KvIndex
 from penstock.service.policies.roles import RolesConfig
 from penstock.service.policies.routing import Policy, policy_named
 from penstock.service.policies.view import Candidate, ClusterView, Decision, RouteRequest
 from penstock.simulator.data_plane import DataFaults
+from penstock.simulator.network import NetworkFaults
 from penstock.simulator.registry import SimulatedRegistry
 from penstock.simulator.storms.asks import EOS, Caller, spec_of
 from penstock.simulator.storms.checks import Witness
@@ -25,6 +27,7 @@ from penstock.simulator.world import World
 
 #: A supervisor's first try after an end that nobody asked for.
 RESTART_S = 0.3
+_INDEX_BLOCKS = 2048
 Plant = Callable[[InstanceCore | ServiceCore], None]
 
 
@@ -51,7 +54,7 @@ class Cluster:
         shape = storm.shape
         data = DataFaults(fails=shape.job_fails, hangs=shape.job_hangs, corrupt=shape.block_spoilt)
         self.storm = storm
-        self.world = World(storm.seed, None, data)
+        self.world = World(storm.seed, NetworkFaults(latency_s=shape.latency_s), data)
         self.witness = Witness(recount_every)
         self.registry = SimulatedRegistry(self.world, REGISTRY) if shape.registry else None
         #: Processes that run, as far as is known here.
@@ -85,6 +88,9 @@ class Cluster:
                 max_num_seqs=shape.max_num_seqs,
                 max_num_batched_tokens=shape.max_num_batched_tokens,
                 max_model_len=1024,
+                max_chunk_tokens=shape.max_chunk_tokens,
+                max_waiting=shape.max_waiting,
+                enable_prefix_caching=shape.enable_prefix_caching,
                 eos_token_ids=(EOS,),
             ),
             host=f"host-{number % shape.num_hosts}",
@@ -151,13 +157,15 @@ class Cluster:
             static = int(prefill), int(decode)
         roles = RolesConfig(static=static, patience_s=0.5, pause_s=0.5)
         config = ServiceCoreConfig(
-            roles=RoleKeeperConfig(policy=None if shape.pd == "off" else roles)
+            max_queue=shape.max_queue,
+            ttft_slo_s=shape.ttft_slo_s,
+            roles=RoleKeeperConfig(policy=None if shape.pd == "off" else roles),
         )
         self.world.add_service(
             name,
             () if self.registry is not None else shape.instances,
             policy=_policy(shape.policy),
-            finder=IndexFinder,
+            finder=lambda: IndexFinder(KvIndex(_INDEX_BLOCKS)),
             config=config,
         )
         self._service_is_up(name)

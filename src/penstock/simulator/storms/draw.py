@@ -23,7 +23,9 @@ from penstock.simulator.storms.storm import (
     Drain,
     Fault,
     Halt,
+    Hang,
     Noise,
+    Raise,
     RegistryLoss,
     ScaleUp,
     Shape,
@@ -47,8 +49,11 @@ def storm_of(seed: int) -> Storm:
     storm = Storm(seed=seed, shape=shape, asks=asks)
     kinds = draw.sample(_kinds(shape), k=draw.choice((1, 1, 2, 2, 3, 4)))
     faults: list[Fault] = []
-    for _ in range(draw.choice((1, 2, 3, 4, 6))):
-        at_s = _s(draw.uniform(FIRST_ASK_S - 0.3, FIRST_ASK_S + span_s + 2.0))
+    for _ in range(draw.choice((1, 2, 3, 4, 6, 10))):
+        if draw.random() < 0.6:  # while something is done for a request
+            at_s = _s(draw.choice(asks).at_s + draw.expovariate(1 / 0.06))
+        else:
+            at_s = _s(draw.uniform(FIRST_ASK_S - 0.3, FIRST_ASK_S + span_s + 2.0))
         faults.append(draw.choice(kinds)(draw, storm, at_s))
     return Storm(seed=seed, shape=shape, asks=asks, faults=_in_order(shape, faults))
 
@@ -75,6 +80,12 @@ def _shape(draw: random.Random) -> Shape:
         num_hosts=draw.choice((1, 1, 2)),
         max_num_seqs=draw.choice((2, 4, 8)),
         max_num_batched_tokens=draw.choice((32, 128, 512)),
+        max_chunk_tokens=draw.choice((None, None, 16)),
+        enable_prefix_caching=draw.random() < 0.9,
+        max_queue=draw.choice((1024, 1024, 1024, 6)),
+        max_waiting=draw.choice((1024, 1024, 1024, 3)),
+        ttft_slo_s=draw.choice((None, None, None, 0.5)),
+        latency_s=draw.choice((0.0002, 0.0002, 0.004, 0.05)),
         credit_window=draw.choice((512, 512, 48)),
         job_fails=draw.choice((0.0, 0.0, 0.0, 0.1)),
         job_hangs=draw.choice((0.0, 0.0, 0.0, 0.03)),
@@ -112,7 +123,7 @@ _Kind = Callable[[random.Random, Storm, float], Fault]
 def _kinds(shape: Shape) -> list[_Kind]:
     kinds: list[_Kind] = [
         *(_crash, _crash, _crash, _halt, _slow, _cut, _cut_some, _cut_one_way, _noise),
-        *(_take_back, _skew, _drain, _scale_up, _assignment, _crash_service),
+        *(_raise, _raise, _hang, _take_back, _skew, _drain, _scale_up, _assignment, _crash_service),
     ]
     if shape.host_blocks or shape.disk_blocks:
         kinds.append(_spoil_tiers)
@@ -150,6 +161,14 @@ def _halt(draw: random.Random, storm: Storm, at_s: float) -> Fault:
 def _slow(draw: random.Random, storm: Storm, at_s: float) -> Fault:
     node, factor = draw.choice(storm.shape.instances), draw.choice((3.0, 20.0, 100.0))
     return Slow(at_s=at_s, node=node, factor=factor, for_s=_s(draw.uniform(0.2, 3.0)))
+
+
+def _hang(draw: random.Random, storm: Storm, at_s: float) -> Fault:
+    return Hang(at_s=at_s, node=draw.choice(storm.shape.instances))
+
+
+def _raise(draw: random.Random, storm: Storm, at_s: float) -> Fault:
+    return Raise(at_s=at_s, node=draw.choice(storm.shape.instances), count=draw.choice((1, 1, 2)))
 
 
 def _cut(draw: random.Random, storm: Storm, at_s: float) -> Fault:

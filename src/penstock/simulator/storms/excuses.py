@@ -12,7 +12,9 @@ from penstock.simulator.storms.storm import (
     Drain,
     Fault,
     Halt,
+    Hang,
     Noise,
+    Raise,
     RegistryLoss,
     ScaleUp,
     Skew,
@@ -53,7 +55,7 @@ def _span(storm: Storm, fault: Fault, service: str) -> tuple[tuple[str, ...], fl
             if node in SERVICES:
                 return (everybody, fault.at_s, until_s) if node == service else None
             return (node,), fault.at_s, _found_again_s(storm, until_s)
-        case Slow(node=node):
+        case Slow(node=node) | Hang(node=node):
             return (node,), fault.at_s, until_s
         case Cut(these=these, those=those):
             if service in these:
@@ -64,7 +66,7 @@ def _span(storm: Storm, fault: Fault, service: str) -> tuple[tuple[str, ...], fl
             return (everybody, fault.at_s, until_s) if loud else None
         case Drain(node=node):
             return (node,), fault.at_s, float("inf")
-        case Assignment() | RegistryLoss() | ScaleUp() | SpoilTiers() | TakeBack():
+        case Assignment() | Raise() | RegistryLoss() | ScaleUp() | SpoilTiers() | TakeBack():
             return None
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 
 from penstock.protocol.errors import PenstockError
+from penstock.simulator.runner import CostModelRunner
 from penstock.simulator.storms.cluster import Cluster
 from penstock.simulator.storms.storm import (
     REGISTRY,
@@ -16,7 +17,9 @@ from penstock.simulator.storms.storm import (
     Drain,
     Fault,
     Halt,
+    Hang,
     Noise,
+    Raise,
     RegistryLoss,
     ScaleUp,
     Skew,
@@ -47,6 +50,13 @@ class Strikes:
             case Slow(node=node, factor=factor) if node in cluster.up:
                 world.slow_down(node, factor)
                 self._after(fault, partial(world.slow_down, node, 1.0))
+            case Hang(node=node) if node in cluster.up:
+                world.slow_down(node, 1e6)
+                world.at(fault.at_s + 5.0, partial(world.slow_down, node, 1.0))  # of later ones
+            case Raise(node=node, count=count) if node in cluster.up:
+                device = world.node(node).device
+                assert device is not None and isinstance(device.runner, CostModelRunner)
+                device.runner.num_to_fail += count
             case Cut():
                 self._cut(fault)
             case Noise():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import traceback
 from dataclasses import dataclass
 
+from penstock.service.placement import PlacementConfig
 from penstock.simulator.storms.asks import Caller
 from penstock.simulator.storms.checks import (
     hold,
@@ -14,7 +15,7 @@ from penstock.simulator.storms.checks import (
 from penstock.simulator.storms.cluster import Cluster, Plant
 from penstock.simulator.storms.excuses import may_fail
 from penstock.simulator.storms.faults import Strikes
-from penstock.simulator.storms.storm import Storm
+from penstock.simulator.storms.storm import Raise, Storm
 
 #: A request ends within this after its arrival once nothing goes wrong any more, and what all
 #: requests take to compute: silence is noticed after 2.5 s, work is placed within 2 s more, and
@@ -25,6 +26,7 @@ _TOKEN_S = 0.008
 SETTLE_S = 45.0
 _LOOK_S = 0.5
 RECOUNT_EVERY = 64
+MAX_FAILED_STEPS = PlacementConfig().max_failed_steps
 
 
 @dataclass(slots=True)
@@ -120,14 +122,20 @@ def _to_the_end(cluster: Cluster) -> None:
 
 def _check_end(storm: Storm, caller: Caller) -> None:
     ask = caller.ask
+    num_raised = sum(fault.count for fault in storm.faults if isinstance(fault, Raise))
     for number, choice in enumerate(caller.choices):
         if choice.end != "error":
             continue
         assert choice.error is not None
         excused = ask.budget_s is not None or may_fail(storm, ask, choice.ended_s)
         error = f"r{ask.number}/{number} ends with {choice.error.code}"
+        if choice.error.code == "engine_failed":
+            excused = num_raised > MAX_FAILED_STEPS
+        elif choice.error.code == "overloaded":
+            excused = storm.shape.max_waiting < len(storm.asks) * 3
+        else:
+            hold(choice.error.code == "engine_unavailable", f"{error}: {choice.error.message}")
         hold(excused, f"{error} though an instance was well: {choice.error.message}")
-        hold(choice.error.code == "engine_unavailable", f"{error}: {choice.error.message}")
 
 
 def _settle(cluster: Cluster) -> None:

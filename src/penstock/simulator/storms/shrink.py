@@ -2,8 +2,8 @@
 
 Faults and requests are left out by delta debugging (Zeller and Hildebrandt, "Simplifying and
 Isolating Failure-Inducing Input", IEEE TSE 2002); then what is left is made plainer, one field
-after the other. A storm is data, so nothing else changes when a part of it goes; but every draw of the
-network after it does, which is why a smaller storm has to be played and not argued about.
+after the other. A storm is data, so nothing else changes when a part of it goes; but every draw of
+the network after it does, which is why a smaller storm has to be played and not argued about.
 """
 
 from __future__ import annotations

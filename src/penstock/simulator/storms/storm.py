@@ -37,6 +37,14 @@ class Shape:
     num_hosts: int = 1
     max_num_seqs: int = 8
     max_num_batched_tokens: int = 128
+    max_chunk_tokens: int | None = None
+    enable_prefix_caching: bool = True
+    #: Sequences that may wait in a service, and in an instance; one more is refused.
+    max_queue: int = 1024
+    max_waiting: int = 1024
+    ttft_slo_s: float | None = None
+    #: Of a frame, at the least.
+    latency_s: float = 0.0002
     #: `Tokens` that an instance sends ahead of the service's credits.
     credit_window: int = 512
     #: Of each job of the data plane: that nothing comes of it, that it ends seconds late; and of
@@ -118,6 +126,32 @@ class Slow:
     @property
     def over_s(self) -> float:
         return self.at_s + self.for_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hang:
+    """The step under way on `node`, or the next one, never ends: its process gives up in the end,
+    and a supervisor starts it again."""
+
+    at_s: float
+    node: str
+
+    @property
+    def over_s(self) -> float:
+        return self.at_s + 40.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Raise:
+    """The next `count` steps of `node` raise."""
+
+    at_s: float
+    node: str
+    count: int = 1
+
+    @property
+    def over_s(self) -> float:
+        return self.at_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -249,6 +283,8 @@ Fault = (
     Crash
     | Halt
     | Slow
+    | Hang
+    | Raise
     | Cut
     | Noise
     | RegistryLoss
