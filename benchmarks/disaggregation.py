@@ -31,7 +31,7 @@ from penstock.service.policies.roles import RolesConfig
 from penstock.service.policies.routing import least_load, slo_aware
 from penstock.simulator.clients import Answer
 from penstock.simulator.data_plane import DataFaults
-from penstock.simulator.runner import StepCost
+from penstock.simulator.pacing import StepCost
 from penstock.simulator.world import VOCAB_SIZE, World
 
 #: Cost models are fitted and roles given before what is measured begins.

@@ -11,7 +11,7 @@ from penstock.engine.memory.tiers.index import TierSizes
 from penstock.protocol.instance import Assign, Assigned
 from penstock.protocol.kv import Ack, BlocksReady, Pull, Release
 from penstock.protocol.request import Stage
-from penstock.simulator.runner import StepCost
+from penstock.simulator.pacing import StepCost
 from penstock.simulator.world import VOCAB_SIZE, World
 from tests.helpers.peers import (
     HandService,

@@ -11,7 +11,7 @@ from penstock.engine.core import InstanceCore
 from penstock.protocol.kv import KvSource
 from penstock.protocol.request import Stage
 from penstock.simulator.data_plane import DataFaults
-from penstock.simulator.runner import StepCost
+from penstock.simulator.pacing import StepCost
 from penstock.simulator.world import VOCAB_SIZE, NetworkFaults, World
 from tests.helpers.peers import (
     HandService,

@@ -10,7 +10,7 @@ import pytest
 from penstock.protocol.request import SamplingParams
 from penstock.service.generation import GenerationSpec
 from penstock.service.policies.routing import POLICIES, ClusterView, Decision, RouteRequest
-from penstock.simulator.runner import StepCost
+from penstock.simulator.pacing import StepCost
 from penstock.simulator.world import VOCAB_SIZE, World
 
 COSTS = {

@@ -19,7 +19,7 @@ from penstock.service.explain import PlacementRecord
 from penstock.service.generation import GenerationSpec
 from penstock.service.policies.routing import policy_named
 from penstock.service.policies.view import Candidate, ClusterView, Decision, RouteRequest
-from penstock.simulator.runner import StepCost
+from penstock.simulator.pacing import StepCost
 from penstock.simulator.world import VOCAB_SIZE, World
 from tests.simulated.test_smoke import check_outcomes
 

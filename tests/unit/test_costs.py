@@ -17,11 +17,11 @@ from tests.helpers.cluster_reports import report
 from tools import fit_costs
 
 from penstock.cli import costs as command
-from penstock.engine.cost import CostFitter
+from penstock.engine.cost import CostFitter, Features
 from penstock.engine.scheduler.batch import Batch, BatchRow
 from penstock.loadgen.costs import from_file, hardware, hardware_or_file, known_hardware
 from penstock.protocol.errors import ConfigError, EngineUnavailable
-from penstock.simulator.runner import StepCost
+from penstock.simulator.pacing import StepCost
 
 DATA = Path(__file__).parents[1] / "data"
 STEP_TIMES = DATA / "gpu_step_times.csv.gz"
@@ -108,7 +108,7 @@ def live(num_steps: int = 500, **changes):
         prompt = [BatchRow(9, 0, 1 + step * 37 % 400, True)] if step % 5 == 0 else []
         rows = [BatchRow(i, 50 * step % 3000, 1, True) for i in range(1 + step % 8)]
         batch = Batch(step, [*rows, *prompt])
-        fitter.observe(batch, cost.of(batch))
+        fitter.observe(Features.of(batch), cost.of(batch).total_s)
     instance.cost = fitter.model()
     assert instance.kv is not None
     instance.kv.tiers["device"].total_bytes = 1000 * 16 * 2048

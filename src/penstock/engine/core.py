@@ -197,7 +197,8 @@ class InstanceCore:
         if moves:
             self.scheduler.reconsider()
         wake_s = min(self._next_beat_s, self.exchange.next_s())
-        launches = self._shorten(now)
+        ends_run = self._shorten(now)
+        launches: list[Effect] = []
         while len(self._flights) < self.config.overlap_steps:
             if self._flights and self._flights.last.is_being_shortened:
                 break  # where its sequences will stand is not known yet
@@ -226,7 +227,7 @@ class InstanceCore:
         if self.draining and not busy:
             effects.append(Stop())
         effects.append(SetTimer(wake_s))
-        return effects
+        return effects + ends_run  # last: its answer comes at once
 
     def _prepare_at_s(self) -> float:
         if not self.scheduler.has_work():

@@ -23,7 +23,7 @@ from penstock.service.policies.routing import (
 )
 from penstock.simulator.data_plane import DataFaults
 from penstock.simulator.network import NetworkFaults
-from penstock.simulator.runner import StepCost
+from penstock.simulator.pacing import StepCost
 from penstock.simulator.spec import GPUS_PER_HOST, ClusterSpec, PoolSpec
 from penstock.simulator.world import World
 

@@ -12,7 +12,8 @@ from penstock.simulator.counting import CountingRunner
 from penstock.simulator.data_plane import SimulatedDataPlane
 from penstock.simulator.events import Call
 from penstock.simulator.kv import KvMemory
-from penstock.simulator.runner import CostModelRunner, StepCost
+from penstock.simulator.pacing import StepCost
+from penstock.simulator.runner import CostModelRunner
 
 
 class Core(Protocol):

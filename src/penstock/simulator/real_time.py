@@ -38,7 +38,8 @@ from penstock.protocol.instance import InstanceCard
 from penstock.protocol.kv import BLOCK_TOKENS, KvLayout
 from penstock.simulator.counting import CountingRunner
 from penstock.simulator.kv import KvMemory
-from penstock.simulator.runner import CostModelRunner, StepCost
+from penstock.simulator.pacing import StepCost
+from penstock.simulator.runner import CostModelRunner
 from penstock.simulator.spec import LinkSpec, PoolSpec
 from penstock.trace import NO_TRACE, Trace
 

@@ -13,38 +13,13 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 from penstock.engine.scheduler.batch import Batch, BatchRow, RowResult, StepResult
 from penstock.protocol.errors import EngineFailed
 from penstock.protocol.kv import BLOCK_TOKENS
 from penstock.simulator.kv import GARBAGE, KvMemory, prefix_hash
-
-
-@dataclass(frozen=True, slots=True)
-class StepCost:
-    """Seconds of a step; the terms are those of `protocol.instance.CostModel`."""
-
-    base_s: float = 0.004
-    per_token_s: float = 0.00002
-    per_row_s: float = 0.0001
-    per_context_token_s: float = 0.0
-    per_attention_s: float = 0.0
-
-    def scaled(self, factor: float) -> StepCost:
-        """Of a device on which everything takes `factor` times as long."""
-        return StepCost(*(factor * getattr(self, f.name) for f in fields(self)))
-
-    def of(self, batch: Batch) -> float:
-        rows = batch.rows
-        seconds = self.base_s + self.per_token_s * batch.num_tokens + self.per_row_s * len(rows)
-        if self.per_context_token_s or self.per_attention_s:
-            reads = [row.start + row.num_tokens for row in rows]
-            seconds += self.per_context_token_s * sum(reads)
-            seconds += self.per_attention_s * sum(
-                row.num_tokens * read for row, read in zip(rows, reads)
-            )
-        return seconds
+from penstock.simulator.pacing import PacedRunner, StepCost
 
 
 def next_token(ids: Sequence[int], vocab_size: int) -> int:
@@ -76,7 +51,7 @@ class _Slot:
         self.blocks[index : index + 1] = [block]
 
 
-class CostModelRunner:
+class CostModelRunner(PacedRunner):
     """`at(when_s, call)` schedules on the virtual clock; batches run one after the other."""
 
     def __init__(
@@ -87,34 +62,14 @@ class CostModelRunner:
         at: Callable[[float, Callable[[], None]], None],
         memory: KvMemory | None = None,
     ) -> None:
-        self.cost = cost
+        super().__init__(cost, clock, at)
         self._vocab_size = vocab_size
-        self._clock = clock
-        self._at = at
         self._memory = memory or KvMemory(1 << 20, BLOCK_TOKENS)
-        self._free_at_s = 0.0
         self._slots: dict[int, _Slot] = {}
-        self.closed = False
         #: So many of the next steps will raise.
         self.num_to_fail = 0
-        #: Seconds computed since the start.
-        self.busy_s = 0.0
 
-    def launch(self, batch: Batch, done: Callable[[StepResult], None]) -> None:
-        step_s = self.cost.of(batch)
-        self._free_at_s = max(self._free_at_s, self._clock()) + step_s
-
-        def finish() -> None:
-            if not self.closed:
-                self.busy_s += step_s
-                done(self._execute(batch, step_s))
-
-        self._at(self._free_at_s, finish)
-
-    def close(self) -> None:
-        self.closed = True
-
-    def _execute(self, batch: Batch, step_s: float) -> StepResult:
+    def execute(self, batch: Batch, seconds: float) -> StepResult:
         for slot in batch.freed_slots:
             self._slots.pop(slot, None)
         for new in batch.admitted:
@@ -123,10 +78,13 @@ class CostModelRunner:
             self._slots[entry.slot].map(entry.index, entry.block)
         if self.num_to_fail:
             self.num_to_fail -= 1
-            return self._failed(batch, step_s)
+            return self._failed(batch, seconds)
         stale: dict[int, None] = {}
         rows = [self._row(row, stale) for row in batch.rows]
-        return StepResult(batch.step, rows, step_s, stale_windows=tuple(stale))
+        for step in range(1, batch.steps):
+            further = [self._row(_moved_on(row, step), stale) for row in batch.rows]
+            rows = [_joined(row, more) for row, more in zip(rows, further)]
+        return StepResult(batch.step, rows, seconds, stale_windows=tuple(stale))
 
     def _failed(self, batch: Batch, step_s: float) -> StepResult:
         """What the step would have written is anything."""
@@ -170,3 +128,12 @@ class CostModelRunner:
             if cells[: len(wanted)] != wanted:
                 return next(c for c, w in zip(cells, wanted) if c != w)
         return None
+
+
+def _moved_on(row: BatchRow, steps: int) -> BatchRow:
+    """The row so many steps later in its run."""
+    return BatchRow(row.slot, row.start + steps, row.num_tokens, row.samples)
+
+
+def _joined(row: RowResult, more: RowResult) -> RowResult:
+    return RowResult(row.slot, row.ids + more.ids, stale=row.stale or more.stale)

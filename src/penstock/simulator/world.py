@@ -20,7 +20,17 @@ from penstock.engine.scheduler.config import SchedulerConfig
 from penstock.engine.scheduler.scheduler import Scheduler
 from penstock.engine.transfer.jobs import Job, Moved
 from penstock.protocol.codec import Message, decode, encode
-from penstock.protocol.effects import Connect, Effect, Launch, Move, Reply, Send, SetTimer, Stop
+from penstock.protocol.effects import (
+    Connect,
+    Effect,
+    Launch,
+    Move,
+    Reply,
+    Send,
+    SetTimer,
+    Shorten,
+    Stop,
+)
 from penstock.protocol.errors import EngineUnavailable, Overloaded
 from penstock.protocol.instance import InstanceCard
 from penstock.protocol.kv import KvLayout
@@ -37,7 +47,8 @@ from penstock.simulator.events import Call, Events
 from penstock.simulator.kv import KvMemory, NoCells
 from penstock.simulator.network import Network, NetworkFaults
 from penstock.simulator.node import Core, Device, Node
-from penstock.simulator.runner import CostModelRunner, StepCost
+from penstock.simulator.pacing import StepCost
+from penstock.simulator.runner import CostModelRunner
 
 VOCAB_SIZE = 1000
 SMALL_SCHEDULER = SchedulerConfig(
@@ -346,6 +357,8 @@ class World:
                 case Connect(peer=peer, address=address):
                     assert address == f"sim://{peer}"
                     node.peers[peer] = None
+                case Shorten(step=step, steps=steps):
+                    self._shorten(node, step, steps)
                 case Move(job=job):
                     self._move(node, job)
                 case Stop():
@@ -375,6 +388,12 @@ class World:
             self._carry_out(node, core.on_step_done(result, node.clock.local_s(self.now)))
 
         device.runner.launch(batch, done)
+
+    def _shorten(self, node: Node, step: int, steps: int) -> None:
+        core, device = node.core, node.device
+        assert isinstance(core, InstanceCore) and device is not None
+        steps = device.runner.shorten(step, steps)
+        self._carry_out(node, core.on_shortened(step, steps, node.clock.local_s(self.now)))
 
     def _move(self, node: Node, job: Job) -> None:
         core, device = node.core, node.device
