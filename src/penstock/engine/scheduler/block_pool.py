@@ -120,10 +120,6 @@ class BlockPool:
     def num_holders(self, block: int) -> int:
         return self._refs[block]
 
-    def num_held_once(self, blocks: Iterable[int]) -> int:
-        """How many of `blocks` would become available if one holder of them let go."""
-        return sum(block < self.num_blocks and self._refs[block] == 1 for block in blocks)
-
     def match(self, keys: Sequence[bytes]) -> list[int]:
         """The blocks of the longest cached prefix of `keys`. Takes no reference."""
         return [self._block_of[key] for key in keys[: self.num_cached(keys, len(keys))]]

@@ -219,12 +219,18 @@ class Holds:
         return len(self._num_holds)
 
     def make_room(self) -> bool:
-        """Give up the youngest soft hold that frees a block. False if there is none."""
-        for hold in reversed(list(self._holds.values())):
-            if hold.soft and self._pool.num_held_once(hold.blocks):
+        """Give up the youngest soft hold that has a block which soft holds alone have: it is freed
+        with the last of them. False if there is none."""
+        holds = [hold for hold in self._holds.values() if hold.soft]
+        held = Counter(block for hold in holds for block in hold.blocks)
+        for hold in reversed(holds):
+            if any(self._has_no_other(block, held) for block in hold.blocks):
                 self.release(hold)
                 return True
         return False
+
+    def _has_no_other(self, block: int, held: Counter[int]) -> bool:
+        return not self._pool.is_window(block) and self._pool.num_holders(block) == held[block]
 
     def promise(self, key: Key, num_blocks: int) -> bool:
         """Set room aside for the sequence `key`, unless too much is set aside already."""
