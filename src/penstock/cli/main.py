@@ -19,6 +19,7 @@ COMMANDS = {
     "doctor": ("penstock.cli.doctor", "check a checkpoint and this machine, say what will happen"),
     "quantize": ("penstock.cli.quantize", "write a checkpoint in fewer bits"),
     "bench": ("penstock.cli.bench", "put a small load on a running server and measure it"),
+    "replay": ("penstock.cli.replay", "replay a recorded run of a service, or with a change"),
     "trace": ("penstock.cli.trace", "say what a trace of requests is like; make one up"),
     "top": ("penstock.cli.top", "watch the instances of a running service"),
     "costs": ("penstock.cli.costs", "write what the steps of a running instance cost"),

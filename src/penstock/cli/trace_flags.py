@@ -26,7 +26,7 @@ BurstGPT's traces. Made up: generate:rate=4,duration=10m and any of
 def add_cut_flags(parser: argparse.ArgumentParser, limit: str = "--limit") -> None:
     add = parser.add_argument
     add("--speed", type=float, metavar="X", help="the trace X times as fast (1)")
-    add("--window", type=_seconds, metavar="SECONDS", help="only its busiest stretch (all of it)")
+    add("--window", type=seconds_of, metavar="SECONDS", help="only its busiest stretch (all of it)")
     if limit == "--limit":
         add("--limit", type=count, metavar="N", help="only so many requests")
 
@@ -41,7 +41,7 @@ def requests_of(source: str, said: Mapping[str, Any]) -> list[TraceRequest]:
     )
 
 
-def _seconds(text: str) -> float:
+def seconds_of(text: str) -> float:
     try:
         return seconds(text)
     except ValueError:

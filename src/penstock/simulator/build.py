@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 from penstock.engine.core import CoreConfig, InstanceCore
 from penstock.engine.memory.tiers.index import TierSizes
@@ -35,6 +37,11 @@ class Deployment:
     world: World
     service: ServiceCore
     instances: dict[str, InstanceCore]
+    _starts: dict[str, Callable[[], InstanceCore]]
+
+    def start_again(self, name: str) -> None:
+        """A new process of the instance, which has died."""
+        self.instances[name] = self._starts[name]()
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,11 +92,13 @@ def build(spec: ClusterSpec, seed: int, engine: CoreConfig = CoreConfig()) -> De
         DataFaults(block_s=block_s),
         counting=True,
     )
-    instances = {}
+    instances: dict[str, InstanceCore] = {}
+    starts: dict[str, Callable[[], InstanceCore]] = {}
     for pool in spec.pools:
         for number in range(pool.count):
             name, host = f"{pool.name}-{number}", f"{pool.name}-host-{number // GPUS_PER_HOST}"
-            instances[name] = _add(world, pool, models[pool.name], name, host, engine)
+            starts[name] = partial(_add, world, pool, models[pool.name], name, host, engine)
+            instances[name] = starts[name]()
     service = world.add_service(
         SERVICE,
         list(instances),
@@ -99,7 +108,7 @@ def build(spec: ClusterSpec, seed: int, engine: CoreConfig = CoreConfig()) -> De
     )
     if spec.pd not in ("off", "pools"):
         world.tell(SERVICE, lambda now: service.lead(1, now))
-    return Deployment(world, service, instances)
+    return Deployment(world, service, instances, starts)
 
 
 def _add(

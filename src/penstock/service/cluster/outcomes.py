@@ -15,6 +15,8 @@ class Outcomes:
     TTFT counts from the placement, TPOT within one placement: what an instance can answer for.
     """
 
+    #: Placements that came to a first token here; those of them with a prediction.
+    num_started: int = 0
     num_ttft: int = 0
     predicted_ttft_s: float = 0.0
     actual_ttft_s: float = 0.0
@@ -30,6 +32,7 @@ class Outcomes:
 
     def started(self, placement: PlacementRecord, now: float) -> None:
         """Its first token has come."""
+        self.num_started += 1
         actual_s = placement.actual_ttft_s
         if actual_s is not None:
             self.recent_ttft_s.add(actual_s, now)

@@ -1,0 +1,174 @@
+"""`penstock replay INCIDENT`: a recorded run of a service, again."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from penstock import __version__
+from penstock.cli.parser import Parser
+from penstock.cli.trace_flags import seconds_of
+from penstock.service.recording import Recording, open_recording
+from penstock.simulator.incident import Moment, Replay
+from penstock.simulator.timeline import Line, Timeline, everything, is_about
+
+_EPILOG = """INCIDENT: what `penstock serve --record FILE` (or router) has written. Replayed, every
+decision is made again from what came in, and compared with what was decided then. With --change
+the recorded requests, instances and failures are put into the simulator, once as they were and
+once changed:
+  policy=least-load  pd=off|auto|P:D  instances=+1|-1|N  ttft_slo=2s  tpot_slo=50ms
+  without=NAME-crash (a failure that --change without=? lists)  speed=1.5"""
+
+
+def make_parser() -> Parser:
+    parser = Parser(
+        "replay",
+        "Replay a recorded run of a service exactly: what came in, what was decided, and why.",
+        epilog=_EPILOG,
+    )
+    add = parser.add_argument
+    add("incident", metavar="INCIDENT", help="a recording")
+    add("--from", dest="from_s", type=seconds_of, metavar="TIME",
+        help="show what came after this time (90, 90s, 10m)")  # fmt: skip
+    add("--until", dest="until_s", type=seconds_of, metavar="TIME", help="and end there")
+    add("--request", metavar="ID", help="only what concerns this request")
+    add("--instance", metavar="NAME", help="only what concerns this instance")
+    add("--step", action="store_true",
+        help="every input with all its effects; in a terminal one at a time")  # fmt: skip
+    add("--change", metavar="WHAT=HOW", action="append",
+        help="what if this had been otherwise (may be given several times)")  # fmt: skip
+    add("--seed", type=int, help="of the simulation (0)")
+    add("--export-trace", metavar="FILE", help="the recorded requests as a trace")
+    add("--json", action="store_true", help="the result for programs")
+    return parser
+
+
+def run(arguments: Sequence[str]) -> int:
+    """0 if everything came out as it was recorded, else 1."""
+    said = vars(make_parser().parse(arguments))
+    recording = open_recording(Path(said["incident"]))
+    if "change" in said or "export_trace" in said:
+        from penstock.cli import replay_changed
+
+        return replay_changed.run(recording, said)
+    return _ForPrograms(said).run(recording) if "json" in said else _Shown(said).run(recording)
+
+
+class _Shown:
+    """The time line in a terminal."""
+
+    def __init__(self, said: Mapping[str, Any]) -> None:
+        self._said = said
+        self._steps = "step" in said
+        self._asks = self._steps and sys.stdin.isatty() and sys.stdout.isatty()
+
+    def run(self, recording: Recording) -> int:
+        self.begin(recording)
+        replay = Replay(recording)
+        timeline = Timeline(replay.core)
+        last: Moment | None = None
+        for moment in replay:
+            last = moment
+            lines = timeline.lines(moment)
+            if moment.at_s > self._said.get("until_s", float("inf")) and not moment.difference:
+                break
+            shown = moment.at_s >= self._said.get("from_s", 0.0) or moment.difference
+            if shown and not self.show(moment, lines):
+                break
+        return self.end(replay, last)
+
+    def begin(self, recording: Recording) -> None:
+        header = recording.header
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(header.started_unix_s))
+        print(
+            f"{recording.path}: {header.recipe.config.name}, policy {header.recipe.policy}, "
+            f"recorded {when} by release {header.version}"
+            + ("" if header.version == __version__ else f" (this is {__version__})")
+        )
+
+    def show(self, moment: Moment, lines: list[Line]) -> bool:
+        """False: the reader has seen enough."""
+        lines = [line for line in lines if self._wanted(line)]
+        if self._steps:
+            filtered = "request" in self._said or "instance" in self._said
+            if not filtered or lines:
+                _print(moment.at_s, f"step {moment.number}", everything(moment))
+                return not self._asks or input("Enter: on, q: end ").strip() != "q"
+            return True
+        for line in lines:
+            _print(line.at_s, line.text, line.why)
+        return True
+
+    def _wanted(self, line: Line) -> bool:
+        return is_about(line, self._said.get("request"), self._said.get("instance"))
+
+    def end(self, replay: Replay, last: Moment | None) -> int:
+        if last is None:
+            print("it holds no steps")
+            return 0
+        if replay.recording.problem:
+            print(f"the recording: {replay.recording.problem}")
+        if last.difference:
+            print(f"step {last.number} at {last.at_s:.3f} s differs: {last.difference}")
+            print(_blame(replay.recording))
+            return 1
+        print(
+            f"{last.number + 1} steps in {last.at_s:.1f} s: all that came of them came again, "
+            "effect by effect"
+        )
+        return 0
+
+
+class _ForPrograms(_Shown):
+    """One JSON object, and nothing else."""
+
+    def __init__(self, said: Mapping[str, Any]) -> None:
+        super().__init__({k: v for k, v in said.items() if k != "step"})
+        self._found: list[dict[str, Any]] = []
+
+    def begin(self, recording: Recording) -> None:
+        pass
+
+    def show(self, moment: Moment, lines: list[Line]) -> bool:
+        self._found += [asdict(line) for line in lines if self._wanted(line)]
+        return True
+
+    def end(self, replay: Replay, last: Moment | None) -> int:
+        header = replay.recording.header
+        differs = last is not None and bool(last.difference)
+        result = {
+            "service": header.recipe.config.name,
+            "policy": header.recipe.policy,
+            "recorded_by": header.version,
+            "recorded_unix_s": header.started_unix_s,
+            "steps": 0 if last is None else last.number + 1,
+            "seconds": 0.0 if last is None else last.at_s,
+            "identical": not differs,
+            "difference": None
+            if last is None or not differs
+            else {"step": last.number, "at_s": last.at_s, "what": last.difference},
+            "problem": replay.recording.problem or None,
+            "timeline": self._found,
+        }
+        print(json.dumps(result, indent=1))
+        return int(differs)
+
+
+def _print(at_s: float, text: str, more: Sequence[str]) -> None:
+    print(f"{at_s:10.3f} s  {text}")
+    for line in more:
+        print(f"{'':14}{line}")
+
+
+def _blame(recording: Recording) -> str:
+    if recording.header.version != __version__:
+        return (
+            f"it was recorded by release {recording.header.version}, and {__version__} decides "
+            "otherwise: replay it with the release that recorded it"
+        )
+    return "the same release decided otherwise on the same inputs: please report this as a bug"
