@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import json
-import math
-import re
-import sys
+import os
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
+from penstock.cli import process
 from penstock.cli.parser import Parser, count
+from penstock.cli.simulate import jobs_of, number_of, progress_bar, read, window_of
 from penstock.loadgen import costs
-from penstock.loadgen.advice import Advice, Question, advise, as_dict
-from penstock.loadgen.costs import InstanceModel
-from penstock.loadgen.traces import read_trace, spread_ticks
 from penstock.protocol.errors import ConfigError
+from penstock.simulator.advice import Advice, Question, advise, as_dict
+from penstock.simulator.experiment import MODES
+from penstock.simulator.quantities import slos_of
 
-_HARDWARE = "h100:llama3.1-8b:bf16"
-_UNITS = {"ms": 1e-3, "s": 1.0}
+_HARDWARE = "h100:llama3.1-8b:bf16:tp1"
+_WINDOW_S = 120.0
 
 
 def make_parser() -> Parser:
     parser = Parser(
         "advise",
-        "Replay a trace on instances that are cost models, under the policies that `serve` uses,\n"
-        "and say when prefill apart from decode (PD) is better, with which split, and why.",
+        "Run the busiest two minutes of a trace in the simulator, under the policies that `serve`\n"
+        "uses, and say when prefill apart from decode (PD) is better, with which split, and why.",
         epilog="TRACE: CSV (arrival_s, input_tokens, output_tokens; or Azure's columns) or JSON\n"
         "lines (Mooncake's), plain or .gz. Hardware that is known:\n  "
         + "\n  ".join(costs.known_hardware()),
@@ -36,73 +36,54 @@ def make_parser() -> Parser:
     add("--hardware", metavar="NAME", help=f"a known cost model ({_HARDWARE})")
     add("--model-cost", metavar="FILE", help="or one of your own, in JSON")
     add("--slo", metavar="TIMES", help="ttft=1s,tpot=50ms")
-    add("--rate", type=float, metavar="X", help="the trace X times as fast (1)")
-    add("--window", type=float, metavar="SECONDS", help="only its busiest stretch (all)")
+    add("--rate", metavar="X", help="the trace X times as fast (1)")
+    add("--window", metavar="TIME",
+        help="the busiest stretch alone: seconds, 10m, or all (2m)",
+    )  # fmt: skip
     add("--max-num-batched-tokens", dest="step_tokens", type=count, metavar="N",
         help="tokens of a step, as in serve (2048)")  # fmt: skip
     add("--max-num-seqs", dest="max_running", type=count, metavar="N",
         help="sequences of a step, as in serve (256)")  # fmt: skip
-    add("--link-gbit", type=float, metavar="X", help="between two instances, for KV (100)")
+    add("--link-gbit", metavar="X", help="between two instances, for KV (100)")
+    add("--jobs", type=count, metavar="N", help="processes at once (as many as CPUs)")
     add("--json", action="store_true", help="the result for programs")
     return parser
 
 
 def run(arguments: Sequence[str]) -> int:
     flags = make_parser().parse(arguments)
-    ttft_s, tpot_s = _slos(getattr(flags, "slo", "ttft=1s,tpot=50ms"))
+    ttft_s, tpot_s = slos_of(getattr(flags, "slo", "ttft=1s,tpot=50ms"))
     question = Question(
-        model=_model(flags),
+        hardware=_hardware(flags),
         instances=getattr(flags, "instances", 4),
         ttft_slo_s=ttft_s,
         tpot_slo_s=tpot_s,
-        link_bytes_per_s=_positive(flags, "link_gbit", 100.0) * 1e9 / 8,
-        window_s=_positive(flags, "window", math.inf) if hasattr(flags, "window") else None,
-        rate=_positive(flags, "rate", 1.0),
+        step_tokens=getattr(flags, "step_tokens", 2048),
+        max_running=getattr(flags, "max_running", 256),
+        link_gbit=number_of(getattr(flags, "link_gbit", "100"), "--link-gbit"),
+        window_s=window_of(flags, _WINDOW_S),
+        rate=number_of(getattr(flags, "rate", "1"), "--rate"),
+        mode="scale" if "scale" in MODES else "exact",
     )
-    requests = spread_ticks(read_trace(Path(flags.trace)))
-    for_programs = hasattr(flags, "json")
-
-    def progress(name: str) -> None:
-        if not for_programs and sys.stderr.isatty():
-            print(f"\rreplaying {name:<12}", end="", file=sys.stderr, flush=True)
-
-    advice = advise(requests, question, progress)
-    if for_programs:
+    requests = read(flags.trace)
+    with process.interruptible(), progress_bar("simulating") as tell:
+        advice = advise(requests, question, jobs=jobs_of(flags), progress=tell)
+    if hasattr(flags, "json"):
         print(json.dumps(as_dict(advice), indent=1))
-        return 0
-    if sys.stderr.isatty():
-        print("\r" + " " * 24, end="\r", file=sys.stderr)
-    print(_text(advice, flags.trace))
+    else:
+        print(_text(advice, flags.trace))
     return 0
 
 
-def _model(flags: Namespace) -> InstanceModel:
-    step, rows = getattr(flags, "step_tokens", 2048), getattr(flags, "max_running", 256)
-    if hasattr(flags, "model_cost"):
-        if hasattr(flags, "hardware"):
-            raise ConfigError("--hardware and --model-cost say the same thing: give one of them")
-        return costs.from_file(Path(flags.model_cost), step, rows)
-    return costs.hardware(getattr(flags, "hardware", _HARDWARE), step, rows)
-
-
-def _positive(flags: Namespace, name: str, default: float) -> float:
-    value: float = getattr(flags, name, default)
-    if not value > 0:
-        raise ConfigError(f"--{name.replace('_', '-')} {value:g} has to be more than 0")
-    return value
-
-
-def _slos(text: str) -> tuple[float, float]:
-    """ "ttft=1s,tpot=50ms" in seconds."""
-    found: dict[str, float] = {}
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(ttft|tpot)=([0-9.]+)(ms|s)\s*", part)
-        if match is None or match[1] in found or match[2].count(".") > 1 or match[2] == ".":
-            raise ConfigError(f"--slo {text} is not like ttft=1s,tpot=50ms")
-        found[match[1]] = float(match[2]) * _UNITS[match[3]]
-    if len(found) < 2 or not all(found.values()):
-        raise ConfigError(f"--slo {text} has to give a ttft and a tpot, both more than 0")
-    return found["ttft"], found["tpot"]
+def _hardware(flags: Namespace) -> str:
+    """Checked: a known name, or a path with a slash in it."""
+    if not hasattr(flags, "model_cost"):
+        return costs.hardware(getattr(flags, "hardware", _HARDWARE)).name
+    if hasattr(flags, "hardware"):
+        raise ConfigError("--hardware and --model-cost say the same thing: give one of them")
+    path = Path(flags.model_cost).expanduser()
+    costs.from_file(path)
+    return str(path) if os.sep in str(path) else f"./{path}"
 
 
 def _text(advice: Advice, trace: str) -> str:
@@ -128,10 +109,10 @@ def _text(advice: Advice, trace: str) -> str:
         )
     if not advice.splits:
         verdict = "prefill and decode together (--pd off)"
-    elif advice.best.setup.adaptive:
+    elif advice.best.setup == "auto":
         verdict = "prefill apart from decode, with roles that follow the work (--pd auto)"
     else:
-        verdict = f"prefill apart from decode (--pd static={advice.best.setup.name})"
+        verdict = f"prefill apart from decode (--pd static={advice.best.setup})"
     lines += ["", f"advice: {verdict}"]
     lines += [f"  - {reason}" for reason in advice.because]
     return "\n".join(lines)

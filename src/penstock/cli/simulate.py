@@ -131,9 +131,9 @@ def number_of(word: str, what: str) -> float:
     try:
         value = float(word)
     except ValueError:
-        value = math.nan
+        raise ConfigError(f"{what} {word} is not a number") from None
     if not 0 < value < math.inf:
-        raise ConfigError(f"{what} {word} has to be a number of more than 0")
+        raise ConfigError(f"{what} {word} has to be more than 0")
     return value
 
 
@@ -143,7 +143,8 @@ def window_of(flags: Namespace, default_s: float | None = None) -> float | None:
         return default_s
     if flags.window == "all":
         return None
-    window_s = seconds_of(flags.window, "--window")
+    text = f"{flags.window}s" if flags.window.replace(".", "", 1).isdigit() else flags.window
+    window_s = seconds_of(text, "--window")
     if not window_s:
         raise ConfigError("--window has to be more than 0")
     return window_s

@@ -1,24 +1,25 @@
 """Is prefill apart from decode better for this trace, on these instances, for these SLOs?
 
-Each setup (all instances doing both, every fixed split, and roles that follow the work) replays the
-same stretch of the trace under the production policies; what is advised is what keeps the most
-requests within the SLOs, and the simpler setup where that makes no difference.
+Each setup (all instances doing both, every fixed split, and roles that follow the work) serves the
+same stretch of the trace in the simulator; what is advised is what keeps the most requests within
+the SLOs, and the simpler setup where that makes no difference.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from penstock.loadgen.costs import InstanceModel
-from penstock.loadgen.replay import Replay, Replayed, Setup
+from penstock.loadgen.costs import InstanceModel, hardware_or_file
 from penstock.loadgen.traces import TraceRequest
 from penstock.protocol.errors import ConfigError
-from penstock.protocol.instance import Role
-from penstock.service.policies.view import TransferCosts
+from penstock.simulator.crew import Crew, Progress, Task
+from penstock.simulator.outcome import Outcome
+from penstock.simulator.spec import ClusterSpec, LinkSpec, PoolSpec
+from penstock.simulator.stretch import busiest, faster
 
 #: A setup has to keep this much more of the requests within the SLOs to be worth its trouble; or
 #: shorten the 99th percentile of gaps between tokens by this factor.
@@ -30,24 +31,50 @@ ENOUGH_ATTAINED = 0.9
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    model: InstanceModel
+    """`hardware`: a known name, or a file with a cost model."""
+
+    hardware: str
     instances: int
     ttft_slo_s: float
     tpot_slo_s: float
-    #: What blocks travel over between two instances, in bytes a second.
-    link_bytes_per_s: float
-    #: The busiest stretch of so many seconds is replayed; None: all of it.
-    window_s: float | None = None
+    step_tokens: int = 2048
+    max_running: int = 256
+    #: What blocks travel over between two instances, in Gbit/s.
+    link_gbit: float = 100.0
+    #: The busiest stretch of so many seconds is simulated; None: all of it.
+    window_s: float | None = 120.0
     #: The trace comes so many times as fast.
     rate: float = 1.0
+    mode: str = "exact"
+
+    @property
+    def model(self) -> InstanceModel:
+        return hardware_or_file(self.hardware, self.step_tokens, self.max_running)
+
+
+@dataclass(frozen=True, slots=True)
+class Simulated:
+    """What came of one setup: "together", "auto" or "P:D"."""
+
+    setup: str
+    ttft_s: np.ndarray
+    #: Seconds a token after the first, of each request that has more than one.
+    tpot_s: np.ndarray
+    #: 99th percentile of single gaps between two tokens.
+    gap_p99_s: float
+    #: Share of requests with both TTFT and TPOT within the SLOs.
+    attained: float
+    num_split: int
+    role_changes: int
+    utilisation: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Advice:
     question: Question
-    replayed: tuple[Replayed, ...]
-    best: Replayed
-    together: Replayed
+    simulated: tuple[Simulated, ...]
+    best: Simulated
+    together: Simulated
     #: Sentences, with the numbers that decided.
     because: tuple[str, ...]
     work: dict[str, float]
@@ -60,41 +87,29 @@ class Advice:
 def advise(
     requests: Sequence[TraceRequest],
     question: Question,
-    progress: Callable[[str], None] = lambda name: None,
+    *,
+    jobs: int = 1,
+    progress: Progress = lambda shares: None,
 ) -> Advice:
     """Raises `ConfigError` where no setup could ever keep the SLOs."""
-    chosen = _busiest(requests, question)
+    chosen = busiest(faster(requests, question.rate), question.window_s)
     work = _work(chosen, question)
     _check_possible(chosen, question)
-    replayed = []
-    for setup in _setups(question):
-        progress(setup.name)
-        replayed.append(Replay(question.model, setup).run(chosen))
-    together, *others = replayed
+    setups = _setups(question)
+    with Crew(chosen, _simulated, min(jobs, len(setups))) as crew:
+        simulated = crew.run([Task(spec=s, mode=question.mode) for s in setups], progress)
+    together, *others = simulated
     best = max(others, key=_merit, default=together)
     if not _is_worth(best, together):
         best = together
     return Advice(
         question=question,
-        replayed=tuple(replayed),
+        simulated=tuple(simulated),
         best=best,
         together=together,
         because=tuple(_because(best, together, others, question, work)),
         work=work,
     )
-
-
-def _busiest(requests: Sequence[TraceRequest], question: Question) -> list[TraceRequest]:
-    """The stretch with the most prompt and output tokens, beginning at 0 s."""
-    scaled = [replace(r, arrival_s=r.arrival_s / question.rate) for r in requests]
-    if question.window_s is None or scaled[-1].arrival_s <= question.window_s:
-        return scaled
-    times = np.array([r.arrival_s for r in scaled])
-    tokens = np.cumsum([0] + [r.input_tokens + r.output_tokens for r in scaled])
-    ends = np.searchsorted(times, times + question.window_s)
-    first = int((tokens[ends] - tokens[: len(times)]).argmax())
-    start_s = scaled[first].arrival_s
-    return [replace(r, arrival_s=r.arrival_s - start_s) for r in scaled[first : ends[first]]]
 
 
 def _work(requests: Sequence[TraceRequest], question: Question) -> dict[str, float]:
@@ -122,7 +137,8 @@ def _work(requests: Sequence[TraceRequest], question: Question) -> dict[str, flo
 
 def _check_possible(requests: Sequence[TraceRequest], question: Question) -> None:
     model = question.model
-    shortest, longest = (f(r.input_tokens for r in requests) for f in (min, max))
+    shortest = min(r.input_tokens for r in requests)
+    longest = max(r.input_tokens + r.output_tokens for r in requests)
     least_s = model.step_s(1, 1, shortest, shortest)
     if question.tpot_slo_s < least_s:
         raise ConfigError(
@@ -134,45 +150,59 @@ def _check_possible(requests: Sequence[TraceRequest], question: Question) -> Non
             f"nobody can hold a TTFT of {question.ttft_slo_s:g} s with {model.name}: the shortest "
             f"prompt ({shortest} tokens) alone takes {model.prefill_s(shortest):.3f} s"
         )
-    if longest + max(r.output_tokens for r in requests) > model.kv_tokens:
+    if longest > model.kv_tokens:
         raise ConfigError(
             f"{model.name} has room for {model.kv_tokens} tokens of KV, and one request of the "
-            f"trace needs {longest} and more"
+            f"trace needs {longest}"
         )
 
 
-def _setups(question: Question) -> list[Setup]:
-    count, model = question.instances, question.model
-    transfer = TransferCosts(
-        copy_s=2e-3, copy_token_s=model.kv_bytes_per_token / question.link_bytes_per_s
+def _setups(question: Question) -> list[ClusterSpec]:
+    model, count = question.model, question.instances
+    together = ClusterSpec(
+        name="advise",
+        pools=(
+            PoolSpec(
+                count=count,
+                hardware=question.hardware,
+                max_num_batched_tokens=model.step_tokens,
+                max_num_seqs=model.max_running,
+                max_model_len=model.kv_tokens,
+            ),
+        ),
+        pd="off",
+        ttft_slo_s=question.ttft_slo_s,
+        tpot_slo_s=question.tpot_slo_s,
+        link=LinkSpec(kv_gbit=question.link_gbit),
+    )
+    apart = [f"{prefill}:{count - prefill}" for prefill in range(1, count)]
+    if count > 1:
+        apart.append("auto")
+    return [together, *(replace(together, pd=pd) for pd in apart)]
+
+
+def _simulated(outcome: Outcome, task: Task) -> Simulated:
+    spec = outcome.spec
+    assert spec.ttft_slo_s is not None and spec.tpot_slo_s is not None
+    ttft_s, tpot_s = outcome.ttft_s, outcome.tpot_s
+    end_s = max(float(np.nanmax(outcome.end_s)), 1.0)
+    return Simulated(
+        setup="together" if spec.pd == "off" else spec.pd,
+        ttft_s=ttft_s[~np.isnan(ttft_s)],
+        tpot_s=tpot_s[~np.isnan(tpot_s)],
+        gap_p99_s=outcome.gaps.quantile(0.99),
+        attained=float(outcome.attained(spec.ttft_slo_s, spec.tpot_slo_s).mean()),
+        num_split=outcome.handovers,
+        role_changes=sum(change.at_s >= 0 for change in outcome.role_changes),
+        utilisation=float(outcome.busy_s.mean()) / end_s,
     )
 
-    def setup(name: str, roles: list[Role], adaptive: bool = False) -> Setup:
-        return Setup(
-            name=name,
-            roles=tuple(roles),
-            adaptive=adaptive,
-            ttft_slo_s=question.ttft_slo_s,
-            tpot_slo_s=question.tpot_slo_s,
-            transfer=transfer,
-        )
 
-    alike: list[Role] = ["any"] * count
-    setups = [setup("together", alike)]
-    for prefill in range(1, count):
-        roles: list[Role] = ["decode"] * count
-        roles[:prefill] = ["prefill"] * prefill
-        setups.append(setup(f"{prefill}:{count - prefill}", roles))
-    if count > 1:
-        setups.append(setup("auto", alike, adaptive=True))
-    return setups
-
-
-def _merit(outcome: Replayed) -> tuple[float, float]:
+def _merit(outcome: Simulated) -> tuple[float, float]:
     return round(outcome.attained / WORTH_ATTAINED), -outcome.gap_p99_s
 
 
-def _is_worth(best: Replayed, together: Replayed) -> bool:
+def _is_worth(best: Simulated, together: Simulated) -> bool:
     more = best.attained - together.attained
     if more >= WORTH_ATTAINED:
         return True
@@ -180,9 +210,9 @@ def _is_worth(best: Replayed, together: Replayed) -> bool:
 
 
 def _because(
-    best: Replayed,
-    together: Replayed,
-    others: Sequence[Replayed],
+    best: Simulated,
+    together: Simulated,
+    others: Sequence[Simulated],
     question: Question,
     work: dict[str, float],
 ) -> list[str]:
@@ -197,12 +227,12 @@ def _because(
         if others:
             rival = max(others, key=_merit)
             said.append(
-                f"the best split, {rival.setup.name}, keeps {100 * rival.attained:.1f}% within "
+                f"the best split, {rival.setup}, keeps {100 * rival.attained:.1f}% within "
                 f"the SLOs, against {100 * together.attained:.1f}% together: not worth moving KV"
             )
     else:
         said.append(
-            f"{best.setup.name} keeps {100 * best.attained:.1f}% within the SLOs, against "
+            f"{best.setup} keeps {100 * best.attained:.1f}% within the SLOs, against "
             f"{100 * together.attained:.1f}% together; the 99th percentile of gaps between tokens "
             f"is {1e3 * best.gap_p99_s:.1f} ms, against {1e3 * together.gap_p99_s:.1f} ms"
         )
@@ -217,12 +247,12 @@ def _because(
 def as_dict(advice: Advice) -> dict[str, Any]:
     """For programs."""
 
-    def row(outcome: Replayed) -> dict[str, Any]:
+    def row(outcome: Simulated) -> dict[str, Any]:
         def at(seconds: np.ndarray, share: float) -> float:
             return float(np.quantile(seconds, share)) if len(seconds) else 0.0
 
         return {
-            "setup": outcome.setup.name,
+            "setup": outcome.setup,
             "attained": outcome.attained,
             "ttft_p50_s": at(outcome.ttft_s, 0.5),
             "ttft_p99_s": at(outcome.ttft_s, 0.99),
@@ -231,15 +261,15 @@ def as_dict(advice: Advice) -> dict[str, Any]:
             "gap_p99_s": outcome.gap_p99_s,
             "split_requests": outcome.num_split,
             "role_changes": outcome.role_changes,
-            "utilisation": outcome.busy_s / (outcome.seconds * len(outcome.setup.roles)),
+            "utilisation": outcome.utilisation,
         }
 
     question = advice.question
     return {
-        "advice": advice.best.setup.name,
+        "advice": advice.best.setup,
         "disaggregate": advice.splits,
         "because": list(advice.because),
-        "setups": [row(outcome) for outcome in advice.replayed],
+        "setups": [row(outcome) for outcome in advice.simulated],
         "work": advice.work,
         "instances": question.instances,
         "model_cost": question.model.name,
