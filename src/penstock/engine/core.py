@@ -16,6 +16,7 @@ from penstock.engine.cost import CostFitter, Features
 from penstock.engine.flights import Flight, Flights, PrepareAhead
 from penstock.engine.links import Link, Links, terminal_row
 from penstock.engine.memory.tiers.index import NO_TIERS, TierIndex
+from penstock.engine.pace import CostPace
 from penstock.engine.scheduler.batch import StepResult
 from penstock.engine.scheduler.scheduler import Scheduler
 from penstock.engine.scheduler.validation import DuplicateSubmit
@@ -93,6 +94,7 @@ class InstanceCore:
         self.scheduler = scheduler
         self.config = config or CoreConfig()
         self.cost = CostFitter()
+        scheduler.pace = CostPace(self.cost)
         self.role: Role = "any"
         self.epoch = 0
         self.draining = False

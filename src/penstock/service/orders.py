@@ -46,6 +46,7 @@ def submit(
         plan=_plan(entry, instance, decode),
         kv_source=source,
         total_budget_s=None if entry.deadline_s is None else entry.deadline_s - now,
+        tpot_slo_s=entry.tpot_slo_s,
     )
 
 

@@ -100,6 +100,11 @@ class Room:
         """Blocks that running sequences can spare."""
         return self._pool.num_available - sum(map(self.num_missing, self._running))
 
+    def is_all_but_here(self, seq: Sequence) -> bool:
+        """Whether no whole block of `seq`, which waits, is left to compute."""
+        left = seq.num_tokens - len(self.match(seq)) * self._block_tokens
+        return left <= self._block_tokens
+
     def num_lacking(self, seq: Sequence) -> int:
         """Blocks that `seq`, which waits, would take from what is available if it came in now."""
         hits = self.match(seq)

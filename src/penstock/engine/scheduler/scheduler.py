@@ -47,6 +47,7 @@ from penstock.engine.scheduler.config import SchedulerConfig
 from penstock.engine.scheduler.foresight import Foresight
 from penstock.engine.scheduler.imports import Hold, Holds, WindowReturns
 from penstock.engine.scheduler.naming import name_blocks
+from penstock.engine.scheduler.pacing import UNPACED, Pace
 from penstock.engine.scheduler.queue import WaitingQueue
 from penstock.engine.scheduler.room import Room
 from penstock.engine.scheduler.runs import shorten
@@ -103,6 +104,8 @@ class Scheduler:
         #: Grows when something happens that was not foreseen: what `stable_steps` has said before
         #: holds no more.
         self.num_changes = 0
+        #: How many prompt tokens those that decode can bear in a step.
+        self.pace: Pace = UNPACED
         self._in_flight: deque[InFlight] = deque()
         self._arrivals = 0
         self._totals = Totals()
@@ -228,7 +231,11 @@ class Scheduler:
             for seq in self._running:
                 if seq.request_class == request_class and seq.service not in self._paused:
                     (decodes if seq.num_to_compute <= 1 else prompts).append(seq)
-            for seq in decodes + prompts:
+            for seq in decodes:
+                self._continue(seq, plan)
+            if decodes and (prompts or len(queue)):
+                plan.room = min(plan.room, self.pace.room(decodes))
+            for seq in prompts:
                 self._continue(seq, plan)
             self._admit_waiting(queue, plan)
         return self._emit(plan, steps) if plan.tokens else None
@@ -265,6 +272,8 @@ class Scheduler:
                 break
             if self.room.awaits(seq):
                 continue
+            if plan.room <= 0 and not self.room.is_all_but_here(seq):
+                break
             hits = self._find_room(seq, plan)
             if hits is None:
                 break
@@ -359,7 +368,10 @@ class Scheduler:
                 self._totals.prefix_query_tokens += seq.num_prompt_tokens
 
     def _chunk(self, num_to_compute: int, plan: Plan) -> int:
-        return min(num_to_compute, plan.budget, self._config.max_chunk_tokens or plan.budget)
+        # What is less than a block is no prompt: who was handed over has that left to compute.
+        paced = num_to_compute > self._config.block_tokens
+        most = min(plan.budget, max(plan.room, 0)) if paced else plan.budget
+        return min(num_to_compute, most, self._config.max_chunk_tokens or most)
 
     def _allocate(self, seq: Sequence, num_blocks: int) -> None:
         for _ in range(num_blocks):

@@ -15,13 +15,23 @@ class Plan:
 
     budget: int
     tokens: dict[Sequence, int] = field(default_factory=dict)
+    #: Of the budget, what prompts may take (`engine/pace.py`).
+    room: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.room = self.budget
 
     def add(self, seq: Sequence, num_tokens: int) -> None:
         self.tokens[seq] = num_tokens
-        self.budget -= num_tokens
+        self._spend(num_tokens)
 
     def drop(self, seq: Sequence) -> None:
-        self.budget += self.tokens.pop(seq, 0)
+        self._spend(-self.tokens.pop(seq, 0))
+
+    def _spend(self, num_tokens: int) -> None:
+        self.budget -= num_tokens
+        if abs(num_tokens) > 1:  # one token is of who decodes
+            self.room -= num_tokens
 
 
 @dataclass(slots=True)
