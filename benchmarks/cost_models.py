@@ -7,7 +7,10 @@ Three questions, each answered with points that the coefficients in question hav
 * how far does it carry: every batch size, prompt length and TP left out in turn;
 * and what does all of that say about engines that were measured end to end (574 runs of vLLM,
   SGLang and TensorRT-LLM that nothing was fitted to): each is run in the simulator as it was
-  measured, so many requests at once, a new one as soon as one has ended.
+  measured, so many requests at once, a new one as soon as one has ended. What is not said of the
+  runs is how they began, and that decides TTFT: where all begin together and are of one length,
+  they end together, and prompts come in waves for ever; where they are spread, one comes at a time.
+  So both are simulated.
 """
 
 from __future__ import annotations
@@ -27,7 +30,6 @@ import numpy as np
 from tools import fit_costs
 from tools.fit_costs import Name, Point
 
-from penstock.engine.core import CoreConfig
 from penstock.loadgen.prompts import prompt_ids
 from penstock.loadgen.traces import TraceRequest
 from penstock.protocol.errors import PenstockError
@@ -46,18 +48,17 @@ Row = dict[str, str]
 def main() -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.cost_models", description=__doc__)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here too")
-    parser.add_argument("--waves", type=int, default=WAVES, metavar="N", help="see the source")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="of the runs, each Nth")
     parser.add_argument(
-        "--most-tokens", type=int, default=200_000, metavar="N",
-        help="leave out runs of more output tokens in the simulator (200000)",
+        "--most-tokens", type=int, default=66_000, metavar="N",
+        help="leave out runs with more output tokens at once (66000)",
     )  # fmt: skip
     options = parser.parse_args()
     measured = fit_costs.read(STEP_TIMES)
     found = {
         "form": form(measured),
         "left_out": left_out(measured),
-        "end_to_end": end_to_end(options.every, options.most_tokens, options.waves),
+        "end_to_end": end_to_end(options.every, options.most_tokens),
     }
     print(table(found))
     if options.json:
@@ -162,9 +163,8 @@ def across_tp(measured: dict[Name, list[Point]], tp: int) -> np.ndarray:
 
 # --- end to end ----------------------------------------------------------------------------------
 
-#: All requests of a run are so many times those at once: how many the measured runs had is not
-#: said, ten times is usual. It matters to TTFT, for the first ones all come at the same moment.
-WAVES = 10
+#: All requests of a run are so many times those at once.
+WAVES = 3
 #: What the three engines compute in one step on such GPUs unless told otherwise.
 STEP_TOKENS = 8192
 
@@ -176,10 +176,16 @@ class ClosedLoop:
     world: World
     prompt_tokens: int
     output_tokens: int
-    total: int
+    at_once: int
+    #: Over how long the first ones come; what they see does not count then.
+    spread_s: float = 0.0
     ttft_s: list[float] = field(default_factory=list)
     tpot_s: list[float] = field(default_factory=list)
     _made: int = 0
+
+    @property
+    def total(self) -> int:
+        return WAVES * self.at_once
 
     def begin(self) -> None:
         if self._made == self.total:
@@ -188,20 +194,25 @@ class ClosedLoop:
         request = TraceRequest(0.0, self.prompt_tokens, self.output_tokens)
         sampling = SamplingParams(max_tokens=self.output_tokens, ignore_eos=True, seed=number)
         spec = GenerationSpec(str(number), prompt_ids(request, number), sampling, ttft_slo_s=None)
-        self.world.submit_now(SERVICE, spec, _Client(self, self.world.now))
+        counts = not self.spread_s or number >= self.at_once
+        self.world.submit_now(SERVICE, spec, _Client(self, self.world.now, counts))
 
-    def run(self, at_once: int) -> None:
-        self.world.run(3.0)  # instances attach, roles are given
-        for _ in range(at_once):
-            self.begin()
-        while len(self.ttft_s) < self.total:
+    def run(self) -> tuple[float, float]:
+        """Mean TTFT and TPOT in seconds."""
+        self.world.run(3.0)  # instances attach
+        for number in range(self.at_once):
+            self.world.at(self.world.now + self.spread_s * number / self.at_once, self.begin)
+        uncounted = self.at_once if self.spread_s else 0
+        while len(self.ttft_s) < self.total - uncounted:
             self.world.run(self.world.now + 1.0)
+        return float(np.mean(self.ttft_s)), float(np.mean(self.tpot_s))
 
 
 @dataclass
 class _Client:
     loop: ClosedLoop
     asked_s: float
+    counts: bool
     first_s: float | None = None
 
     def take(self, delta: TokenDelta) -> None:
@@ -210,9 +221,9 @@ class _Client:
             self.first_s = now_s
         if delta.finish is not None:
             assert delta.finish == "length" and self.first_s is not None, delta
-            self.loop.ttft_s.append(self.first_s - self.asked_s)
-            gaps = self.loop.output_tokens - 1
-            self.loop.tpot_s.append((now_s - self.first_s) / gaps)
+            if self.counts:
+                self.loop.ttft_s.append(self.first_s - self.asked_s)
+                self.loop.tpot_s.append((now_s - self.first_s) / (self.loop.output_tokens - 1))
             self.loop.begin()
 
     def refused(self, error: PenstockError) -> None:
@@ -240,34 +251,37 @@ def cluster_of(row: Row) -> ClusterSpec:
     return ClusterSpec(pools=(prefill, decode), policy="split", pd="pools")
 
 
-def simulate(row: Row, waves: int) -> tuple[float, float]:
-    """Mean TTFT and TPOT in seconds."""
-    spec, at_once = cluster_of(row), _at_once(row)
-    deployment = build(spec, 0, MODES.get("scale", CoreConfig()))
-    loop = ClosedLoop(deployment.world, int(row["isl"]), int(row["osl"]), waves * at_once)
-    loop.run(at_once)
-    return float(np.mean(loop.ttft_s)), float(np.mean(loop.tpot_s))
+def simulate(row: Row) -> dict[str, float]:
+    """Mean times in ms, begun together and spread."""
+    prompt, output, at_once = int(row["isl"]), int(row["osl"]), _at_once(row)
+
+    def loop(spread_s: float) -> ClosedLoop:
+        world = build(cluster_of(row), 0, MODES["scale"]).world
+        return ClosedLoop(world, prompt, output, at_once, spread_s)
+
+    ttft_s, tpot_s = loop(0.0).run()
+    spread_ttft_s, spread_tpot_s = loop(ttft_s + tpot_s * (output - 1)).run()
+    return {
+        "together_ttft_ms": 1e3 * ttft_s,
+        "together_tpot_ms": 1e3 * tpot_s,
+        "spread_ttft_ms": 1e3 * spread_ttft_s,
+        "spread_tpot_ms": 1e3 * spread_tpot_s,
+    }
 
 
-def end_to_end(every: int, most_tokens: int, waves: int) -> dict[str, Any]:
+def end_to_end(every: int, most_tokens: int) -> dict[str, Any]:
     with gzip.open(END_TO_END, "rt") as file:
         rows = list(csv.DictReader(file))
     known = set(fit_costs.read(STEP_TIMES))
     chosen = [
         row
         for row in rows[::every]
-        if _names(row) <= known and waves * _at_once(row) * int(row["osl"]) <= most_tokens
+        if _names(row) <= known and _at_once(row) * int(row["osl"]) <= most_tokens
     ]
     points = []
     for number, row in enumerate(chosen):
-        ttft_s, tpot_s = simulate(row, waves)
-        points.append(
-            {
-                **{k: v for k, v in row.items() if v},
-                "simulated_ttft_ms": round(1e3 * ttft_s, 3),
-                "simulated_tpot_ms": round(1e3 * tpot_s, 4),
-            }
-        )
+        simulated = {name: round(ms, 3) for name, ms in simulate(row).items()}
+        points.append({**{k: v for k, v in row.items() if v}, **simulated})
         if sys.stderr.isatty():
             print(f"\r{number + 1} of {len(chosen)} runs", end="", file=sys.stderr, flush=True)
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -278,12 +292,20 @@ def end_to_end(every: int, most_tokens: int, waves: int) -> dict[str, Any]:
         groups[f"all {point['mode']}"].append(point)
     return {
         "runs": len(chosen),
+        "share_with_ttft_between_spread_and_together": round(
+            float(np.mean([_is_between(point) for point in points])), 3
+        ),
         "left_out_as_too_long_or_unknown": len(rows[::every]) - len(chosen),
-        "requests_at_once_times": waves,
         "step_tokens": STEP_TOKENS,
         "groups": {name: _errors(groups[name]) for name in sorted(groups)},
         "points": points,
     }
+
+
+def _is_between(point: dict[str, Any]) -> bool:
+    """Whether the measured TTFT is; a tenth of it beyond either is let pass."""
+    measured = float(point["ttft_ms"])
+    return 0.9 * point["spread_ttft_ms"] <= measured <= 1.1 * point["together_ttft_ms"]
 
 
 def _names(row: Row) -> set[Name]:
@@ -298,7 +320,10 @@ def _at_once(row: Row) -> int:
 
 def _errors(points: list[dict[str, Any]]) -> dict[str, Any]:
     return {
-        what: summary(p[f"simulated_{what}_ms"] / float(p[f"{what}_ms"]) - 1 for p in points)
+        f"{begun}_{what}": summary(
+            p[f"{begun}_{what}_ms"] / float(p[f"{what}_ms"]) - 1 for p in points
+        )
+        for begun in ("together", "spread")
         for what in ("ttft", "tpot")
     }
 
@@ -320,12 +345,18 @@ def table(found: dict[str, Any]) -> str:
         lines.append(line(f"  with coefficients of its own, {phase}", both["apart"]))
     lines += ["", head]
     lines += [line(f"left out: {name}", s) for name, s in found["left_out"].items()]
-    for what in ("ttft", "tpot"):
-        lines += ["", head.replace(" " * 4, what.upper(), 1)]
+    for what in ("together_ttft", "spread_ttft", "together_tpot", "spread_tpot"):
+        title = f"{what[-4:].upper()}, begun {what[:-5]}"
+        lines += ["", title + head[len(title) :]]
         groups = found["end_to_end"]["groups"]
         lines += [line(name, errors[what]) for name, errors in groups.items()]
     e2e = found["end_to_end"]
-    lines += ["", f"{e2e['runs']} runs, {e2e['left_out_as_too_long_or_unknown']} left out"]
+    between = 100 * e2e["share_with_ttft_between_spread_and_together"]
+    lines += [
+        "",
+        f"{e2e['runs']} runs, {e2e['left_out_as_too_long_or_unknown']} left out; {between:.0f}% "
+        "have a TTFT between the two ways to begin",
+    ]
     return "\n".join(lines)
 
 
