@@ -86,7 +86,7 @@ class Measure:
         spec = outcome.spec
         assert spec.ttft_slo_s is not None and spec.tpot_slo_s is not None
         span_s = max(float(outcome.arrival_s[-1]), 1.0)
-        busy = [sum(s.busy) / len(s.busy) for s in outcome.samples if 0 < s.at_s <= span_s + 1]
+        busy = [float(np.mean(s.busy)) for s in outcome.samples if 0 < s.at_s <= span_s + 1]
         return Measured(
             float(outcome.attained(spec.ttft_slo_s, spec.tpot_slo_s).mean()),
             _at(outcome.ttft_s, self._wanted),

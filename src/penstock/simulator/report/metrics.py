@@ -68,6 +68,7 @@ def metrics(outcome: Outcome, speed: float = 1.0) -> dict[str, Any]:
         "handovers": outcome.handovers,
         "resumed": outcome.resumed,
         "preemptions": outcome.preemptions,
+        "recomputed_tokens": outcome.recomputed_tokens,
         "role_changes": [
             {"at_s": round(c.at_s, 3), "instance": c.instance, "role": c.role}
             for c in outcome.role_changes
@@ -77,6 +78,7 @@ def metrics(outcome: Outcome, speed: float = 1.0) -> dict[str, Any]:
         "simulated": {
             "events": outcome.events,
             "wall_s": outcome.wall_s,
+            "cpu_s": outcome.cpu_s,
             "seconds_per_wall_s": _end_s(outcome) / max(outcome.wall_s, 1e-9),
             "digest": outcome.digest,
         },
@@ -228,7 +230,7 @@ def timeline(outcome: Outcome) -> dict[str, Any]:
         return [round(float(np.mean([getattr(s, of) for s in g])), 4) for g in groups]
 
     def total(of: str) -> list[float]:
-        return [round(float(np.mean([sum(getattr(s, of)) for s in g])), 2) for g in groups]
+        return [round(float(np.mean([np.sum(getattr(s, of)) for s in g])), 2) for g in groups]
 
     found: dict[str, Any] = {
         "at_s": [round(g[-1].at_s, 3) for g in groups],
