@@ -13,12 +13,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from penstock.protocol.errors import ConfigError, EngineUnavailable, Overloaded
+from penstock.protocol.errors import ConfigError, Overloaded
 from penstock.protocol.request import SamplingParams
-from penstock.service.cluster.finder import IndexFinder
 from penstock.service.core import ServiceCore, ServiceCoreConfig
 from penstock.service.generation import GenerationSpec
-from penstock.service.policies.routing import slo_aware
 from penstock.service.recipe import CoreRecipe
 from penstock.service.recorder import NO_TAPE, FileTape, RecordedCore, make_core
 from penstock.service.recording import (
@@ -32,56 +30,14 @@ from penstock.service.recording import (
     pack_call,
     piece,
 )
-from penstock.simulator import world as world_module
 from penstock.simulator.incident import Moment, Replay
-from penstock.simulator.world import NetworkFaults, World
-
-RECIPE = CoreRecipe(ServiceCoreConfig(name="service"), "slo-aware", kv_index=True)
+from tests.helpers.recorded import RECIPE, eventful, record_services
 
 
 @pytest.fixture
 def taped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FileTape:
     """Services of worlds are recorded."""
-    tape = FileTape(tmp_path / "incident")
-
-    class Recorded(RecordedCore):
-        def __init__(self, config: Any, policy: Any, finder: Any) -> None:
-            tape.header(RECIPE)
-            super().__init__(config, policy, finder, tape)
-
-    monkeypatch.setattr(world_module, "ServiceCore", Recorded)
-    return tape
-
-
-def eventful(seed: int) -> World:
-    """Requests on three instances, over a bad network; one is killed and started again, one is
-    stopped, one drained; roles are given by hand; clients go away."""
-    world = World(seed, NetworkFaults(loss=0.02, duplicate=0.02))
-    for number in range(3):
-        world.add_instance(f"engine-{number}")
-    core = world.add_service(
-        "service", [f"engine-{n}" for n in range(3)], policy=slo_aware, finder=IndexFinder()
-    )
-    core.lead(1, 0.0)
-    for number in range(60):
-        spec = GenerationSpec(
-            f"r{number}",
-            [(7 * number + 3 * i) % 900 + 1 for i in range(20 + 13 * number % 200)],
-            SamplingParams(max_tokens=20 + number % 40, seed=number),
-            n=1 + number % 2,
-            ttft_slo_s=5.0 if number % 3 else None,
-        )
-        world.submit("service", spec, 1.0 + 0.1 * number)
-    world.cancel("service", "r20", 3.2)
-    world.at(3.0, lambda: world.kill("engine-1", noticed_by="service"))
-    world.at(4.0, lambda: world.add_instance("engine-1") and None)
-    world.at(5.0, lambda: world.stop("engine-2", 2.0))
-    world.run(8.0)
-    core.assign("engine-0", "prefill", world.now)
-    core.drain_instance("engine-2", world.now)
-    world.run(20.0)
-    core.close_all(EngineUnavailable("the end"))
-    return world
+    return record_services(tmp_path / "incident", monkeypatch)
 
 
 def replayed(path: Path) -> tuple[Replay, list[Moment]]:

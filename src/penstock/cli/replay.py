@@ -53,9 +53,9 @@ def run(arguments: Sequence[str]) -> int:
     said = vars(make_parser().parse(arguments))
     recording = open_recording(Path(said["incident"]))
     if "change" in said or "export_trace" in said:
-        from penstock.cli import replay_changed
+        from penstock.cli.replay_changed import run as run_changed
 
-        return replay_changed.run(recording, said)
+        return run_changed(recording, said)
     return _ForPrograms(said).run(recording) if "json" in said else _Shown(said).run(recording)
 
 

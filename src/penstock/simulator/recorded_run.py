@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from penstock.loadgen.traces import TraceRequest
+from penstock.protocol.codec import Message
 from penstock.protocol.effects import Reply
 from penstock.protocol.errors import ConfigError
 from penstock.protocol.instance import Attached, CostModel, InstanceCard, Load
@@ -36,20 +37,22 @@ class RecordedSequence:
 @dataclass(slots=True)
 class Fault:
     """An instance was away from `at_s` on until `until_s` (inf: for good). "crash": another process
-    came back, or none; "silence": the same process, which nobody had heard."""
+    came back, or none; "silence": the same process, which nobody had heard. `noticed`: somebody
+    told the service, so that it had not to wait."""
 
     name: str
     instance: str
     kind: str
     at_s: float
     until_s: float = math.inf
+    noticed: bool = False
 
 
 @dataclass(slots=True)
 class RecordedInstance:
     name: str
     card: InstanceCard
-    attached_s: float
+    heard_s: float
     cost: CostModel
     gone: Fault | None = None
 
@@ -109,7 +112,8 @@ def collect(replay: Replay) -> RecordedRun:
             if instance.state != states.get(name):
                 states[name] = instance.state
                 if instance.state == "lost" and name in run.instances:
-                    _lost(run, run.instances[name], moment.at_s)
+                    told_s = moment.at_s if moment.name == "on_instance_lost" else None
+                    _lost(run, run.instances[name], told_s)
     run.num_resumed = replay.core.placement.num_resumed
     run.placements = {i.name: i.outcomes.num_started for i in replay.core.instances.values()}
     if not run.sequences:
@@ -139,13 +143,19 @@ def _take_in(run: RecordedRun, moment: Moment) -> None:
             if mine and not sequence.finish:
                 sequence.finish, sequence.end_s = "cancelled", moment.at_s
     elif moment.name == "on_message":
-        match message_of(call):
-            case Attached(card=card):
-                _attached(run, card, call.peer, moment.at_s)
-            case Load() as load if call.peer in run.instances:
-                instance = run.instances[call.peer]
-                if load.cost.num_steps and load.incarnation == instance.card.incarnation:
-                    instance.cost = load.cost
+        _heard(run, call.peer, message_of(call), moment.at_s)
+
+
+def _heard(run: RecordedRun, peer: str, message: Message, now: float) -> None:
+    if isinstance(message, Attached):
+        _attached(run, message.card, peer, now)
+    instance = run.instances.get(peer)
+    if instance is None:
+        return
+    instance.heard_s = now
+    own = isinstance(message, Load) and message.incarnation == instance.card.incarnation
+    if isinstance(message, Load) and own and message.cost.num_steps:
+        instance.cost = message.cost
 
 
 def _attached(run: RecordedRun, card: InstanceCard, name: str, now: float) -> None:
@@ -154,6 +164,8 @@ def _attached(run: RecordedRun, card: InstanceCard, name: str, now: float) -> No
         run.instances[name] = RecordedInstance(name, card, now, card.cost)
         return
     same = known.card.incarnation == card.incarnation
+    if known.gone is None and not same:
+        _lost(run, known, None)  # its successor was here before anybody missed it
     if known.gone is not None:
         known.gone.until_s = now
         if same:
@@ -163,10 +175,12 @@ def _attached(run: RecordedRun, card: InstanceCard, name: str, now: float) -> No
     known.card = card
 
 
-def _lost(run: RecordedRun, instance: RecordedInstance, now: float) -> None:
+def _lost(run: RecordedRun, instance: RecordedInstance, told_s: float | None) -> None:
+    """`told_s`: when somebody said so; None: it had fallen silent."""
     before = sum(fault.instance == instance.name for fault in run.faults)
     name = f"{instance.name}-crash" + (f"-{before + 1}" if before else "")
-    instance.gone = Fault(name, instance.name, "crash", now)
+    at_s = instance.heard_s if told_s is None else told_s
+    instance.gone = Fault(name, instance.name, "crash", at_s, noticed=told_s is not None)
     run.faults.append(instance.gone)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +20,10 @@ from penstock.service.recording import message_of
 from penstock.simulator.incident import Moment
 
 #: Of one effect, where everything is shown.
-_MOST_CHARACTERS = 400
+_MOST_CHARACTERS = 600
+#: Prompts and block keys, which are long and tell little.
+_NUMBERS = re.compile(r"\[(\d+, \d+, \d+)(?:, \d+){5,}\]")
+_BYTES = re.compile(r"b'(?:[^'\\]|\\.){32,}'|b\"(?:[^\"\\]|\\.){32,}\"")
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,6 +266,8 @@ def _effect(effect: Effect) -> str:
 
 def _short(value: object) -> str:
     text = value if isinstance(value, str) else repr(value)
+    text = _NUMBERS.sub(lambda m: f"[{m[1]}, ... ({m[0].count(',') + 1})]", text)
+    text = _BYTES.sub("b'...'", text)
     return text if len(text) <= _MOST_CHARACTERS else text[: _MOST_CHARACTERS - 3] + "..."
 
 

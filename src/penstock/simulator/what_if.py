@@ -272,7 +272,7 @@ def _arrange(deployment: Deployment, fault: Fault, began_s: float, speed: float)
     if fault.kind == "silence":
         world.at(at_s, lambda: world.stop(name, for_s))
         return
-    world.at(at_s, lambda: world.kill(name, noticed_by=SERVICE))
+    world.at(at_s, lambda: world.kill(name, noticed_by=SERVICE if fault.noticed else None))
     if for_s != float("inf"):
         world.at(at_s + for_s, lambda: deployment.start_again(name))
 
