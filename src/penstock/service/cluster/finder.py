@@ -77,7 +77,7 @@ class NoFinder:
 
 class IndexFinder:
     """The index that instances feed; for those that say nothing of their cache, or whose word has
-    turned out wrong, what can be guessed from what they were sent."""
+    turned out wrong, what can be guessed from what they were sent since."""
 
     listens = True
 
@@ -87,10 +87,12 @@ class IndexFinder:
         self._guesses = ApproximateIndex()
         #: Whether a snapshot has been had, and no events have been missed since.
         self._told: dict[str, bool] = {}
+        self._doubted: tuple[Sequence[str], int, list[int]] | None = None
+        self._version = 0
 
     def attached(self, card: InstanceCard) -> bool:
         self.index.distrust(card.name)
-        self._told[card.name] = False
+        self._tells(card.name, False)
         self._guesses.add(card.name, card.num_blocks)
         self.audit.drop(card.name)
         return True
@@ -98,30 +100,31 @@ class IndexFinder:
     def events(self, instance: str, events: KvEvents) -> bool:
         if self.index.apply(instance, events):
             return True
-        self._told[instance] = False
+        self._tells(instance, False)
         return False
 
     def snapshot(self, instance: str, snapshot: Snapshot) -> None:
         tiers = {"device": snapshot.keys, **snapshot.tier_keys}
         self.index.replace(instance, snapshot.incarnation, snapshot.kv_number, tiers)
-        self._told[instance] = True
+        self._tells(instance, True)
 
     def gone(self, instance: str) -> None:
         self.index.drop(instance)
         self._guesses.drop(instance)
         self.audit.drop(instance)
-        self._told.pop(instance, None)
+        self._tells(instance, False)
+        del self._told[instance]
 
     def hits(self, keys: bytes, names: Sequence[str]) -> tuple[Floats, Floats] | None:
         device, tiers = self.index.hits(keys, names)
-        guessed = [i for i, name in enumerate(names) if not self._believes(name)]
-        if guessed:
+        if guessed := self._doubtful(names):
             there, _ = self._guesses.hits(keys, [names[i] for i in guessed])
             device[guessed] = tiers[guessed] = there
         return device, tiers
 
     def submitted(self, instance: str, keys: bytes) -> None:
-        self._guesses.sent(instance, keys)
+        if not self._believes(instance):  # all that was ever sent to everybody would be too much
+            self._guesses.sent(instance, keys)
 
     def came_true(self, instance: str, predicted: int, actual: int, num_tokens: int) -> None:
         self.audit.observe(instance, predicted, actual, num_tokens)
@@ -129,6 +132,21 @@ class IndexFinder:
     @property
     def accounts(self) -> dict[str, Account]:
         return self.audit.accounts()
+
+    def _doubtful(self, names: Sequence[str]) -> list[int]:
+        """Places of those who are not believed. Asked for the same tuple again and again, it does
+        not look again while nobody's credit has changed."""
+        version, known = self._version + self.audit.version, self._doubted
+        if known is not None and known[0] is names and known[1] == version:
+            return known[2]
+        found = [i for i, name in enumerate(names) if not self._believes(name)]
+        if isinstance(names, tuple):  # a list may have changed meanwhile
+            self._doubted = names, version, found
+        return found
+
+    def _tells(self, instance: str, all_of_it: bool) -> None:
+        self._told[instance] = all_of_it
+        self._version += 1
 
     def _believes(self, instance: str) -> bool:
         return self._told.get(instance, False) and self.audit.trusts(instance)

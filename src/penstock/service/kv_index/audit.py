@@ -37,6 +37,8 @@ class Account:
 class HitAudit:
     def __init__(self) -> None:
         self._accounts: dict[str, Account] = {}
+        #: Grows whenever somebody gains or loses credit.
+        self.version = 0
 
     def observe(
         self, instance: str, predicted_tokens: int, actual_tokens: int, prompt_tokens: int
@@ -54,7 +56,9 @@ class HitAudit:
         account.bias += gain * (min(1.0, max(-1.0, share)) - account.bias)
         if account.num_observed >= _MIN_OBSERVED:
             limit = DISTRUST_ABOVE if account.trusted else TRUST_BELOW
-            account.trusted = account.error < limit
+            trusted = account.error < limit
+            self.version += trusted != account.trusted
+            account.trusted = trusted
 
     def trusts(self, instance: str) -> bool:
         """False: take no hits for granted there; whoever asks falls back to the approximation, or
@@ -64,6 +68,7 @@ class HitAudit:
 
     def drop(self, instance: str) -> None:
         self._accounts.pop(instance, None)
+        self.version += 1
 
     def accounts(self) -> dict[str, Account]:
         """Live objects, for metrics."""

@@ -1,45 +1,52 @@
 """Which instance has which KV block, and in which tier: fed by numbered `KvEvents`, no I/O.
 
-Each key has one bit for each instance and tier, in words of 64 instances. What the index does not
-know (evicted over its own cap, not heard of yet) counts as absent, so what it answers is at most
-what is there; only removals that are still on their way make it too much.
+Each key has a mask with one bit for each instance (`masks.py`): who has it on the device, and,
+where somebody has slower tiers, who has it there. What the index does not know (evicted over its
+own cap, not heard of yet) counts as absent, so what it answers is at most what is there; only
+removals that are still on their way make it too much.
+
+Dictionaries and integers, not arrays: most events name one block and most prompts miss early, and
+what is small should cost little.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice, repeat
+from operator import or_
 from typing import get_args
 
 import numpy as np
+import numpy.typing as npt
 
 from penstock.protocol.kv import BLOCK_TOKENS, KEY_BYTES, KvChange, KvEvents, Tier
-from penstock.service.kv_index.table import KeyTable, Slots, Words, key_words
-from penstock.service.policies.routing import Floats
+from penstock.service.kv_index.masks import Columns, leading
+from penstock.service.policies.view import Floats
 
 TIERS: tuple[Tier, ...] = get_args(Tier)
-_WORD = 64
-#: Keys looked up at first; most prompts miss early, and a long chain pays little for the steps.
-_FIRST_KEYS = 256
+_SLOW = TIERS[1:]
+#: Over the cap, so many blocks go at once: finding the oldest ones costs less for many together.
+_EVICTED_AT_ONCE = 1 / 32
+#: A bit of no instance: the block was asked for, or stored once more.
+_USED = 1
+#: Keys looked through at each event while columns that were given up are swept.
+_SWEPT_AT_ONCE = 64
+#: Of a key of 16 bytes.
+_KEY_OBJECT_BYTES = sys.getsizeof(bytes(KEY_BYTES))
+_SAMPLED = 256
 
 
 @dataclass(slots=True)
 class _Source:
-    """An instance's place in the masks, and how far its events have been taken in."""
+    """An instance's bit in the masks, and how far its events have been taken in."""
 
-    column: int
+    bit: int
     incarnation: int
     number: int
     #: False: events are missing, and nothing is taken in until a snapshot comes.
     synced: bool = True
-
-    @property
-    def word(self) -> int:
-        return self.column // _WORD
-
-    @property
-    def bit(self) -> np.uint64:
-        return np.uint64(1 << self.column % _WORD)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,18 +64,25 @@ class IndexStats:
 
 
 class KvIndex:
-    """About `capacity` different blocks, whoever holds them (up to 1.4 times that where they fall
-    well). Memory is taken at the start: 69 bytes a block for up to 64 instances, and 34 more for
-    each further 64."""
+    """At most `capacity` different blocks (and one in 32 more), whoever holds them. A block takes
+    about 170 bytes with up to 64 instances, and up to 130 more for each 1,000."""
 
     def __init__(self, capacity: int = 1 << 20, block_tokens: int = BLOCK_TOKENS) -> None:
         self.capacity = capacity
         self._block_tokens = block_tokens
-        self._table = KeyTable(capacity)
-        self._masks: dict[Tier, Words] = {tier: self._columns(1) for tier in TIERS}
+        #: Every block that is known, the oldest first: who has it on the device (nobody, where it
+        #: is only in slower tiers), and whether it was used since it came to stand where it does.
+        self._device: dict[bytes, int] = {}
+        self._slow: dict[Tier, dict[bytes, int]] = {tier: {} for tier in _SLOW}
+        self._columns = Columns(reserved=_USED)
         self._sources: dict[str, _Source] = {}
+        self._version = 0  # of the columns
+        self._places: tuple[Sequence[str], int, npt.NDArray[np.int64]] | None = None
+        self._unswept: list[bytes] = []
+        self._sweeping = 0
         self._num_gaps = 0
         self._num_snapshots = 0
+        self._num_evicted = 0
 
     # --- what instances say --------------------------------------------------------------------
 
@@ -94,6 +108,8 @@ class KvIndex:
         source.number = events.number
         for change in events.changes:
             self._change(source, change)
+        if self._columns.dead:
+            self._sweep(_SWEPT_AT_ONCE)
         return True
 
     def replace(
@@ -102,13 +118,14 @@ class KvIndex:
         """What `instance` holds after event `number` is exactly this."""
         source = self._sources.get(instance)
         if source is None:
-            source = self._sources[instance] = _Source(self._free_column(), incarnation, number)
+            source = self._sources[instance] = _Source(self._columns.take(), incarnation, number)
         else:
-            self._clear(source, TIERS)
+            self._renew(source)
+        self._version += 1
         source.incarnation, source.number, source.synced = incarnation, number, True
         self._num_snapshots += 1
         for tier, packed in keys.items():
-            self._store(source, packed, tier)
+            self._store(source.bit, _split(packed), tier)
 
     def distrust(self, instance: str) -> None:
         """Its numbers may begin anew (it has attached again): take nothing in until `replace`."""
@@ -119,136 +136,181 @@ class KvIndex:
         """It is gone, and so is what it held."""
         source = self._sources.pop(instance, None)
         if source is not None:
-            self._clear(source, TIERS)
+            self._columns.give_up(source.bit)
+            self._version += 1
 
     # --- what the service asks -----------------------------------------------------------------
 
     def hits(self, keys: bytes, names: Sequence[str]) -> tuple[Floats, Floats]:
         """Leading tokens of a prompt with these block keys that each of `names` holds: on its
         device, and in any tier. Instances that are not known hold none. Shapes (len(names),)."""
-        slots = self._chain(keys)
-        columns = [self._sources[n].column if n in self._sources else -1 for n in names]
-        self._table.touch(slots)
-        device = self._masks["device"][slots]
-        anywhere = device.copy()
-        for tier in TIERS[1:]:
-            anywhere |= self._masks[tier][slots]
-        on_device = self._leading_tokens(device)[columns]
-        in_any = self._leading_tokens(anywhere)[columns]
-        return on_device, in_any
+        device, among, width = self._device, self._columns.live, self._columns.width
+        wanted = _split(keys)
+        masks = self._up_to_a_miss(wanted)
+        on_device, reached = leading(masks, among, width)
+        in_any, anywhere = on_device, masks
+        for slower in filter(None, self._slow.values()):
+            anywhere = list(map(or_, anywhere, map(slower.get, wanted, repeat(0))))
+        if anywhere is not masks:
+            in_any, reached = leading(anywhere, among, width)
+        for key, mask in zip(wanted[:reached], masks):
+            if not mask & _USED:
+                device[key] = mask | _USED
+        places = self._places_of(names)
+        return self._block_tokens * on_device[places], self._block_tokens * in_any[places]
 
     def blocks_of(self, instance: str) -> dict[Tier, int]:
         """Blocks known of one instance, by tier; reads the whole table."""
         source = self._sources.get(instance)
-        if source is None:
-            return {tier: 0 for tier in TIERS}
-        return {
-            tier: int(np.count_nonzero(masks[:, source.word] & source.bit))
-            for tier, masks in self._masks.items()
-        }
+        bit = 0 if source is None else source.bit
+        return {tier: sum(1 for mask in self._masks(tier).values() if mask & bit) for tier in TIERS}
 
     @property
     def instances(self) -> tuple[str, ...]:
         return tuple(self._sources)
 
     def stats(self) -> IndexStats:
+        while self._columns.dead:
+            self._sweep(len(self._device) + 1)
         return IndexStats(
-            num_blocks=self._table.num_keys,
+            num_blocks=len(self._device),
             capacity=self.capacity,
-            num_bytes=self._table.nbytes + sum(m.nbytes for m in self._masks.values()),
-            num_evicted=self._table.num_evicted,
+            num_bytes=sum(_num_bytes(self._masks(tier)) for tier in TIERS),
+            num_evicted=self._num_evicted,
             num_instances=len(self._sources),
             num_unsynced=sum(not s.synced for s in self._sources.values()),
             num_gaps=self._num_gaps,
             num_snapshots=self._num_snapshots,
         )
 
-    # --- lookups -------------------------------------------------------------------------------
+    def _up_to_a_miss(self, keys: list[bytes]) -> list[int]:
+        """Masks of the leading keys; most prompts miss early, and the rest is not looked up."""
+        if not keys or keys[0] not in self._device:
+            return []
+        return list(map(self._device.get, keys, repeat(0)))
 
-    def _chain(self, keys: bytes) -> Slots:
-        """Slots of the leading keys that somebody holds."""
-        low, high = key_words(keys)
-        parts: list[Slots] = []
-        start, size = 0, _FIRST_KEYS
-        while start < len(low):
-            found = self._table.find(low[start : start + size], high[start : start + size])
-            absent = found < 0
-            if absent.any():
-                parts.append(found[: int(absent.argmax())])
-                break
-            parts.append(found)
-            start, size = start + size, 4 * size
-        return np.concatenate(parts) if parts else np.empty(0, np.int64)
-
-    def _leading_tokens(self, masks: Words) -> Floats:
-        """By column: tokens before the first block whose bit is missing; and a last 0, which the
-        column -1 of unknown instances reads. `masks` has shape (blocks, words)."""
-        num_words = self._masks["device"].shape[1]
-        counts = np.zeros(num_words * _WORD + 1)
-        if not len(masks):
-            return counts
-        still = np.bitwise_and.accumulate(masks, axis=0)
-        # Bits only ever go out on the way, so few rows differ from the next one: count by runs.
-        last = np.append(np.flatnonzero((still[1:] != still[:-1]).any(axis=1)), len(still) - 1)
-        lengths = np.diff(last, prepend=-1)
-        rows = np.ascontiguousarray(still[last].astype("<u8")).view(np.uint8)
-        counts[:-1] = lengths @ np.unpackbits(rows, axis=1, bitorder="little")
-        counts *= self._block_tokens
-        return counts
+    def _places_of(self, names: Sequence[str]) -> npt.NDArray[np.int64]:
+        """Columns of `names`, -1 for who is not known. Asked for the same tuple again and again, it
+        does not look again while nobody has come or gone."""
+        known = self._places
+        if known is not None and known[0] is names and known[1] == self._version:
+            return known[2]
+        sources = self._sources
+        places = np.array(
+            [sources[n].bit.bit_length() - 1 if n in sources else -1 for n in names], np.int64
+        )
+        if isinstance(names, tuple):  # a list may have changed meanwhile
+            self._places = names, self._version, places
+        return places
 
     # --- changes -------------------------------------------------------------------------------
 
     def _change(self, source: _Source, change: KvChange) -> None:
+        keys = _split(change.keys)
         match change.op:
             case "stored":
-                self._store(source, change.keys, change.tier)
+                self._store(source.bit, keys, change.tier)
             case "removed":
-                self._remove(source, change.keys, (change.tier,))
+                self._remove(source.bit, keys, (change.tier,))
             case "moved":
-                self._store(source, change.keys, change.tier)
+                self._store(source.bit, keys, change.tier)
                 # Between slower tiers; what leaves the device says so by itself.
-                self._remove(source, change.keys, [t for t in TIERS[1:] if t != change.tier])
+                self._remove(source.bit, keys, [t for t in _SLOW if t != change.tier])
+            case "cleared" if any(self._slow.values()) or change.tier != "device":
+                self._remove(source.bit, list(self._masks(change.tier)), (change.tier,))
             case "cleared":
-                self._clear(source, (change.tier,))
+                self._renew(source)
 
-    def _store(self, source: _Source, keys: bytes, tier: Tier) -> None:
-        step = self.capacity * KEY_BYTES  # more at once would only push itself out
-        for start in range(0, len(keys), step):
-            slots, taken = self._table.claim(*key_words(keys[start : start + step]))
-            for masks in self._masks.values():
-                masks[taken] = 0
-            self._masks[tier][slots, source.word] |= source.bit
+    def _store(self, bit: int, keys: list[bytes], tier: Tier) -> None:
+        device = self._device
+        if tier == "device":
+            for key in reversed(keys):  # of a chain, the end goes first
+                mask = device.get(key)
+                device[key] = bit if mask is None else mask | bit | _USED
+        else:
+            slow = self._slow[tier]
+            for key in reversed(keys):
+                device.setdefault(key, 0)
+                slow[key] = slow.get(key, 0) | bit
+        if len(device) > self.capacity:
+            self._evict()
 
-    def _remove(self, source: _Source, keys: bytes, tiers: Iterable[Tier]) -> None:
-        slots = self._table.find(*key_words(keys))
-        self._take_bits(source, slots[slots >= 0], tiers)
-
-    def _clear(self, source: _Source, tiers: Iterable[Tier]) -> None:
-        tiers = tuple(tiers)
-        held = np.zeros(self._table.num_slots, np.uint64)
+    def _remove(self, bit: int, keys: list[bytes], tiers: Iterable[Tier]) -> None:
         for tier in tiers:
-            held |= self._masks[tier][:, source.word]
-        self._take_bits(source, np.flatnonzero(held & source.bit), tiers)
+            masks = self._masks(tier)
+            for key in keys:
+                mask = masks.get(key, 0)
+                if mask & bit:
+                    self._set(tier, key, mask ^ bit)
 
-    def _take_bits(self, source: _Source, slots: Slots, tiers: Iterable[Tier]) -> None:
-        for tier in tiers:
-            self._masks[tier][slots, source.word] &= ~source.bit
-        held = self._masks["device"][slots]
-        for tier in TIERS[1:]:
-            held = held | self._masks[tier][slots]
-        self._table.release(np.unique(slots[~held.any(axis=1)]))
+    def _set(self, tier: Tier, key: bytes, mask: int) -> None:
+        """`mask` is who still has it there; where nobody has it anywhere it is forgotten."""
+        if mask or tier == "device":
+            self._masks(tier)[key] = mask
+        else:
+            del self._masks(tier)[key]
+        if not self._anywhere(key):
+            del self._device[key]
 
-    def _free_column(self) -> int:
-        """The first column that nobody has; the masks grow by a word when there is none."""
-        taken = {source.column for source in self._sources.values()}
-        num_words = self._masks["device"].shape[1]
-        column = next(c for c in range(len(taken) + 1) if c not in taken)
-        if column >= num_words * _WORD:
-            self._masks = {
-                tier: np.concatenate([masks, self._columns(1)], axis=1)
-                for tier, masks in self._masks.items()
-            }
-        return column
+    def _evict(self) -> None:
+        """From the oldest on; who was used meanwhile is spared once (the CLOCK algorithm: Corbato,
+        1968)."""
+        device = self._device
+        fewer = self.capacity - int(_EVICTED_AT_ONCE * self.capacity)
+        while len(device) > fewer:
+            for key in list(islice(device, len(device) - fewer)):
+                mask = device.pop(key)
+                if mask & _USED:
+                    device[key] = mask ^ _USED
+                    continue
+                self._num_evicted += 1
+                for masks in self._slow.values():
+                    masks.pop(key, None)
 
-    def _columns(self, num_words: int) -> Words:
-        return np.zeros((self._table.num_slots, num_words), np.uint64)
+    def _masks(self, tier: Tier) -> dict[bytes, int]:
+        return self._device if tier == "device" else self._slow[tier]
+
+    def _anywhere(self, key: bytes) -> int:
+        mask = self._device.get(key, 0) & ~_USED
+        for masks in self._slow.values():
+            mask |= masks.get(key, 0)
+        return mask
+
+    # --- who is gone ---------------------------------------------------------------------------
+
+    def _renew(self, source: _Source) -> None:
+        """It holds nothing (as far as is known): a new column is a matter of a moment, while taking
+        its bit out of every mask is not."""
+        self._columns.give_up(source.bit)
+        source.bit = self._columns.take()
+        self._version += 1
+
+    def _sweep(self, most: int) -> None:
+        """Take the bits of columns that were given up out of up to so many masks."""
+        if not self._unswept and self._columns.dead:
+            self._unswept, self._sweeping = list(self._device), self._columns.dead
+        gone, self._unswept[-most:] = self._unswept[-most:], []
+        dead = self._sweeping
+        for key in gone:
+            if not self._anywhere(key) & dead:
+                continue
+            for tier in TIERS:
+                mask = self._masks(tier).get(key, 0)
+                if mask & dead:
+                    self._set(tier, key, mask & ~dead)
+        if not self._unswept:
+            self._columns.swept(dead)
+            self._sweeping = 0
+
+
+def _split(packed: bytes) -> list[bytes]:
+    assert len(packed) % KEY_BYTES == 0, "keys are 16 bytes each"
+    found: list[bytes] = np.frombuffer(packed, "V16").tolist()
+    return found
+
+
+def _num_bytes(masks: dict[bytes, int]) -> int:
+    """As far as can be said without looking at all of them."""
+    some = list(islice(masks.values(), _SAMPLED))
+    a_mask = sum(map(sys.getsizeof, some)) / max(1, len(some))
+    return sys.getsizeof(masks) + int(len(masks) * (_KEY_OBJECT_BYTES + a_mask))
