@@ -75,12 +75,15 @@ class Flights:
         self.free_at_s = now + sum([f.predicted_s for f in self._flights])
         return flight
 
-    def shortened(self, steps: int) -> None:
-        """The last one will have only so many steps."""
+    def shortened(self, steps: int, now: float) -> None:
+        """The last one will have only so many steps, and ends with the present one or the next."""
         flight = self._flights[-1]
         assert flight.times is not None, "runs have been predicted"
         times = flight.times.shortened(steps)
-        self.free_at_s -= flight.times.total_s - times.total_s
+        end_s = self.free_at_s - flight.times.total_s + times.total_s
+        if len(self._flights) == 1 and steps < flight.times.steps:
+            end_s = min(max(end_s, now), now + 2 * times.of_step(steps))
+        self.free_at_s = end_s
         flight.batch = msgspec.structs.replace(flight.batch, steps=steps)
         flight.features = flight.features._replace(steps=steps)
         flight.times, flight.is_being_shortened = times, False
@@ -100,6 +103,13 @@ class Flights:
         if times.steps > 1:
             ahead_s = min(ahead_s, last_s)
         return self.free_at_s - ahead_s
+
+    def ahead_s(self, now: float, residual_s: float) -> float:
+        """How long before its end the step under way has the next one behind it."""
+        times = self._flights[-1].times
+        assert times is not None, "runs have been predicted"
+        number = times.under_way(now - (self.free_at_s - times.total_s))
+        return self._ahead.of(times.of_step(number), residual_s)
 
     def begun(self, now: float, residual_s: float) -> int:
         """How many steps of the last batch would have been launched by now, were they batches of

@@ -23,12 +23,13 @@ class Launch(msgspec.Struct, frozen=True):
 
 
 class Shorten(msgspec.Struct, frozen=True):
-    """End the run `step`, the batch launched last, after so many of its steps, or with the one
-    under way if that is later: something came that should not wait. How many it will be by then is
-    told at once (`InstanceCore.on_shortened`)."""
+    """Something came that should not wait: end the run `step`, the batch launched last, with the
+    step under way, or with the next one where that is due within `ahead_s`, since it would have
+    been given to the device by now. How many steps that makes is told at once
+    (`InstanceCore.on_shortened`)."""
 
     step: int
-    steps: int
+    ahead_s: float
 
 
 class Connect(msgspec.Struct, frozen=True):

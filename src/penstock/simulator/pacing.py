@@ -83,16 +83,19 @@ class PacedRunner(ABC):
         self._launched.append(launched)
         self._wait_for(launched)
 
-    def shorten(self, step: int, steps: int) -> int:
-        """The run `step`, the batch launched last, is to end after so many of its steps, or with
-        the one under way. Returns how many it will be."""
+    def shorten(self, step: int, ahead_s: float) -> int:
+        """End the run `step`, the batch launched last, with the step under way, or with the next
+        one where that is due within `ahead_s`. Returns how many steps that makes."""
         launched = self._launched[-1]
         assert launched.batch.step == step, "only the last batch can be shortened"
-        elapsed_s = self._clock() - launched.start_s
-        under_way = launched.times.under_way(elapsed_s) if elapsed_s > 0.0 else 1
-        steps = min(max(steps, under_way), launched.times.steps)
-        if steps < launched.times.steps:
-            launched.times = launched.times.shortened(steps)
+        times, elapsed_s = launched.times, self._clock() - launched.start_s
+        steps = 1
+        if elapsed_s >= 0.0:
+            steps = times.under_way(elapsed_s)
+            if elapsed_s >= times.end_s(steps) - ahead_s:
+                steps = min(steps + 1, times.steps)
+        if steps < times.steps:
+            launched.times = times.shortened(steps)
             self._wait_for(launched)
         return steps
 

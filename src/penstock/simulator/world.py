@@ -357,8 +357,8 @@ class World:
                 case Connect(peer=peer, address=address):
                     assert address == f"sim://{peer}"
                     node.peers[peer] = None
-                case Shorten(step=step, steps=steps):
-                    self._shorten(node, step, steps)
+                case Shorten(step=step, ahead_s=ahead_s):
+                    self._shorten(node, step, ahead_s)
                 case Move(job=job):
                     self._move(node, job)
                 case Stop():
@@ -389,10 +389,10 @@ class World:
 
         device.runner.launch(batch, done)
 
-    def _shorten(self, node: Node, step: int, steps: int) -> None:
+    def _shorten(self, node: Node, step: int, ahead_s: float) -> None:
         core, device = node.core, node.device
         assert isinstance(core, InstanceCore) and device is not None
-        steps = device.runner.shorten(step, steps)
+        steps = device.runner.shorten(step, ahead_s)
         self._carry_out(node, core.on_shortened(step, steps, node.clock.local_s(self.now)))
 
     def _move(self, node: Node, job: Job) -> None:
