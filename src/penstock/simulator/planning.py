@@ -153,6 +153,8 @@ class _Line:
     shape: Shape
     kind: Kind
     most: int
+    #: The same instances, doing both: about so many it will take.
+    beside: _Line | None = None
     #: Counts up to here are known (or taken) to fail; `meets` does.
     fails: int = field(init=False)
     meets: Candidate | None = None
@@ -160,7 +162,11 @@ class _Line:
     _tried: dict[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.fails = max(self.shape.least, 2 if self.kind != "off" else 1) - 1
+        self.fails = self._least - 1
+
+    @property
+    def _least(self) -> int:
+        return max(self.shape.least, 1 if self.kind == "off" else 2)
 
     @property
     def done(self) -> bool:
@@ -175,10 +181,25 @@ class _Line:
     @property
     def count(self) -> int:
         """Whose turn it is."""
+        hint = self._hint
         if self.meets is not None:
-            return (self.fails + self.meets.count) // 2
-        first = self.fails < max(self.shape.least, 2 if self.kind != "off" else 1)
-        return min(self.fails + 1 if first else math.ceil(self.fails * _GROWTH), self.most)
+            near = self.meets.count == hint
+            return hint - 1 if near else (self.fails + self.meets.count) // 2
+        if hint > self.fails:
+            return hint
+        begins = self.fails < self._least or self.fails == hint
+        return min(self.fails + 1 if begins else math.ceil(self.fails * _GROWTH), self.most)
+
+    @property
+    def waits(self) -> bool:
+        return self.beside is not None and not self.beside.done
+
+    @property
+    def _hint(self) -> int:
+        """The count to begin with; 0: nothing is known."""
+        if self.beside is None or not self.beside.done:
+            return 0
+        return self.most if self.beside.meets is None else self.beside.meets.count
 
     def wants(self) -> list[Candidate]:
         count = self.count
@@ -194,18 +215,19 @@ class _Line:
             return
         for prefill in self._untried(count):
             self._tried[prefill] = attained[self._split(prefill, count)]
-        best = max(self._tried, key=lambda p: (self._tried[p], -p))
+        best = max(self._tried, key=lambda p: self._tried[p])
         if self._tried[best] >= wanted:
             self._settle(count, self._split(best, count))
         elif not self._untried(count):
             self._settle(count, None)
 
     def _untried(self, count: int) -> list[int]:
-        """P's to look at: the guess, then the neighbours of the best so far, until it is one."""
+        """P's to look at: the guess, then the neighbours of the best so far, until none is better
+        (of equals, the one that was tried first)."""
         if not self._tried:
             guess = round(self.shape.prefill_share * count)
             return [min(max(guess, 1), count - 1)]
-        best = max(self._tried, key=lambda p: (self._tried[p], -p))
+        best = max(self._tried, key=lambda p: self._tried[p])
         near = [p for p in (best - 1, best + 1) if 1 <= p < count]
         return [p for p in near if p not in self._tried]
 
@@ -223,20 +245,14 @@ class _Line:
 class Search:
     """Ask `wants`, measure, `take`; until nothing is wanted. Then `found`."""
 
-    def __init__(
-        self,
-        shapes: Sequence[Shape],
-        wanted: float,
-        max_gpus: int,
-        kinds: Sequence[Kind] = KINDS,
-    ) -> None:
+    def __init__(self, shapes: Sequence[Shape], wanted: float, max_gpus: int) -> None:
         self._wanted = wanted
-        self._lines = [
-            _Line(shape, kind, max_gpus // shape.gpus)
-            for shape in shapes
-            for kind in kinds
-            if max_gpus // shape.gpus >= (1 if kind == "off" else 2)
-        ]
+        self._lines: list[_Line] = []
+        for shape in shapes:
+            most = max_gpus // shape.gpus
+            together = _Line(shape, "off", most)
+            apart = [_Line(shape, kind, most, together) for kind in KINDS if kind != "off"]
+            self._lines += [together, *apart]
         #: All that was measured.
         self.attained: dict[Candidate, float] = {}
 
@@ -274,8 +290,14 @@ class Search:
         """Lines to go on with: the ones that may be cheapest first, and no others for now."""
         left = [line for line in self._lines if not line.done]
         best = min((c.cost for c in self.found()), default=math.inf)
-        limit = INTEREST * min([best, *(line.least_cost for line in left)])
-        return [line for line in left if line.least_cost <= limit]
+        ready = [line for line in left if not line.waits]
+        limit = INTEREST * min([best, *(line.least_cost for line in ready)])
+        return [line for line in ready if line.least_cost <= limit] or [
+            # What they wait for costs too much by now to be gone on with.
+            line
+            for line in left
+            if line.least_cost <= INTEREST * best
+        ]
 
 
 def cheaper(candidate: Candidate, attained: Attained) -> tuple[Candidate, float] | None:
