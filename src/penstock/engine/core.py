@@ -166,7 +166,7 @@ class InstanceCore:
         """The runner will end the run `step` after so many of its steps."""
         assert self._flights.last.batch.step == step, "only the last batch can be shortened"
         self.scheduler.shorten(step, steps)
-        self._flights.shortened(steps)
+        self._flights.shortened(steps, now)
         return self._settle([], now)
 
     def on_moved(self, moved: Moved, now: float) -> list[Effect]:
@@ -248,15 +248,14 @@ class InstanceCore:
         had it been single steps, because something has come in meanwhile."""
         if not self._flights:
             return []
-        last, steps = self._flights.last, self._flights.last.batch.steps
-        if steps == 1 or last.is_being_shortened or last.changes == self.scheduler.num_changes:
+        last = self._flights.last
+        if last.batch.steps == 1 or last.is_being_shortened:
+            return []
+        if last.changes == self.scheduler.num_changes:
             return []
         last.changes = self.scheduler.num_changes
-        begun = self._flights.begun(now, self.cost.residual_s)
-        if begun == steps:
-            return []
         last.is_being_shortened = True
-        return [Shorten(last.batch.step, begun)]
+        return [Shorten(last.batch.step, self._flights.ahead_s(now, self.cost.residual_s))]
 
     # --- messages ------------------------------------------------------------------------------
 
