@@ -12,7 +12,7 @@ from typing import Any
 from penstock.cli.parser import Parser, count
 from penstock.protocol import secret
 from penstock.protocol.errors import ConfigError
-from penstock.service.config import ClusterConfig, TlsConfig
+from penstock.service.config import SHARE_WEIGHTS, ClusterConfig, TlsConfig
 
 ADMIN_VARIABLE = "PENSTOCK_ADMIN_KEY"
 #: A registry's URL may hold a password, and a command line is for everybody to read.
@@ -50,6 +50,12 @@ def add_cluster_flags(parser: Parser) -> None:
     group = parser.add_argument_group("instances and scheduling")
     add, boolean = group.add_argument, argparse.BooleanOptionalAction
     add("--instances", type=count, metavar="N", help="engine processes on this machine (1)")
+    add(
+        "--share-weights",
+        choices=SHARE_WEIGHTS,
+        help="engines on this machine, and those that replace them, have one copy of the weights "
+        "in memory (auto)",
+    )
     add(
         "--pd",
         type=_pd,
@@ -129,8 +135,8 @@ def cluster_config(said: Mapping[str, Any]) -> ClusterConfig:
         if (value := said.get(f"slo_{name}")) is not None:
             slo[f"{name}_slo_s"] = value
     names = (
-        "instances", "registry", "registry_address", "pd", "policy", "kv_index", "api_workers",
-        "reuse_port", "inherited_socket", "api_worker", "api_worker_folder",
+        "instances", "share_weights", "registry", "registry_address", "pd", "policy", "kv_index",
+        "api_workers", "reuse_port", "inherited_socket", "api_worker", "api_worker_folder",
     )  # fmt: skip
     return ClusterConfig(**slo, **{name: said[name] for name in names if name in said})
 

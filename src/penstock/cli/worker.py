@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import socket
 from pathlib import Path
@@ -38,6 +39,8 @@ def worker_config(arguments: list[str]) -> WorkerConfig:
         help="grows with each start of a name (the clock, in nanoseconds)",
     )
     parser.add_argument("--parent-pid", type=count, help="end when this process is gone")
+    # From whoever starts several: a memfd in which they share weights.
+    parser.add_argument("--weights-fd", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--config", metavar="FILE", help="these flags in YAML, TOML or JSON")
     add_registry(parser)
     add_log_level(parser)
@@ -54,7 +57,7 @@ def worker_config(arguments: list[str]) -> WorkerConfig:
     if not hasattr(options, "name") and registry is not None:
         options.name = f"{socket.gethostname()}-{os.getpid()}"
     check_address(options.address)
-    own = ("address", "name", "incarnation", "parent_pid", "registry", "log_level")
+    own = ("address", "name", "incarnation", "parent_pid", "registry", "weights_fd", "log_level")
     return WorkerConfig(
         engine=engine_config(model_of(parser, options), options),
         **{name: getattr(options, name) for name in own if hasattr(options, name)},

@@ -18,6 +18,7 @@ from penstock.engine.core import CoreConfig, InstanceCore
 from penstock.engine.layers.attention import build_attention
 from penstock.engine.loading.digest import computed_beside, model_digest
 from penstock.engine.loading.loader import load_model
+from penstock.engine.loading.shared_weights import Segment
 from penstock.engine.memory.base import KvMemory
 from penstock.engine.memory.contiguous import ContiguousMemory
 from penstock.engine.memory.premap import NoPremapper, Premapper
@@ -70,13 +71,15 @@ def build_engine(
     trace: Trace = NO_TRACE,
     address: str | None = None,
     registry: str | None = None,
+    weights_fd: int | None = None,
 ) -> Engine:
     """Load the model and everything around it. Raises `StartupError`s with one-line reasons.
 
     `address` is where the instance will listen; without one it has no peers to move blocks to.
+    `weights_fd` is a memfd for weights that it shares (`loading/shared_weights.py`).
     """
     runner = TorchRunner()
-    place = _Place(name, incarnation, address, registry)
+    place = _Place(name, incarnation, address, registry, weights_fd)
     try:
         parts = runner.call(lambda: _assemble(config, place, core_config, progress, trace))
     except BaseException:
@@ -94,6 +97,8 @@ class _Place:
     incarnation: int
     address: str | None
     registry: str | None
+    #: What its starter has passed on to it.
+    weights_fd: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +132,7 @@ def _assemble(
     config = config.for_device("cuda" if platform.device.type == "cuda" else "cpu")
     threads = placement.here(config.cpu_bind, config.num_threads)
     torch.set_num_threads(threads.num_threads)
-    loaded = _load(config, platform, progress)
+    loaded = _load(config, platform, progress, place.weights_fd)
     with contextlib.ExitStack() as on_failure:  # the process may try again
         memory = _open_memory(config, platform, loaded.config)
         on_failure.callback(memory.close)
@@ -171,7 +176,10 @@ def _assemble(
 
 
 def _load(
-    config: EngineConfig, platform: Platform, progress: Callable[[float], None] | None
+    config: EngineConfig,
+    platform: Platform,
+    progress: Callable[[float], None] | None,
+    weights_fd: int | None,
 ) -> _Loaded:
     """The model, and its digest, which is computed beside."""
     checkpoint = resolve(config.model, revision=config.revision)
@@ -190,6 +198,8 @@ def _load(
             quantization=config.quantization,
             seed=config.seed,
             progress=progress,
+            share=None if weights_fd is None else Segment(weights_fd),
+            digest=digest,
         )
         named = model_digest(digest(), model_config)
     return _Loaded(checkpoint, model, model_config, named, platform.device)

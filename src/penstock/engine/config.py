@@ -178,4 +178,6 @@ class WorkerConfig:
     parent_pid: int | None = None
     #: Where it says that it is there (see `penstock.registry.open`); None: services know anyway.
     registry: str | None = None
+    #: A memfd of whoever started this process, for weights that engines share; None: there is none.
+    weights_fd: int | None = None
     log_level: str = "info"

@@ -292,6 +292,7 @@ def run_worker(config: WorkerConfig, build: Callable[..., Engine] = build_engine
         trace=trace,
         address=config.address,
         registry=config.registry,
+        weights_fd=config.weights_fd,
     )
     placement.leave(engine.cpus)
     driver = InstanceDriver(engine.core, engine.runner, trace=trace, mover=engine.mover)

@@ -129,6 +129,7 @@ class _Parent:
             on_ended=lambda name, again: None,  # the workers see it themselves
             on_failed=self._fail,
             roster=FolderRoster(self._folder.path),
+            share_weights=config.cluster.shares_weights,
         )
         self._workers = [self._worker(number) for number in range(config.cluster.api_workers)]
 

@@ -107,6 +107,7 @@ class _Service:
             on_failed=self._fleet_failed,
             on_drained=self._engine_drained,
             roster=roster,
+            share_weights=config.cluster.shares_weights,
         )
         self._fleet.start()
         self._tape = open_tape(config)

@@ -9,6 +9,7 @@ from penstock.protocol.errors import ConfigError
 from penstock.service.cluster.fit import ANYTHING, Wanted
 
 MIB = 1 << 20
+SHARE_WEIGHTS = ("auto", "on", "off")
 #: Policies under which a request stays where its prompt is computed.
 _NEVER_SPLIT = ("kv-aware",)
 
@@ -33,6 +34,8 @@ class ClusterConfig:
 
     #: Engine processes that this command starts.
     instances: int = 1
+    #: Whether they have one copy of the weights in memory, which outlives each of them.
+    share_weights: str = "auto"
     #: Where instances are found (see `penstock.registry.open`); None: only those named or started.
     registry: str | None = None
     #: `registry` is our own, which this process offers at this address.
@@ -69,6 +72,10 @@ class ClusterConfig:
                 f"--policy {self.policy} never splits a request between instances, as --pd "
                 f"{self.pd} wants it: take another one, or leave --policy out"
             )
+
+    @property
+    def shares_weights(self) -> bool:
+        return self.share_weights != "off"
 
     @property
     def engines_return(self) -> bool:

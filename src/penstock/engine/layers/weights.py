@@ -14,6 +14,7 @@ from collections.abc import Mapping
 import torch
 
 from penstock.engine.memory.huge_pages import empty_huge
+from penstock.engine.memory.keeper import Fill
 from penstock.engine.platforms.base import Linear, Platform, TiedEmbedding
 from penstock.engine.quantization.weight import QuantizedWeight, stack
 
@@ -36,9 +37,7 @@ class Weights(ABC):
 
     def vector(self, name: str, size: int) -> torch.Tensor:
         """A norm's weight."""
-        out = self.empty(size)
-        self.fill(name, out)
-        return out
+        return self._kept(name, size)
 
     def matrix(self, name: str, rows: int, columns: int) -> torch.Tensor:
         """One tensor as it is, in the layout of the checkpoint."""
@@ -79,11 +78,25 @@ class Weights(ABC):
         """An embedding that is not the output head as well: a plain matrix [rows, columns]."""
         quantized = self.read_quantized(name, rows, columns)
         if quantized is not None:
-            return quantized.dequantize(self.dtype).to(self.platform.device)
-        return self.matrix(f"{name}.weight", rows, columns)
+            return self._keep(
+                (rows, columns), lambda out: out.copy_(quantized.dequantize(self.dtype))
+            )
+        return self._kept(f"{name}.weight", rows, columns)
 
     def _biases(self, outputs: Mapping[str, int]) -> torch.Tensor:
-        bias_N = self.empty(sum(outputs.values()))
-        for name, part_N in zip(outputs, bias_N.split(list(outputs.values())), strict=True):
-            self.fill(f"{name}.bias", part_N)
-        return bias_N
+        def fill(bias_N: torch.Tensor) -> None:
+            for name, part_N in zip(outputs, bias_N.split(list(outputs.values())), strict=True):
+                self.fill(f"{name}.bias", part_N)
+
+        return self._keep((sum(outputs.values()),), fill)
+
+    def _kept(self, name: str, *shape: int) -> torch.Tensor:
+        """One tensor that the model keeps as it is."""
+        return self._keep(shape, lambda out: self.fill(name, out))
+
+    def _keep(self, shape: tuple[int, ...], fill: Fill) -> torch.Tensor:
+        if self.platform.device.type == "cpu":
+            return self.platform.keeper.keep(shape, self.dtype, fill)
+        out = self.empty(*shape)
+        fill(out)
+        return out

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 
 from penstock.checkpoint import Checkpoint
 from penstock.engine.layers.weights import Weights
-from penstock.engine.loading.sources import Declared, Dummy, FromCheckpoint, Progress, quantized
+from penstock.engine.loading.digest import model_digest
+from penstock.engine.loading.shared_weights import Segment, Sharing, room_for
+from penstock.engine.loading.sources import (
+    Adopted,
+    Declared,
+    Dummy,
+    FromCheckpoint,
+    Progress,
+    quantized,
+)
 from penstock.engine.loading.tensors import CheckpointTensors
 from penstock.engine.memory.sizing import torch_dtype
 from penstock.engine.models.base import Model
@@ -33,12 +43,16 @@ def load_model(
     quantization: str = "auto",
     seed: int = 0,
     progress: Progress | None = None,
+    share: Segment | None = None,
+    digest: Callable[[], str] = lambda: "",
 ) -> tuple[Model, ModelConfig]:
     """The model in `dtype` on the platform's device, and its config with that dtype and length.
 
     Everything is checked before the first byte of data is read; then tensors stream into place one
     by one, so that memory peaks at the weights and one linear more. With `load_format` "dummy" only
     config.json is read and the weights are random (`seed`). `quantization`: see `quantization_of`.
+    With `share` the weights are mapped from there, or read to there for others to map
+    (shared_weights.py); `digest` then gives the `checkpoint_digest`.
 
     Raises `CheckpointError`, `UnsupportedModel`, `NotEnoughMemory`, `ConfigError`.
     """
@@ -46,23 +60,52 @@ def load_model(
     config = model_config(checkpoint, max_model_len=max_model_len)
     config = replace(config, dtype=choose_dtype(config, platform, dtype))
     wanted = quantization_of(checkpoint, quantization)
-    build = family_named(config.family).build
-    weights: Weights
+    target = _Target(config, platform, share, digest)
     if load_format == "dummy":
         wanted = replace(wanted, format=PLAIN)
-        _check_memory(declare(config, platform, wanted), platform)
-        weights = Dummy(platform, torch_dtype(config.dtype), seed)
-        return build(config, quantized(weights, wanted)), config
+        dummy = Dummy(platform, torch_dtype(config.dtype), seed)
+        return target.load(dummy, wanted, declare(config, platform, wanted)), config
     with CheckpointTensors(checkpoint) as tensors:
         declared = declare(config, platform, wanted, tensors.find)
         check_tensors(tensors, declared, config, wanted)
-        _check_memory(declared, platform)
         log_remarks(wanted.format)
         total_bytes = sum(tensors.info(name).num_bytes for name in declared.shapes)
-        weights = FromCheckpoint(
+        stored = FromCheckpoint(
             platform, torch_dtype(config.dtype), tensors, total_bytes, progress, wanted
         )
-        return build(config, quantized(weights, wanted)), config
+        return target.load(stored, wanted, declared, tensors.find), config
+
+
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """What is to be built, and where its weights go."""
+
+    config: ModelConfig
+    platform: Platform
+    share: Segment | None
+    digest: Callable[[], str]
+
+    def load(
+        self,
+        source: Weights,
+        wanted: Quantization,
+        declared: Declared,
+        find: Find = lambda name: None,
+    ) -> Model:
+        config, platform = self.config, self.platform
+
+        def build(weights: Weights) -> Model:
+            return family_named(config.family).build(config, quantized(weights, wanted))
+
+        def read() -> Model:
+            _check_memory(declared, platform)
+            return build(source)
+
+        if self.share is None:
+            return read()
+        sharing = Sharing(self.share, lambda: model_digest(self.digest(), config))
+        adopted = Adopted(platform, torch_dtype(config.dtype), wanted, find)
+        return sharing.load(platform, read, lambda: build(adopted), room_for(declared.num_bytes))
 
 
 def check_load_format(checkpoint: Checkpoint, load_format: str) -> None:

@@ -121,6 +121,23 @@ class Declared(_Modules):
             self.dtypes[f"{module}.{suffix}"] = stored.dtypes
 
 
+class Adopted(_Modules):
+    """Reads nothing: all that the model keeps is there already (see `memory/keeper.py`). What it
+    would be made of has no data."""
+
+    def empty(self, *shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=self.dtype, device="meta")
+
+    def _few_bits(self, module: str, layout: FewBits) -> QuantizedWeight:
+        return layout.declared
+
+    def _fill_module(self, module: str, layout: Layout, out: torch.Tensor) -> None:
+        pass
+
+    def _fill_plain(self, name: str, out: torch.Tensor) -> None:
+        pass
+
+
 class FromCheckpoint(_Modules):
     """Reads each tensor into its place."""
 

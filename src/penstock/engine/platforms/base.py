@@ -13,6 +13,7 @@ from penstock.engine.attention import select
 from penstock.engine.attention.base import AttentionBackend, AttentionShape
 from penstock.engine.attention.reference import ReferenceAttention
 from penstock.engine.memory.base import KvMemory
+from penstock.engine.memory.keeper import PRIVATE
 from penstock.engine.memory.paged import PagedMemory
 from penstock.engine.memory.sizing import available_memory_bytes
 from penstock.engine.quantization.weight import QuantizedWeight
@@ -62,6 +63,14 @@ class Platform:
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
+        #: Where the weights of the next model go.
+        self.keeper = PRIVATE
+
+    @property
+    def packing(self) -> str | None:
+        """How weights are packed here: equal where the same weights give the same bytes, so that
+        processes can share them. None: they cannot."""
+        return None
 
     def make_linear(self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None = None) -> Linear:
         """The fastest x @ weight.T + bias for this weight.

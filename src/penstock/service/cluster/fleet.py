@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable
 
 from penstock.service.cluster.roster import LocalRoster, Roster
@@ -28,14 +29,20 @@ class Fleet:
         on_failed: Callable[[str], None],
         on_drained: Callable[[str], None] = lambda name: None,
         roster: Roster | None = None,
+        share_weights: bool = False,
     ) -> None:
         self._roster = roster or LocalRoster()
         self._on_ended = on_ended
         self._on_failed = on_failed
         self._given_up: set[str] = set()
         self._was_ready = False
+        # Held open here, so that what the engines put there outlives each of them, and never us.
+        self._weights_fd = os.memfd_create("penstock-weights") if share_weights else None
         self.workers = {
-            name: Worker(name, worker_args, policy, self._ended, self._roster, on_drained)
+            name: Worker(
+                *(name, worker_args, policy, self._ended, self._roster, on_drained),
+                weights_fd=self._weights_fd,
+            )
             for name in (f"engine-{number}" for number in range(num_engines))
         }
 
@@ -89,3 +96,6 @@ class Fleet:
 
     async def stop(self, timeout_s: float) -> None:
         await asyncio.gather(*(worker.stop(timeout_s) for worker in self.workers.values()))
+        if self._weights_fd is not None:
+            os.close(self._weights_fd)
+            self._weights_fd = None

@@ -166,9 +166,11 @@ class Worker(Process):
         on_exit: Callable[[str, int, bool], None],
         roster: Roster,
         on_drained: Callable[[str], None],
+        weights_fd: int | None = None,
     ) -> None:
         super().__init__(name, policy, on_exit)
         self._args = worker_args
+        self._weights_fd = weights_fd
         self._roster = roster
         self._on_drained = on_drained
         self.rests = False
@@ -179,8 +181,12 @@ class Worker(Process):
         return [
             *("worker", "--address", self.address, "--name", self.name),
             *("--incarnation", str(self.incarnation), "--parent-pid", str(os.getpid())),
+            *(() if self._weights_fd is None else ("--weights-fd", str(self._weights_fd))),
             *self._args,
         ]
+
+    def inherited(self) -> tuple[int, ...]:
+        return () if self._weights_fd is None else (self._weights_fd,)
 
     def _has_ended(self, code: int) -> None:
         if self._roster.is_out(self.name):

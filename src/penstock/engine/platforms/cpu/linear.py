@@ -13,7 +13,7 @@ import ctypes
 import torch
 from torch.nn import functional
 
-from penstock.engine.memory.huge_pages import empty_huge
+from penstock.engine.memory.keeper import PRIVATE, Keeper
 from penstock.engine.platforms.base import Linear, TiedEmbedding
 from penstock.engine.platforms.cpu import onednn
 from penstock.engine.platforms.cpu.ops import Ops
@@ -22,6 +22,7 @@ _PANEL = 64  # kPanel in linear.h
 #: Below this many weights, a float32 call costs more in oneDNN's dispatch than in arithmetic.
 _SMALL_WEIGHTS = 1 << 16
 _AVX512_LANES = 16
+_NOT_OURS = "linears here are oneDNN's or torch's, which hold weights in a form of their own"
 
 
 class _Linear(ctypes.Structure):
@@ -74,20 +75,29 @@ def kind(ops: Ops | None, dtype: torch.dtype) -> str:
     return "onednn re-ordered" if refusal is None else f"torch ({refusal})"
 
 
-def make_linear(ops: Ops | None, weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> Linear:
+def make_linear(
+    ops: Ops | None,
+    weight_NK: torch.Tensor,
+    bias_N: torch.Tensor | None,
+    keeper: Keeper = PRIVATE,
+) -> Linear:
     """The fastest that can take this weight."""
     dtype = weight_NK.dtype
     if ops is not None and cannot_run(ops, dtype) is None and packable(weight_NK):
-        return NativeLinear(ops, weight_NK, bias_N)
+        return NativeLinear(ops, weight_NK, bias_N, keeper)
+    keeper.leaves_out(_NOT_OURS)
     tiny = dtype == torch.float32 and weight_NK.numel() < _SMALL_WEIGHTS
     if tiny or onednn.cannot_pack(dtype) is not None:
         return lambda x_TK: functional.linear(x_TK, weight_NK, bias_N)
     return onednn.PackedLinear(weight_NK, bias_N)
 
 
-def make_tied_embedding(ops: Ops | None, weight_VE: torch.Tensor) -> TiedEmbedding:
+def make_tied_embedding(
+    ops: Ops | None, weight_VE: torch.Tensor, keeper: Keeper = PRIVATE
+) -> TiedEmbedding:
     if ops is not None and cannot_run(ops, weight_VE.dtype) is None and packable(weight_VE):
-        return NativeTiedEmbedding(NativeLinear(ops, weight_VE))
+        return NativeTiedEmbedding(NativeLinear(ops, weight_VE, keeper=keeper))
+    keeper.leaves_out(_NOT_OURS)
     if onednn.cannot_pack(weight_VE.dtype) is not None:
         return TiedEmbedding(weight_VE)
     return onednn.make_tied_embedding(weight_VE)
@@ -103,12 +113,16 @@ class NativeLinear:
     for bfloat16, one for float32. A token's result depends on nothing but the token."""
 
     def __init__(
-        self, ops: Ops, weight_NK: torch.Tensor, bias_N: torch.Tensor | None = None
+        self,
+        ops: Ops,
+        weight_NK: torch.Tensor,
+        bias_N: torch.Tensor | None = None,
+        keeper: Keeper = PRIVATE,
     ) -> None:
         self.ops = ops
         self.dtype = weight_NK.dtype
         self.num_outputs, self.num_inputs = weight_NK.shape
-        self.words_PWN = pack(ops, weight_NK)
+        self.words_PWN = pack(ops, weight_NK, keeper)
         self._bias_N = bias_N
         is_bf16 = self.dtype == torch.bfloat16
         self._operation = ops.address("linear_bf16" if is_bf16 else "linear_f32")
@@ -164,15 +178,18 @@ class NativeTiedEmbedding(TiedEmbedding):
         return self._linear(x_TE)
 
 
-def pack(ops: Ops, weight_NK: torch.Tensor) -> torch.Tensor:
+def pack(ops: Ops, weight_NK: torch.Tensor, keeper: Keeper = PRIVATE) -> torch.Tensor:
     """int32 words [panels, K / pair, 64]; outputs beyond the last are zeros."""
-    words_NW = weight_NK.detach().contiguous().view(torch.int32)
-    rows, words = words_NW.shape
+    rows, columns = weight_NK.shape
+    words = columns * weight_NK.element_size() // 4
     num_panels = -(-rows // _PANEL)
-    out_PWN = empty_huge((num_panels, words, _PANEL), torch.int32)
-    args = _Pack(out=out_PWN.data_ptr(), weight=words_NW.data_ptr(), rows=rows, words=words)
-    ops.run(ops.address("pack"), args, num_panels)
-    return out_PWN
+
+    def fill(out_PWN: torch.Tensor) -> None:
+        words_NW = weight_NK.detach().contiguous().view(torch.int32)
+        args = _Pack(out=out_PWN.data_ptr(), weight=words_NW.data_ptr(), rows=rows, words=words)
+        ops.run(ops.address("pack"), args, num_panels)
+
+    return keeper.keep((num_panels, words, _PANEL), torch.int32, fill)
 
 
 def _parts(num_panels: int, num_threads: int) -> int:

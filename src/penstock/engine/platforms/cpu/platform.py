@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -39,18 +40,23 @@ class CpuPlatform(Platform):
         self.ops = Ops(library) if library is not None else None
         self._small_ops = SmallOps(self.ops) if self.ops is not None else None
 
+    @property
+    def packing(self) -> str | None:
+        return None if self.ops is None else Path(self.ops.library._name).name
+
     def make_linear(self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None = None) -> Linear:
-        return linear.make_linear(self.ops, weight_NK, bias_N)
+        return linear.make_linear(self.ops, weight_NK, bias_N, self.keeper)
 
     def make_tied_embedding(self, weight_VE: torch.Tensor) -> TiedEmbedding:
-        return linear.make_tied_embedding(self.ops, weight_VE)
+        return linear.make_tied_embedding(self.ops, weight_VE, self.keeper)
 
     def make_quantized_linear(
         self, weight: QuantizedWeight, bias_N: torch.Tensor | None, dtype: torch.dtype
     ) -> Linear:
         if self.ops is not None and quantized.cannot_pack(weight, dtype) is None:
-            return quantized.FewBitsLinear(self.ops, weight, bias_N)
+            return quantized.FewBitsLinear(self.ops, weight, bias_N, self.keeper)
         if onednn_int8.cannot_run(weight) is None:
+            self.keeper.leaves_out("oneDNN packs them in a form of its own")
             return onednn_int8.OneDnnInt8Linear(weight, bias_N)
         return super().make_quantized_linear(weight, bias_N, dtype)
 
@@ -58,7 +64,7 @@ class CpuPlatform(Platform):
         self, weight: QuantizedWeight, dtype: torch.dtype
     ) -> TiedEmbedding:
         if self.ops is not None and quantized.cannot_pack(weight, dtype) is None:
-            return quantized.FewBitsEmbedding(self.ops, weight, dtype)
+            return quantized.FewBitsEmbedding(self.ops, weight, dtype, self.keeper)
         return super().make_quantized_embedding(weight, dtype)
 
     def quantized_kernel(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from penstock.engine.memory.huge_pages import empty_huge
+from penstock.engine.memory.keeper import PRIVATE, Keeper
 from penstock.engine.platforms.base import TiedEmbedding
 from penstock.engine.platforms.cpu import onednn_int8
 from penstock.engine.platforms.cpu.ops import Ops
@@ -122,16 +122,21 @@ class QuantizedRows:
 class PackedWeight:
     """A weight [N, K] in the layout of quantized.h. Nothing of `weight` is kept."""
 
-    def __init__(self, weight: QuantizedWeight) -> None:
+    def __init__(self, weight: QuantizedWeight, keeper: Keeper = PRIVATE) -> None:
         self.bits = weight.bits
         self.num_outputs, self.num_inputs = weight.shape
         self.group_size = weight.group_size
         step = _STEP_INPUTS[self.bits]
         self.padded_length = -(-self.group_size // step) * step
         self.num_groups = self.num_inputs // self.group_size
-        self.scale_dtype = _scale_dtype(weight)
+        noted = keeper.note(lambda: str(_scale_dtype(weight)))
+        self.scale_dtype = torch.float16 if noted == str(torch.float16) else torch.float32
         order_K = weight.input_order_K
-        self.order_K = None if order_K is None else order_K.to(torch.int32).contiguous()
+        self.order_K = (
+            None
+            if order_K is None
+            else keeper.keep(tuple(order_K.shape), torch.int32, lambda out: out.copy_(order_K))
+        )
         self.layout = _Layout(
             num_outputs=self.num_outputs,
             num_groups=self.num_groups,
@@ -139,20 +144,32 @@ class PackedWeight:
             half_scales=self.scale_dtype == torch.float16,
             has_offsets=weight.offsets_NG is not None,
         )
-        self.panels = self._pack(weight)  # uint8 [panels, G, bytes of a group]
+        self.panels = self._pack(weight, keeper)  # uint8 [panels, G, bytes of a group]
 
     @property
     def order_address(self) -> int | None:
         return None if self.order_K is None else self.order_K.data_ptr()
 
-    def _pack(self, weight: QuantizedWeight) -> torch.Tensor:
+    def _pack(self, weight: QuantizedWeight, keeper: Keeper) -> torch.Tensor:
         num_panels = -(-self.num_outputs // PANEL_OUTPUTS)
         tables = [weight.scales_NG]
         if weight.offsets_NG is not None:
             tables.append(weight.offsets_NG)
         header = len(tables) * PANEL_OUTPUTS * self.scale_dtype.itemsize
         code_bytes = PANEL_OUTPUTS * self.padded_length * self.bits // 8
-        panels = empty_huge((num_panels, self.num_groups, header + code_bytes), torch.uint8)
+        shape = (num_panels, self.num_groups, header + code_bytes)
+        return keeper.keep(
+            shape, torch.uint8, lambda panels: self._fill(panels, header, weight, tables)
+        )
+
+    def _fill(
+        self,
+        panels: torch.Tensor,
+        header: int,
+        weight: QuantizedWeight,
+        tables: list[torch.Tensor],
+    ) -> None:
+        num_panels = len(panels)
         codes = panels[..., header:].view(torch.int32)
         scales = panels[..., :header].view(self.scale_dtype)
         for first in range(0, num_panels, _PANELS_AT_ONCE):
@@ -164,7 +181,6 @@ class PackedWeight:
                 table = _padded(table_NG[rows]).view(-1, PANEL_OUTPUTS, self.num_groups)
                 part = slice(index * PANEL_OUTPUTS, (index + 1) * PANEL_OUTPUTS)
                 scales[here, :, part].copy_(table.transpose(1, 2))
-        return panels
 
     def _words(self, codes_NK: torch.Tensor) -> torch.Tensor:
         """int32 [panels, G, steps, 64], one word of each output after the other."""
@@ -182,9 +198,13 @@ class FewBitsLinear:
     nothing but the token."""
 
     def __init__(
-        self, ops: Ops, weight: QuantizedWeight, bias_N: torch.Tensor | None = None
+        self,
+        ops: Ops,
+        weight: QuantizedWeight,
+        bias_N: torch.Tensor | None = None,
+        keeper: Keeper = PRIVATE,
     ) -> None:
-        self.weight = PackedWeight(weight)
+        self.weight = PackedWeight(weight, keeper)
         self._ops = ops
         self._bias_N = None if bias_N is None else _padded(bias_N.float()[:, None])
         self._quantize = ops.address("quantize_rows")
@@ -242,8 +262,10 @@ class FewBitsLinear:
 class FewBitsEmbedding(TiedEmbedding):
     """One matrix [V, E] for both ends of a model, in few bits, held once."""
 
-    def __init__(self, ops: Ops, weight: QuantizedWeight, dtype: torch.dtype) -> None:
-        self.linear = FewBitsLinear(ops, weight)
+    def __init__(
+        self, ops: Ops, weight: QuantizedWeight, dtype: torch.dtype, keeper: Keeper = PRIVATE
+    ) -> None:
+        self.linear = FewBitsLinear(ops, weight, keeper=keeper)
         self._ops = ops
         self._dtype = dtype
         self._embed = ops.address("embed_few_bits")
