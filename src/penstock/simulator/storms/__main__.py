@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(
                 f"seed {seed}: {verdict.failure} [{verdict.where}] at {verdict.failed_at_s:.4f} s"
             )
-            print(f"    python -m penstock.simulator.storms {seed}")
+            print(f"    python -m penstock.simulator.storms {seed}", flush=True)
             if len(seeds) == 1:
                 print(verdict.trace)
                 smallest = Shrinker(play).shrink(verdict)

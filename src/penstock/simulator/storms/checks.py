@@ -18,6 +18,8 @@ from penstock.protocol.request import Cancel, Submit
 from penstock.protocol.tokens import Tokens
 from penstock.service.core import ServiceCore
 
+#: Events in a row at one moment. (What a stopped process has missed comes all at once.)
+_MOST_AT_ONCE = 5000
 Act = Callable[[str, Any, float], list[Effect]]
 
 
@@ -36,6 +38,7 @@ class Witness:
     def __init__(self, recount_every: int) -> None:
         self._recount_every = recount_every
         self._num_looks = 0
+        self._now_s, self._stands_still = 0.0, 0
         self._cores: dict[str, InstanceCore | ServiceCore] = {}
         #: Of each instance: the incarnations of services that it has let in, and who runs there.
         self._attached: dict[tuple[str, str], int] = {}
@@ -143,7 +146,11 @@ class Witness:
 
     # --- counting anew -------------------------------------------------------------------------
 
-    def look(self, name: str) -> None:
+    def look(self, name: str, now_s: float) -> None:
+        """After each event, at `now_s` of the world."""
+        self._stands_still = self._stands_still + 1 if now_s == self._now_s else 0
+        self._now_s = now_s
+        hold(self._stands_still < _MOST_AT_ONCE, f"{name} sets itself off for ever")
         core = self._cores.get(name)
         if core is None:
             return

@@ -232,7 +232,7 @@ class Cluster:
 
     def _look(self, name: str) -> None:
         """After each event."""
-        self.witness.look(name)
+        self.witness.look(name, self.world.now)
         if name in self.up and not self.world.lives(name):
             self._has_left(name)
 

@@ -24,6 +24,7 @@ from penstock.simulator.storms.storm import (
     Fault,
     Halt,
     Hang,
+    Lead,
     Noise,
     Raise,
     RegistryLoss,
@@ -129,6 +130,8 @@ def _kinds(shape: Shape) -> list[_Kind]:
         kinds.append(_spoil_tiers)
     if shape.registry:
         kinds += [_registry_loss, _registry_cut]
+    else:
+        kinds += [_lead, _assignment]
     return kinds
 
 
@@ -197,6 +200,7 @@ def _noise(draw: random.Random, storm: Storm, at_s: float) -> Fault:
         duplicate=draw.choice((0.0, 0.1, 0.3)),
         jitter_s=draw.choice((0.0, 0.005, 0.1)),
         reorder=draw.choice((0.0, 0.0, 0.02, 0.2)),
+        late_s=draw.choice((0.2, 2.0)),
     )
 
 
@@ -231,6 +235,10 @@ def _scale_up(draw: random.Random, storm: Storm, at_s: float) -> Fault:
 def _assignment(draw: random.Random, storm: Storm, at_s: float) -> Fault:
     service, node = draw.choice(storm.shape.services), draw.choice(storm.shape.instances)
     return Assignment(at_s=at_s, service=service, node=node, role=draw.choice(_ROLES))
+
+
+def _lead(draw: random.Random, storm: Storm, at_s: float) -> Fault:
+    return Lead(at_s=at_s, service=draw.choice(storm.shape.services))
 
 
 def _registry_loss(draw: random.Random, storm: Storm, at_s: float) -> Fault:

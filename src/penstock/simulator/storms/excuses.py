@@ -13,6 +13,7 @@ from penstock.simulator.storms.storm import (
     Fault,
     Halt,
     Hang,
+    Lead,
     Noise,
     Raise,
     RegistryLoss,
@@ -66,7 +67,9 @@ def _span(storm: Storm, fault: Fault, service: str) -> tuple[tuple[str, ...], fl
             return (everybody, fault.at_s, until_s) if loud else None
         case Drain(node=node):
             return (node,), fault.at_s, float("inf")
-        case Assignment() | Raise() | RegistryLoss() | ScaleUp() | SpoilTiers() | TakeBack():
+        case (
+            Assignment() | Lead() | Raise() | RegistryLoss() | ScaleUp() | SpoilTiers() | TakeBack()
+        ):
             return None
 
 

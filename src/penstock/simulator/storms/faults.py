@@ -18,6 +18,7 @@ from penstock.simulator.storms.storm import (
     Fault,
     Halt,
     Hang,
+    Lead,
     Noise,
     Raise,
     RegistryLoss,
@@ -78,6 +79,9 @@ class Strikes:
                 cluster.drain(service, node, out=out)
             case ScaleUp(node=node) if node not in cluster.instances:
                 cluster.start_instance(node)
+            case Lead(service=service) if service in cluster.up and cluster.registry is None:
+                lead = cluster.services[service].lead
+                cluster.tell(service, partial(lead, 2000 + int(world.now * 1000)))
             case Assignment() if fault.service in cluster.up:
                 self._assign(fault)
             case _:
@@ -114,6 +118,7 @@ class Strikes:
             duplicate=worst(lambda n: n.duplicate, calm.duplicate),
             jitter_s=worst(lambda n: n.jitter_s, calm.jitter_s),
             reorder=worst(lambda n: n.reorder, calm.reorder),
+            late_s=worst(lambda n: n.late_s, calm.late_s),
         )
 
     def _assign(self, fault: Assignment) -> None:

@@ -171,8 +171,8 @@ class Cut:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Noise:
-    """Of the frames on every link, the shares that are lost, that come twice, and that are late and
-    overtaken; each takes up to `jitter_s` longer."""
+    """Of the frames on every link, the shares that are lost, that come twice, and that are up to
+    `late_s` late and overtaken; each takes up to `jitter_s` longer."""
 
     at_s: float
     for_s: float
@@ -180,6 +180,7 @@ class Noise:
     duplicate: float = 0.0
     jitter_s: float = 0.0
     reorder: float = 0.0
+    late_s: float = 0.2
 
     @property
     def over_s(self) -> float:
@@ -279,6 +280,19 @@ class Assignment:
         return self.at_s
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lead:
+    """Without a registry: `service` leads, in a term above all before, and nobody tells the one
+    that has led."""
+
+    at_s: float
+    service: str
+
+    @property
+    def over_s(self) -> float:
+        return self.at_s
+
+
 Fault = (
     Crash
     | Halt
@@ -294,6 +308,7 @@ Fault = (
     | Drain
     | ScaleUp
     | Assignment
+    | Lead
 )
 
 

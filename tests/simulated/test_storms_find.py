@@ -1,0 +1,248 @@
+"""Bugs planted in the cores are found by storms within a few dozen seeds, and made small."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import pytest
+
+from penstock.engine.core import InstanceCore
+from penstock.protocol.effects import Effect, Reply, SetTimer
+from penstock.protocol.instance import Assign
+from penstock.protocol.tokens import Tokens
+from penstock.service.core import ServiceCore
+from penstock.service.journal import Entry
+from penstock.simulator.storms import storm as storm_module
+from penstock.simulator.storms.draw import storm_of
+from penstock.simulator.storms.play import Verdict, play
+from penstock.simulator.storms.shrink import Shrinker
+from penstock.simulator.storms.storm import Storm
+
+logging.getLogger("penstock.registry").setLevel(logging.CRITICAL)
+Core = InstanceCore | ServiceCore
+SEEDS = range(60)
+
+
+def _wrap(
+    owner: object, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> None:
+    setattr(owner, name, make(getattr(owner, name)))
+
+
+# --- planted in the service ----------------------------------------------------------------------
+
+
+def attempts_are_not_compared(core: Core) -> None:
+    if not isinstance(core, ServiceCore):
+        return
+
+    def make(act: Callable[..., Any]) -> Callable[..., Any]:
+        def on_message(peer: str, message: Any, now: float) -> list[Effect]:
+            known = core.instances.get(peer)
+            if isinstance(message, Tokens) and known is not None:
+                rows = [
+                    msgspec.structs.replace(row, attempt=known.entries[row.request_id].attempt)
+                    if row.request_id in known.entries
+                    else row
+                    for row in message.rows
+                ]
+                message = msgspec.structs.replace(message, rows=rows)
+            found: list[Effect] = act(peer, message, now)
+            return found
+
+        return on_message
+
+    _wrap(core, "on_message", make)
+
+
+def incarnations_are_not_compared(core: Core) -> None:
+    if not isinstance(core, ServiceCore):
+        return
+
+    def make(act: Callable[..., Any]) -> Callable[..., Any]:
+        def on_message(peer: str, message: Any, now: float) -> list[Effect]:
+            known = core.instances.get(peer)
+            if known is not None and hasattr(message, "incarnation"):
+                message = msgspec.structs.replace(message, incarnation=known.incarnation)
+            found: list[Effect] = act(peer, message, now)
+            return found
+
+        return on_message
+
+    _wrap(core, "on_message", make)
+
+
+def a_counter_is_not_taken_back(core: Core) -> None:
+    """Of those who go away before their first token."""
+    if not isinstance(core, ServiceCore):
+        return
+
+    def make(close: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(entry: Entry, finish: str) -> Any:
+            effects = close(entry, finish)
+            core.placement.num_queued += finish == "cancelled" and not entry.emitted
+            return effects
+
+        return counted
+
+    _wrap(core.placement, "close", make)
+
+
+def a_resumed_request_ends_twice(core: Core) -> None:
+    if not isinstance(core, ServiceCore):
+        return
+
+    def make(act: Callable[..., Any]) -> Callable[..., Any]:
+        def on_message(peer: str, message: Any, now: float) -> list[Effect]:
+            before = core.placement.num_resumed
+            effects: list[Effect] = act(peer, message, now)
+            last: list[Effect] = [
+                e for e in effects if isinstance(e, Reply) and e.event.finish is not None
+            ]
+            return effects + last if before else effects
+
+        return on_message
+
+    _wrap(core, "on_message", make)
+
+
+def one_of_the_interrupted_is_forgotten(core: Core) -> None:
+    if not isinstance(core, ServiceCore):
+        return
+
+    def make(evacuate: Callable[..., Any]) -> Callable[..., Any]:
+        def all_but_one(instance: Any, now: float) -> Any:
+            entries = list(instance.entries.values())
+            effects = evacuate(instance, now)
+            for entry in entries[-1:]:
+                if entry.key in [e.key for e in core.journal]:
+                    core.placement.close(entry, "forgotten")
+            return effects
+
+        return all_but_one
+
+    _wrap(core.placement, "evacuate", make)
+
+
+# --- planted in instances ------------------------------------------------------------------------
+
+
+def older_leaders_are_believed(core: Core) -> None:
+    if not isinstance(core, InstanceCore):
+        return
+
+    def make(act: Callable[..., Any]) -> Callable[..., Any]:
+        def on_message(peer: str, message: Any, now: float) -> list[Effect]:
+            if isinstance(message, Assign):
+                core.epoch = min(core.epoch, message.epoch - 1)
+            found: list[Effect] = act(peer, message, now)
+            return found
+
+        return on_message
+
+    _wrap(core, "on_message", make)
+
+
+def a_block_is_freed_twice(core: Core) -> None:
+    """When a sequence that runs is cancelled."""
+    if not isinstance(core, InstanceCore):
+        return
+    pool = core.scheduler.pool
+
+    def make(cancel: Callable[..., Any]) -> Callable[..., Any]:
+        def twice(key: Any, attempt: Any = None) -> Any:
+            blocks = [b for s in core.scheduler.live() if s.key == key for b in s.blocks]
+            update = cancel(key, attempt)
+            if update is not None and blocks and blocks[-1] in pool._free:
+                pool._free.append(blocks[-1])
+            return update
+
+        return twice
+
+    _wrap(core.scheduler, "cancel", make)
+
+
+def what_did_not_arrive_is_used(core: Core) -> None:
+    if not isinstance(core, InstanceCore):
+        return
+
+    def make(act: Callable[..., Any]) -> Callable[..., Any]:
+        def on_moved(moved: Any, now: float) -> Any:
+            ok = (True,) * len(moved.ok)
+            return act(type(moved)(moved.number, ok, moved.num_bytes, moved.seconds), now)
+
+        return on_moved
+
+    _wrap(core, "on_moved", make)
+
+
+def blocks_are_lent_for_ever(core: Core) -> None:
+    if isinstance(core, InstanceCore):
+        core.exchange.offers.poll = lambda now: []  # type: ignore[method-assign]
+
+
+def a_timer_is_not_set_again(core: Core) -> None:
+    """Once in a while."""
+    if not isinstance(core, InstanceCore):
+        return
+    draw = random.Random(1)
+
+    def make(act: Callable[..., Any]) -> Callable[..., Any]:
+        def on_timer(now: float) -> list[Effect]:
+            effects: list[Effect] = act(now)
+            lost = draw.random() < 0.02
+            return [e for e in effects if not (lost and isinstance(e, SetTimer))]
+
+        return on_timer
+
+    _wrap(core, "on_timer", make)
+
+
+PLANTS = (
+    attempts_are_not_compared,
+    incarnations_are_not_compared,
+    a_counter_is_not_taken_back,
+    a_resumed_request_ends_twice,
+    one_of_the_interrupted_is_forgotten,
+    older_leaders_are_believed,
+    a_block_is_freed_twice,
+    what_did_not_arrive_is_used,
+    blocks_are_lent_for_ever,
+    a_timer_is_not_set_again,
+)
+
+
+def first_failure(plant: Callable[[Core], None]) -> Verdict:
+    for seed in SEEDS:
+        verdict = play(storm_of(seed), plant=plant)
+        if not verdict.ok:
+            return verdict
+    raise AssertionError(f"{plant.__name__} is not found in {len(SEEDS)} storms")
+
+
+@pytest.mark.parametrize("plant", PLANTS, ids=lambda plant: plant.__name__)
+def test_a_planted_bug_is_found(plant: Callable[[Core], None]) -> None:
+    found = first_failure(plant)
+    assert play(found.storm).ok  # without it there is nothing to find
+    again = play(found.storm, plant=plant)
+    assert (again.failure, again.digest) == (found.failure, found.digest)
+
+
+def test_what_fails_is_made_small_and_can_be_pasted() -> None:
+    def planted(storm: Storm) -> Verdict:
+        return play(storm, plant=a_resumed_request_ends_twice)
+
+    found = first_failure(a_resumed_request_ends_twice)
+    smallest = Shrinker(planted, most_plays=150).shrink(found)
+    storm = smallest.storm
+    assert smallest.where == found.where
+    assert len(storm.asks) <= 2 and len(storm.faults) <= 2
+    assert len(storm.asks) < len(found.storm.asks)
+    pasted = eval(str(storm), vars(storm_module))
+    assert pasted == storm
+    assert planted(pasted).failure == smallest.failure
+    assert play(pasted).ok
