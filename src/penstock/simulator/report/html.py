@@ -70,6 +70,11 @@ def render(report: dict[str, Any]) -> str:
         parts.append(_tag("p", f"{left} further runs stand in report.json with their time lines."))
     parts += [_tag("h2", "The cluster"), _tag("pre", about["cluster"])]
     parts.append(_tag("p", "Made by penstock " + about["penstock"] + "."))
+    if plots is not None:
+        parts = [
+            plots.scoped(part, place) if part.startswith("<svg") else part
+            for place, part in enumerate(parts)
+        ]
     return _PAGE.format(title=escape("Simulation: " + about["cluster_name"]), body="\n".join(parts))
 
 

@@ -6,7 +6,6 @@ or dark.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import re
 from collections.abc import Callable, Sequence
@@ -70,7 +69,8 @@ def cdf(runs: Sequence[Run], key: str, title: str, slo_s: float | None) -> str:
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.set_xlabel(f"{title}, ms")
         axes.set_ylabel("% of requests")
-        axes.legend(fontsize=8)
+        if axes.get_lines():
+            axes.legend(fontsize=8)
 
     return _svg(draw)
 
@@ -176,12 +176,10 @@ def _svg(draw: Callable[[Axes], None], height: float = 3.0) -> str:
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
     text = out.getvalue()
-    text = text[text.index("<svg") :].replace(_INK, "currentColor")
-    return _scoped(text)
+    return text[text.index("<svg") :].replace(_INK, "currentColor")
 
 
-def _scoped(svg: str) -> str:
-    """Several plots stand in one page: in each, ids begin with a name of its own."""
-    scope = "p" + hashlib.sha256(svg.encode()).hexdigest()[:12]
-    svg = re.sub(r'\bid="', f'id="{scope}-', svg)
-    return re.sub(r"(url\(#|href=\"#)", rf"\1{scope}-", svg)
+def scoped(svg: str, place: int) -> str:
+    """Of several plots in one page, the ids of each begin with its place."""
+    svg = re.sub(r'\bid="', f'id="p{place}-', svg)
+    return re.sub(r"(url\(#|href=\"#)", rf"\1p{place}-", svg)
