@@ -5,8 +5,8 @@
 `penstock.simulator.real_time` runs the production core behind the production driver, sockets and
 router, with a cost model for a device that takes its time on a real clock. Whatever then differs
 from the simulator is what that leaves out: HTTP, tokenizers, Python's own time, and how exactly a
-loaded machine keeps time. The case `cpu-engine` goes further: `penstock serve` computes, and what
-it has fitted to itself (`penstock costs`) is what the simulator runs.
+loaded machine keeps time. The cases `cpu-engine...` go further: `penstock serve` computes, and
+what it has fitted to itself (`penstock costs`) is what the simulator runs.
 
 Beside each case stand probes of the machine while it ran: how late a sleeping thread wakes, and
 what a request takes that needs no engine.
@@ -19,6 +19,7 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import sys
 import tempfile
 import threading
@@ -34,6 +35,7 @@ import numpy as np
 from tests.helpers.real_time import real_time_cluster
 from tests.helpers.server import running
 
+from penstock.checkpoint import TOY
 from penstock.cli import costs
 from penstock.loadgen.live import Outcome, Shot, play
 from penstock.loadgen.prompts import prompt_ids
@@ -82,13 +84,12 @@ CASES = (
     Case(name="short-steps", trace="conversation", speed=0.5, hardware=FAST, count=2,
          bounded=False),
 )  # fmt: skip
-CPU_ENGINE = "cpu-engine"
 #: Simulations of each case; the first is the one that is compared.
 SEEDS = 5
 
 
 def main() -> int:
-    names = [*(case.name for case in CASES), CPU_ENGINE]
+    names = [case.name for case in (*CASES, *CPU_CASES)]
     parser = argparse.ArgumentParser(prog="benchmarks.simulator_validation", description=__doc__)
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="CASE")
     parser.add_argument("--seconds", type=float, default=60.0, help="of arrivals in each case")
@@ -100,9 +101,10 @@ def main() -> int:
             if case.name in options.only:
                 found.append(validate(case, options.seconds, Path(folder)))
                 print(words(found[-1]), flush=True)
-        if CPU_ENGINE in options.only:
-            found.append(validate_cpu_engine(options.seconds, Path(folder)))
-            print(words(found[-1]), flush=True)
+        for cpu_case in CPU_CASES:
+            if cpu_case.name in options.only:
+                found.append(validate_cpu_engine(cpu_case, options.seconds, Path(folder)))
+                print(words(found[-1]), flush=True)
     if options.json:
         options.json.write_text(json.dumps({"cases": found}, indent=1) + "\n")
     return 0
@@ -214,8 +216,10 @@ def compare(outcomes: Sequence[Outcome], simulated: experiment.Outcome) -> dict[
             real, ours = (float(np.percentile(v, percent)) for v in (real_s, simulated_s))
             found[f"{name}_p{percent}_ms"] = [_ms(real), _ms(ours)]
             found[f"{name}_p{percent}_difference"] = round(ours / real - 1, 4)
-        each = simulated_s / real_s - 1
-        found[f"{name}_of_each_request_median"] = round(float(np.median(np.abs(each))), 4)
+        # Two tokens that came in one piece have no time between them.
+        told = real_s > 0
+        each = np.abs(simulated_s[told] / real_s[told] - 1)
+        found[f"{name}_of_each_request_median"] = round(float(np.median(each)), 4)
     return found
 
 
@@ -238,32 +242,48 @@ def _ms(seconds: float) -> float:
 
 # --- the CPU engine ------------------------------------------------------------------------------
 
-#: The toy model's context is short.
-CPU_LONGEST = 1024
 CPU_FLAGS = ("--max-num-seqs", "16", "--num-threads", "1", "--max-num-batched-tokens", "256")
 
 
-def validate_cpu_engine(seconds: float, folder: Path) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class CpuCase:
+    """Lengths of the conversation trace are divided, to suit a CPU."""
+
+    name: str
+    #: Of config.json, in place of the toy's, with random weights; none: the toy itself.
+    dimensions: dict[str, int] = field(default_factory=dict)
+    speed: float
+    shorter: int
+
+
+CPU_CASES = (
+    CpuCase(
+        name="cpu-engine",
+        dimensions={
+            "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+            "num_attention_heads": 12, "num_key_value_heads": 4,
+        },
+        speed=0.1,
+        shorter=8,
+    ),
+    CpuCase(name="cpu-engine-toy", speed=0.3, shorter=4),
+)  # fmt: skip
+
+
+def validate_cpu_engine(case: CpuCase, seconds: float, folder: Path) -> dict[str, Any]:
     """One instance that computes. It is fitted while it does a first stretch of the trace; the
     comparison is about another one."""
-    whole = [
-        replace(
-            r,
-            input_tokens=min(r.input_tokens // 2 + 1, CPU_LONGEST),
-            output_tokens=min(r.output_tokens // 4 + 1, 128),
-        )
-        for r in slice_of("conversation", 0.5, 2 * seconds)
-    ]
-    first = [r for r in whole if r.arrival_s < seconds]
-    second = [replace(r, arrival_s=r.arrival_s - seconds) for r in whole if r.arrival_s >= seconds]
-    with running("toy", *CPU_FLAGS) as server:
+    first, second = _two_stretches(case, seconds)
+    model = _checkpoint(case, folder / case.name)
+    dummy = ("--load-format", "dummy") if case.dimensions else ()
+    with running(model, *CPU_FLAGS, *dummy, "--served-model-name", "toy") as server:
         replay(server.url, first)
         fitted = costs.as_file(costs.choose(report_of(server.url).instances, None))
-        before = report_of(server.url).instances[0].steps
+        before = busy_s(report_of(server.url))
         with Probes(server.url) as probes:
             outcomes = replay(server.url, second)
-        after = report_of(server.url).instances[0].steps
-    path = folder / "cpu-engine.json"
+        busy = busy_s(report_of(server.url))
+    path = folder / f"{case.name}.json"
     path.write_text(json.dumps(fitted))
     pool = PoolSpec(
         count=1, hardware=str(path), max_num_seqs=16, max_num_batched_tokens=256,
@@ -272,21 +292,46 @@ def validate_cpu_engine(seconds: float, folder: Path) -> dict[str, Any]:
     spec = ClusterSpec(pools=(pool,), policy="least-load", pd="off")
     simulations = [experiment.run(spec, second, seed=seed) for seed in range(SEEDS)]
     simulated = simulations[0]
-    assert before is not None and after is not None
-    busy = (after.mean_s or 0.0) * after.count - (before.mean_s or 0.0) * before.count
     return {
-        "case": CPU_ENGINE,
-        "hardware": "toy on this CPU, one thread",
+        "case": case.name,
+        "hardware": f"{case.dimensions or 'the toy'} on this CPU, one thread",
         "policy": "least-load, pd off",
-        "steps_are_long": False,
+        "steps_are_long": bool(case.dimensions),
         "requests": len(second),
         "seconds": seconds,
         "fitted": fitted,
         **compare(outcomes, simulated),
         "spread_of_simulations": spread(simulations),
-        "busy_s_by_instance": {"engine-0": [round(busy, 2), round(float(simulated.busy_s[0]), 2)]},
+        "busy_s_by_instance": {
+            name: [round(s - before[name], 2), round(float(simulated.busy_s[0]), 2)]
+            for name, s in busy.items()
+        },
         "probes": probes.result(),
     }
+
+
+def _two_stretches(case: CpuCase, seconds: float) -> tuple[list[TraceRequest], list[TraceRequest]]:
+    whole = [
+        replace(
+            r,
+            input_tokens=min(r.input_tokens // case.shorter + 1, 1024),
+            output_tokens=min(r.output_tokens // case.shorter + 1, 256),
+        )
+        for r in slice_of("conversation", case.speed, 2 * seconds)
+    ]
+    first = [r for r in whole if r.arrival_s < seconds]
+    rest = whole[len(first) :]
+    return first, [replace(r, arrival_s=r.arrival_s - seconds) for r in rest]
+
+
+def _checkpoint(case: CpuCase, folder: Path) -> str:
+    """The toy, or its tokenizer with a larger network."""
+    if not case.dimensions:
+        return "toy"
+    shutil.copytree(TOY, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((folder / "config.json").read_text()) | case.dimensions
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
 
 
 # --- probes --------------------------------------------------------------------------------------
