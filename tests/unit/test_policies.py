@@ -338,7 +338,7 @@ def test_kv_aware_is_never_later_than_any_other_choice(situation) -> None:
     view, wanted = situation
     decision = kv_aware(view, wanted)
     s = predict.speeds(view)
-    q = predict.queues(view, s, wanted.num_tokens, wanted.expected_output_tokens)
+    q = predict.queues(view, s, wanted.num_tokens, wanted.expected_output_tokens, wanted.tpot_slo_s)
     best = np.inf
     t = view.transfer
     device = np.zeros(len(view.names)) if wanted.device_hits is None else wanted.device_hits

@@ -56,6 +56,10 @@ class Entry:
     failed_steps: int = 0
     #: Since when the sequence has had no instance; None while it has one.
     homeless_since_s: float | None = None
+    #: Too late for its SLO wherever it goes, it waits behind those that are not; and has waited so
+    #: long that it goes before them.
+    deferred: bool = False
+    overdue: bool = False
     prompt_logprobs_done: int = 1  # the next prompt position to report; 0 never has one
     cached_tokens: int | None = None
     #: Set while the prompt is computed on `instance` for another one to go on with.

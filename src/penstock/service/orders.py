@@ -42,12 +42,19 @@ def submit(
         cache_salt=entry.cache_salt,
         constraint=entry.constraint,
         request_class=entry.request_class,
-        priority=entry.priority,
+        priority=_priority(entry),
         plan=_plan(entry, instance, decode),
         kv_source=source,
         total_budget_s=None if entry.deadline_s is None else entry.deadline_s - now,
         tpot_slo_s=entry.tpot_slo_s,
     )
+
+
+def _priority(entry: Entry) -> int:
+    """Within the priority that its user gave it: whose tokens flow already, or who has waited for
+    very long, comes first; who is too late for its SLO anyway comes last."""
+    urgent = entry.overdue or bool(entry.emitted)
+    return 3 * entry.priority + (-1 if urgent else int(entry.deferred))
 
 
 def _plan(entry: Entry, instance: Instance, decode: Instance | None) -> list[Stage]:

@@ -55,7 +55,7 @@ class Prospects:
         self.num_decisions += 1
         device_hits, tier_hits = self._hits(entry, able)
         left_s = None
-        if entry.ttft_slo_s is not None and not entry.emitted:
+        if entry.ttft_slo_s is not None and not entry.emitted and not entry.overdue:
             left_s = entry.accepted_s + entry.ttft_slo_s - now
         return RouteRequest(
             num_tokens=entry.num_tokens,

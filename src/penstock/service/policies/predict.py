@@ -23,6 +23,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from penstock.protocol.instance import PACE, PACED_CONTEXT, PACED_TOKENS
 from penstock.protocol.kv import BLOCK_TOKENS
 from penstock.service.policies.view import ClusterView, Floats, Speeds
 
@@ -96,12 +97,22 @@ class Queues:
     part_step: Floats
 
 
-def queues(view: ClusterView, s: Speeds, num_tokens: int, output_tokens: int) -> Queues:
-    """`num_tokens`, `output_tokens`: of the newcomer, for whether it finds a slot and blocks."""
+def queues(
+    view: ClusterView,
+    s: Speeds,
+    num_tokens: int,
+    output_tokens: int,
+    tpot_slo_s: float | None = None,
+) -> Queues:
+    """`num_tokens`, `output_tokens`: of the newcomer, for whether it finds a slot and blocks.
+    `tpot_slo_s`: of those that decode; steps with prompts are kept short enough for it."""
     running, queued, tokens = view.running, view.queued, view.queued_tokens
     step_s = s.base_s + running * s.decode_s + view.running_tokens * s.read_s
     prompt_step_s = step_s + s.row_s
     room = np.maximum(view.step_tokens - running, 1.0)
+    if tpot_slo_s is not None:
+        paced = np.minimum(room, paced_tokens(view, s, step_s, tpot_slo_s))
+        room = np.where(running > 0.0, paced, room)
     steps = tokens / room
     whole_steps = np.floor(steps)
     # A prompt of length L in chunks of c reads (L + c) / 2 tokens on average.
@@ -118,6 +129,14 @@ def queues(view: ClusterView, s: Speeds, num_tokens: int, output_tokens: int) ->
         ends_s = step_s * max(output_tokens, 1) / np.maximum(running, 1.0)
         queue_s += _departures(view, num_tokens) * ends_s
     return Queues(queue_s, step_s, prompt_step_s, room, steps - whole_steps)
+
+
+def paced_tokens(view: ClusterView, s: Speeds, step_s: Floats, tpot_slo_s: float) -> Floats:
+    """Prompt tokens that fit a step beside those that decode (`engine/pace.py`)."""
+    each_s = s.token_s + s.attention_s * PACED_CONTEXT
+    left_s = PACE * tpot_slo_s - step_s
+    fit: Floats = np.divide(left_s, each_s, out=np.full_like(left_s, np.inf), where=each_s > 0.0)
+    return np.maximum(fit, PACED_TOKENS)
 
 
 def _departures(view: ClusterView, num_tokens: int) -> Floats:
@@ -175,13 +194,19 @@ def company_s(
     return longer_s
 
 
-def tpot_s(view: ClusterView, s: Speeds, q: Queues, num_tokens: int) -> Floats:
+def tpot_s(
+    view: ClusterView, s: Speeds, q: Queues, num_tokens: int, tpot_slo_s: float | None = None
+) -> Floats:
     """Time per output token on each instance once the newcomer decodes there too: a step with all
-    of them, stretched by the share of time that goes to prompts."""
+    of them, stretched by the share of time that goes to prompts; but where steps are paced for a
+    TPOT, no longer than that lets them become."""
     alone: Floats = q.step_s + (s.decode_s + num_tokens * s.read_s)
-    if view.prefill_share is not None:
-        alone /= 1.0 - np.minimum(view.prefill_share, MAX_SHARE)
-    return alone
+    if view.prefill_share is None:
+        return alone
+    stretched: Floats = alone / (1.0 - np.minimum(view.prefill_share, MAX_SHARE))
+    if tpot_slo_s is not None:
+        stretched = np.minimum(stretched, np.maximum(alone, PACE * tpot_slo_s))
+    return stretched
 
 
 def tpot_limit_tokens(

@@ -356,9 +356,10 @@ def _cheapest(view: ClusterView, pools: _Pools, load: Loads, candidates: Bools, 
 def _turned(view: ClusterView, state: RoleState, now: float) -> RolePlan | None:
     """One that was turning and has nothing left of its old role's takes the new one."""
     pools = _Pools.of(view)
+    waits_behind = np.zeros(len(view.names)) if view.deferred is None else view.deferred
     for i, name in enumerate(view.names):
         role = view.roles[i]
-        if role == P_TO_D and view.queued[i] == 0:
+        if role == P_TO_D and view.queued[i] + waits_behind[i] == 0:
             final = DECODE
         elif role == D_TO_P and view.running[i] == 0:
             final = PREFILL

@@ -18,13 +18,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from penstock.protocol.instance import PACE
 from penstock.service.policies import predict
 from penstock.service.policies.kv_aware import explain
 from penstock.service.policies.outlook import Outlook, look
 from penstock.service.policies.pools import (
     DECODE,
     ENCODE,
-    FOR_PROMPTS,
     PREFILL,
     TURNING_TO_DECODE,
     TURNING_TO_PREFILL,
@@ -44,13 +44,37 @@ from penstock.service.policies.view import (
 
 
 def slo_aware(view: ClusterView, request: RouteRequest) -> Decision:
-    return _decide(view, request, always_apart=False)
+    return _in_time_or_deferred(view, request, always_apart=False)
 
 
 def split(view: ClusterView, request: RouteRequest) -> Decision:
     """The same, but always apart where there are pools for it: what a fixed split of prefill and
     decode means in other systems."""
-    return replace(_decide(view, request, always_apart=True), policy="split")
+    return replace(_in_time_or_deferred(view, request, always_apart=True), policy="split")
+
+
+def _in_time_or_deferred(view: ClusterView, request: RouteRequest, always_apart: bool) -> Decision:
+    """Who comes too late wherever it goes is put behind those that can still be in time: otherwise
+    it would make them late too, and a burst would spoil all that follows it."""
+    decision = _decide(view, request, always_apart)
+    slo_s = request.ttft_slo_s
+    if slo_s is None or request.prefilled_on is not None:
+        return decision
+    if decision.predicted_ttft_s <= _IN_TIME * slo_s:
+        return decision
+    late = _decide(_behind_all(view), request, always_apart)
+    return replace(late, deferred=True, reason=f"{late.reason}; too late, so behind the others")
+
+
+def _behind_all(view: ClusterView) -> ClusterView:
+    """As one sees it who waits behind those that were deferred before."""
+    if view.deferred_tokens is None or view.deferred is None:
+        return view
+    return replace(
+        view,
+        queued_tokens=view.queued_tokens + view.deferred_tokens,
+        queued=view.queued + view.deferred,
+    )
 
 
 def _decide(view: ClusterView, request: RouteRequest, always_apart: bool) -> Decision:
@@ -65,8 +89,22 @@ def _decide(view: ClusterView, request: RouteRequest, always_apart: bool) -> Dec
     apart = _apart(stakes)
     if always_apart:
         return _decision(stakes, apart, "always apart")
-    best, other = sorted((together, apart), key=lambda plan: (plan.broken, plan.cost_s))
+    # Each stage in its pool while that holds: what a pool can do within the SLOs is lost where
+    # stages mix, so that mixing is for a light load, where it saves the way, and for want.
+    by_cost = _has_room(stakes) or request.ttft_slo_s is None or request.tpot_slo_s is None
+    best, other = sorted(
+        (apart, together), key=lambda plan: (plan.broken, plan.cost_s if by_cost else 0.0)
+    )
     return _decision(stakes, best, _compare(best, other))
+
+
+def _has_room(k: _Stakes) -> bool:
+    """Whether those who prefill have time to spare."""
+    view = k.look.view
+    members = PREFILL[view.roles]
+    if view.prefill_share is None or not members.any():
+        return False
+    return float(view.prefill_share[members].mean()) < _LIGHT
 
 
 # --- numbers --------------------------------------------------------------------------------------
@@ -88,6 +126,8 @@ class _Stakes:
     #: How much longer all that decode there wait, together: for the prompt; for each output token.
     prompt_delays_s: Floats
     token_delays_s: Floats
+    #: What prompts there lose by shorter steps, for as long as the request decodes.
+    paced_s: Floats
 
     @classmethod
     def of(cls, o: Outlook, request: RouteRequest) -> _Stakes:
@@ -99,9 +139,6 @@ class _Stakes:
             over = o.tpot_s > request.tpot_slo_s
             holds_up = q.prompt_step_s + np.minimum(q.room, n) * s.token_s > request.tpot_slo_s
             holds_up &= view.running > 0.0
-            if view.prefill_share is not None:
-                prompts = (view.prefill_share > _SEEN_BY_P99) & FOR_PROMPTS[view.roles]
-                over |= prompts & (mixed_s > request.tpot_slo_s)
         # After the queue comes the prompt. (Some of that may be waiting for blocks, which holds
         # nobody up, but is never more than computing them.) Its steps would have been there for
         # the others without it; how much longer they are is what it costs them.
@@ -118,6 +155,7 @@ class _Stakes:
             holds_up,
             view.running * longer_s,
             view.running * (s.decode_s + n * s.read_s),
+            _paced_s(o, request),
         )
 
     def transfer_s(self, p: int, d: int) -> float:
@@ -139,11 +177,32 @@ class _Stakes:
 
     def decode_cost_s(self, i: int) -> float:
         """All output tokens on instance `i`: for the request and for those it joins."""
-        return self.output * float(self.look.tpot_s[i] + self.token_delays_s[i])
+        ahead_s = self.output * float(self.look.tpot_s[i] + self.token_delays_s[i])
+        return ahead_s + float(self.paced_s[i])
+
+
+def _paced_s(o: Outlook, request: RouteRequest) -> Floats:
+    """While somebody decodes, steps are paced for the TPOT and take fewer prompt tokens than they
+    could: that time is lost to all prompts that queue there or will. Shared by all who decode."""
+    view, s, q = o.view, o.speeds, o.queues
+    slo_s, share = request.tpot_slo_s, view.prefill_share
+    if slo_s is None or share is None:
+        return np.zeros(len(view.names))
+    share = np.minimum(share, predict.MAX_SHARE)
+    token_s = s.base_s / view.step_tokens + s.token_s
+    paced = predict.paced_tokens(view, s, q.step_s, slo_s)
+    useful = np.minimum(np.minimum(paced, view.step_tokens) * token_s / (PACE * slo_s), 1.0)
+    decoding_s = max(request.expected_output_tokens, 1) * o.tpot_s / (view.running + 1.0)
+    lost: Floats = decoding_s * share * (1.0 - useful)
+    return lost * (view.queued + 1.0 / (1.0 - share))
 
 
 #: Worse than any cost: a million seconds for each SLO that is missed.
 _BROKEN_S = 1e6
+#: Of the TTFT wanted: predictions err, and who is placed to be just in time is late half the time.
+_IN_TIME = 0.9
+#: The share of their time that prompts take at those who prefill, below which the load is light.
+_LIGHT = 0.3
 #: A share of steps that a 99th percentile sees.
 _SEEN_BY_P99 = 0.01
 
@@ -173,7 +232,7 @@ def _together(k: _Stakes) -> _Plan:
     """Prefill and decode on the one instance where that costs least."""
     o = k.look
     own = o.ttft_s + k.output * o.tpot_s
-    others = k.prompt_delays_s + k.output * k.token_delays_s
+    others = k.prompt_delays_s + k.output * k.token_delays_s + k.paced_s
     cost = own + others
     broken = k.late.astype(np.float64) + k.over + k.holds_up
     # Broken SLOs go before any cost, and an instance that encodes is the last resort.
@@ -189,7 +248,7 @@ def _apart(k: _Stakes) -> _Plan:
     d = _decode_place(k, besides=p)
     transfer_s = k.transfer_s(p, d)
     own_s = float(o.ttft_s[p]) + transfer_s + k.output * float(o.tpot_s[d])
-    others_s = float(k.prompt_delays_s[p]) + k.output * float(k.token_delays_s[d])
+    others_s = float(k.prompt_delays_s[p] + k.paced_s[d]) + k.output * float(k.token_delays_s[d])
     over = bool(k.over[d])
     if k.request.tpot_slo_s is not None:
         over |= transfer_s > k.output * (k.request.tpot_slo_s - float(o.tpot_s[d]))

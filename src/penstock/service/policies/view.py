@@ -103,6 +103,10 @@ class ClusterView:
     #: The share of late of each instance's time that went to prompts (`predict.PrefillShare`):
     #: what a sequence that decodes there has to expect. None: not known, taken for 0.
     prefill_share: Floats | None = None
+    #: Like `queued_tokens` and `queued`, of sequences that wait behind those (`Decision.deferred`).
+    #: None: nobody does.
+    deferred_tokens: Floats | None = None
+    deferred: Floats | None = None
     #: Of the steps that each cost model was fitted to. None: not known, taken for many.
     prompt_tokens: Floats | None = None
     transfer: TransferCosts = field(default_factory=TransferCosts)
@@ -200,6 +204,8 @@ class Decision:
     source_tokens: int = 0
     #: An instance whose role should change for this request's like (the leader may follow).
     wants_switch: str | None = None
+    #: It comes too late wherever it goes: it is to wait behind those that can still be in time.
+    deferred: bool = False
 
     @property
     def predicted_ttft_s(self) -> float:
