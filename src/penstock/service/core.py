@@ -147,7 +147,7 @@ class ServiceCore:
         there goes on elsewhere."""
         old = self.instances.get(name)
         effects = [] if old is None else self._give_up(old, now)
-        instance = self.instances[name] = Instance(name, heard_s=now)
+        instance = self.instances[name] = Instance(name, self.placement.changes, heard_s=now)
         return [*effects, *self._look_after(instance, now), SetTimer(now + self.config.tick_s)]
 
     def expect(self, name: str, coming: bool) -> None:
@@ -460,10 +460,18 @@ class ServiceCore:
         behind = instance.tokens_seen > instance.tokens_credited
         if behind or now - instance.credit_sent_s >= config.speak_every_s:
             effects.append(self._credit(instance, now))
-        unsure = any(now - e.news_s > config.resync_after_s for e in instance.entries.values())
-        if unsure or instance.snapshot_wanted:
+        if self._is_unsure(instance, now) or instance.snapshot_wanted:
             effects += self._resync(instance, now)
         return effects
+
+    def _is_unsure(self, instance: Instance, now: float) -> bool:
+        """Whether a sequence there has been without news for too long. News only become newer, so
+        that nobody needs to be looked at before the oldest of the last look are old enough."""
+        if now <= instance.sure_until_s:
+            return False
+        oldest_s = min((e.news_s for e in instance.entries.values()), default=now)
+        instance.sure_until_s = min(oldest_s, now) + self.config.resync_after_s
+        return now > instance.sure_until_s
 
     def _empty(self, instance: Instance, now: float) -> list[Effect]:
         """What should run elsewhere moves; an instance that has been emptied may go."""

@@ -8,6 +8,7 @@ it is one `Submit` of a new attempt, made from the journal.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from penstock.protocol.effects import Effect, Reply, Send
@@ -22,7 +23,7 @@ from penstock.protocol.kv import BLOCK_TOKENS, Fetched, KvSource
 from penstock.protocol.request import Cancel
 from penstock.protocol.tokens import TokenRow
 from penstock.service import orders
-from penstock.service.cluster.instances import Instance
+from penstock.service.cluster.instances import Changes, Instance
 from penstock.service.cluster.view import LiveView
 from penstock.service.explain import Explainer, Explanation, PlacementRecord
 from penstock.service.generation import TokenDelta
@@ -65,6 +66,7 @@ class Placement:
     ) -> None:
         self.journal = Journal()
         self.instances: dict[str, Instance] = {}
+        self.changes = Changes()
         self.view = LiveView()
         self.explainer = Explainer(config.explained_requests)
         self.prospects = prospects
@@ -80,6 +82,8 @@ class Placement:
         self._service = service
         self._incarnation = incarnation
         self._policy = policy
+        self._takers: tuple[Instance, ...] = ()
+        self._takers_as_of = -1
         self._homeless: deque[Entry] = deque()
         self._expected: set[str] = set()  # membership only, never iterated
 
@@ -219,6 +223,8 @@ class Placement:
 
     def house(self, now: float) -> list[Effect]:
         """Place who has no instance; end who has waited for one too long."""
+        if not self._homeless:
+            return []
         effects: list[Effect] = []
         waiting, self._homeless = by_urgency(self._homeless, now), deque()
         for entry in waiting:
@@ -317,15 +323,21 @@ class Placement:
         source = self._source(entry, decision, prefilled_on)
         return self._send(entry, target, now, decision, decode, source, cached_tokens)
 
-    def sight(self, now: float) -> tuple[list[Instance], ClusterView]:
+    def sight(self, now: float) -> tuple[Sequence[Instance], ClusterView]:
         """The instances that take work, and the view of them."""
         able = self._able()
         return able, self.view.of(able, now)
 
-    def _able(self, avoid: str = "") -> list[Instance]:
-        return [i for i in self.instances.values() if i.takes_work and i.name != avoid]
+    def _able(self, avoid: str = "") -> Sequence[Instance]:
+        """Those that take work; the same tuple as long as they are the same ones."""
+        if self._takers_as_of != self.changes.takers:
+            self._takers_as_of = self.changes.takers
+            self._takers = tuple([i for i in self.instances.values() if i.takes_work])
+        if not avoid:
+            return self._takers
+        return [i for i in self._takers if i.name != avoid]
 
-    def _givers(self, able: list[Instance]) -> list[Instance]:
+    def _givers(self, able: Sequence[Instance]) -> list[Instance]:
         """Instances that take no work (or not this), and still give blocks away."""
         if len(able) == len(self.instances):
             return []
@@ -334,7 +346,7 @@ class Placement:
         return [i for i in active if i.name not in takers and i.card is not None]
 
     def _decide(
-        self, entry: Entry, able: list[Instance], prefilled_on: str | None, now: float
+        self, entry: Entry, able: Sequence[Instance], prefilled_on: str | None, now: float
     ) -> tuple[int | None, Decision]:
         """Where to; and how many tokens of it are thought to be there already, if that is known."""
         view = self.view.of(able, now)

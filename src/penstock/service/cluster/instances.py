@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 from penstock.protocol.instance import InstanceCard, Load, Role
 from penstock.service.cluster.outcomes import Outcomes
@@ -39,10 +39,47 @@ class Experience:
     transfer: TransferFitter = field(default_factory=TransferFitter)
 
 
-@dataclass(slots=True)
+T = TypeVar("T")
+
+
+@dataclass(slots=True, eq=False)
+class Changes:
+    """What has happened to the instances of a service since somebody looked at it."""
+
+    #: Grows whenever one begins to take work, or takes no more.
+    takers: int = 0
+    #: Instances of which policies see something new.
+    touched: list[Instance] = field(default_factory=list)
+
+
+class _Decides(Generic[T]):
+    """An attribute that decides whether an instance takes work: who keeps a list of those that do
+    hears of its changes (`Changes.takers`). A descriptor, as dataclasses know them."""
+
+    def __init__(self, default: T) -> None:
+        self._default = default
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._slot = "_" + name
+
+    def __get__(self, instance: Instance | None, owner: type) -> T:
+        if instance is None:
+            return self._default
+        found: T = getattr(instance, self._slot)
+        return found
+
+    def __set__(self, instance: Instance, value: T) -> None:
+        if getattr(instance, self._slot, self._default) != value:
+            instance.changes.takers += 1
+        setattr(instance, self._slot, value)
+
+
+@dataclass(eq=False)
 class Instance:
     name: str
-    state: InstanceState = "connecting"
+    #: Those of all instances of its service.
+    changes: Changes = field(default_factory=Changes)
+    state: _Decides[InstanceState] = _Decides("connecting")
     card: InstanceCard | None = None
     load: Load | None = None
     heard_s: float = 0.0
@@ -51,10 +88,10 @@ class Instance:
     #: Why it may not be used ("" if it may): another protocol version, another model.
     refusal: str = ""
     #: It finishes what it has and takes nothing new.
-    draining: bool = False
+    draining: _Decides[bool] = _Decides(False)
     #: This service has been asked to empty it (`ServiceCore.drain_instance`); it will be told to
     #: drain once nobody needs the blocks it has. When that began.
-    leaving_since_s: float | None = None
+    leaving_since_s: _Decides[float | None] = _Decides(None)
     #: And it is to stay away after that.
     is_out: bool = False
     #: As it says itself. In doubt: it has refused a plan for being older than its role.
@@ -86,11 +123,23 @@ class Instance:
     experience: Experience = field(default_factory=Experience)
     #: Predicted end of the step under way, by our clock.
     step_ends_s: float = 0.0
-    #: Something has changed that policies see (`LiveView`).
-    touched: bool = True
+    _touched: bool = field(default=False, init=False)
+    #: Until then none of its sequences can have been without news for too long.
+    sure_until_s: float = 0.0
     #: What became of the work placed here, and how often the role has changed.
     outcomes: Outcomes = field(default_factory=Outcomes)
     role_changes: int = 0
+
+    @property
+    def touched(self) -> bool:
+        """Something has changed that policies see (`LiveView`)."""
+        return self._touched
+
+    @touched.setter
+    def touched(self, touched: bool) -> None:
+        if touched and not self._touched:
+            self.changes.touched.append(self)
+        self._touched = touched
 
     @property
     def incarnation(self) -> int:

@@ -6,91 +6,120 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from penstock.service.cluster.instances import Instance
+from penstock.service.cluster.instances import Changes, Instance
 from penstock.service.policies.view import ROLES, ClusterView, Floats, Ints, TransferCosts
 
-#: Columns of the table. The names of fields of `ClusterView` stand for themselves.
-_COLUMNS = (
-    "roles", "queued_tokens", "queued", "running", "running_tokens", "step_ends_s",
+#: Columns of the table that are written for each instance. The names of fields of `ClusterView` and
+#: `TransferCosts` stand for themselves.
+_WRITTEN = (
+    "queued_tokens", "queued", "running", "running_tokens", "step_ends_s",
     "base_s", "per_token_s", "per_row_s", "per_context_token_s", "per_attention_s", "residual_s",
     "num_steps", "ttft_ratio", "ttft_error", "step_tokens", "max_running", "free_blocks",
-    "total_blocks", "hosts", "prefill_share", "prompt_tokens",
+    "total_blocks", "prefill_share", "prompt_tokens",
     "map_s", "map_token_s", "copy_s", "copy_token_s", "tier_s", "tier_token_s",
 )  # fmt: skip
+#: And one that is worked out at each look.
+_COLUMNS = (*_WRITTEN, "step_left_s")
 _AT = {name: place for place, name in enumerate(_COLUMNS)}
+_CODES = ("roles", "hosts")
+_HOSTS = _CODES.index("hosts")
 
 
 class LiveView:
     """Only rows of instances that have changed since the last look are written anew."""
 
     def __init__(self) -> None:
-        self._table = np.zeros((16, len(_COLUMNS)))
+        self._table = np.zeros((len(_COLUMNS), 16))
+        self._codes = np.zeros((len(_CODES), 16), np.int64)
         self._rows: dict[str, int] = {}
         self._hosts: dict[str, int] = {}
+        #: Whom the leading rows are of, what has happened to them, and the view of these rows.
+        self._seen: tuple[Instance, ...] | None = None
+        self._changes = Changes()
+        self._view: ClusterView | None = None
 
     def of(self, instances: Sequence[Instance], now: float) -> ClusterView:
-        """`instances` have shown their cards. The arrays are the caller's own."""
-        rows = []
-        for instance in instances:
-            row = self._rows.get(instance.name)
-            if row is None:
-                row = self._new_row(instance)
-            if instance.touched:
-                self._table[row] = self._values(instance, now)
-                instance.touched = False
-            rows.append(row)
-        columns = np.ascontiguousarray(self._table[rows].T)
-
-        def column(name: str) -> Floats:
-            found: Floats = columns[_AT[name]]
-            return found
-
-        def whole(name: str) -> Ints:
-            found: Ints = columns[_AT[name]].astype(np.int64)
-            return found
-
-        return ClusterView(
-            names=tuple(i.name for i in instances),
-            roles=whole("roles"),
-            queued_tokens=column("queued_tokens"),
-            queued=column("queued"),
-            running=column("running"),
-            running_tokens=column("running_tokens"),
-            step_left_s=np.maximum(column("step_ends_s") - now, 0.0),
-            base_s=column("base_s"),
-            per_token_s=column("per_token_s"),
-            per_row_s=column("per_row_s"),
-            per_context_token_s=column("per_context_token_s"),
-            per_attention_s=column("per_attention_s"),
-            residual_s=column("residual_s"),
-            num_steps=column("num_steps"),
-            ttft_ratio=column("ttft_ratio"),
-            ttft_error=column("ttft_error"),
-            step_tokens=column("step_tokens"),
-            max_running=column("max_running"),
-            free_blocks=column("free_blocks"),
-            total_blocks=column("total_blocks"),
-            hosts=whole("hosts"),
-            prefill_share=column("prefill_share"),
-            prompt_tokens=column("prompt_tokens"),
-            transfer=TransferCosts(
-                map_s=column("map_s"),
-                map_token_s=column("map_token_s"),
-                copy_s=column("copy_s"),
-                copy_token_s=column("copy_token_s"),
-                tier_s=column("tier_s"),
-                tier_token_s=column("tier_token_s"),
-            ),
-        )
+        """`instances` have shown their cards. Asked for the same tuple again, it answers with the
+        same arrays, brought up to date: they are good until the next look."""
+        if instances is not self._seen and isinstance(instances, tuple) and len(instances) > 1:
+            self._see(instances, now)
+        if instances is self._seen and self._view is not None:
+            self._write_touched(now)
+            left_s = self._table[_AT["step_left_s"], : len(instances)]
+            np.subtract(self._table[_AT["step_ends_s"], : len(instances)], now, out=left_s)
+            np.maximum(left_s, 0.0, out=left_s)
+            return self._view
+        rows = [self._row(instance, now) for instance in instances]
+        table = self._table[:, rows]
+        table[_AT["step_left_s"]] = np.maximum(table[_AT["step_ends_s"]] - now, 0.0)
+        return _view(instances, table, self._codes[:, rows])
 
     def forget(self, name: str) -> None:
         """Rows move up, so that the table does not grow with every instance that ever was."""
         row = self._rows.pop(name, None)
         if row is not None:
-            self._table[row:-1] = self._table[row + 1 :]
-            self._rows = {n: r - (r > row) for n, r in self._rows.items()}
-            left = self._table[: len(self._rows), _AT["hosts"]]
+            self._order([r for r in self._rows.values()])
+            left = self._codes[_HOSTS, : len(self._rows)]
             self._hosts = {host: code for host, code in self._hosts.items() if code in left}
+
+    # --- rows ----------------------------------------------------------------------------------
+
+    def _see(self, instances: tuple[Instance, ...], now: float) -> None:
+        """From now on the leading rows are theirs, in this order."""
+        rows = [self._row(instance, now) for instance in instances]
+        self._seen = self._view = None
+        if len({id(instance.changes) for instance in instances}) > 1:
+            return  # no one list says who of them has changed
+        among = set(rows)  # membership only
+        self._order(rows + [row for row in self._rows.values() if row not in among])
+        self._seen, self._changes = instances, instances[0].changes
+        size = len(instances)
+        table, codes = self._table[:, :size], self._codes[:, :size]
+        table.flags.writeable = codes.flags.writeable = False
+        self._view = _view(instances, table, codes)
+
+    def _row(self, instance: Instance, now: float) -> int:
+        """Of an instance; written anew if it has to be."""
+        row = self._rows.get(instance.name)
+        if row is None:
+            row = self._new_row(instance)
+            self._write(instance, row, now)
+        elif instance.touched:
+            self._write(instance, row, now)
+        return row
+
+    def _write_touched(self, now: float) -> None:
+        touched = self._changes.touched
+        if touched:
+            for instance in touched:
+                row = self._rows.get(instance.name)
+                if row is not None and instance.touched:
+                    self._write(instance, row, now)
+            touched.clear()
+
+    def _write(self, instance: Instance, row: int, now: float) -> None:
+        self._table[: len(_WRITTEN), row] = self._values(instance, now)
+        card = instance.card
+        assert card is not None, "an active instance has shown its card"
+        host = self._host(card.host or instance.name)
+        self._codes[:, row] = ROLES.index(instance.role), host
+        instance.touched = False
+
+    def _order(self, rows: list[int]) -> None:
+        """Row number n is what was row number `rows[n]`."""
+        self._seen = self._view = None
+        names = {row: name for name, row in self._rows.items()}
+        self._rows = {names[row]: place for place, row in enumerate(rows)}
+        for old in (self._table, self._codes):
+            old[:, : len(rows)] = old[:, rows]
+
+    def _new_row(self, instance: Instance) -> int:
+        row = self._rows[instance.name] = len(self._rows)
+        if row == self._table.shape[1]:
+            self._seen = self._view = None
+            self._table = np.concatenate([self._table, np.zeros_like(self._table)], axis=1)
+            self._codes = np.concatenate([self._codes, np.zeros_like(self._codes)], axis=1)
+        return row
 
     def _host(self, host: str) -> int:
         """A number that no other host among the rows has."""
@@ -99,22 +128,13 @@ class LiveView:
             code = self._hosts[host] = max(self._hosts.values(), default=-1) + 1
         return code
 
-    def _new_row(self, instance: Instance) -> int:
-        row = self._rows[instance.name] = len(self._rows)
-        if row == len(self._table):
-            self._table = np.concatenate([self._table, np.zeros_like(self._table)])
-        instance.touched = True
-        return row
-
     def _values(self, i: Instance, now: float) -> tuple[float, ...]:
         """Work of this service, and what the last `Load` says of others. Sequences that wait for a
         prompt which another instance computes count as running: they will be."""
         card, load, seen = i.card, i.load, i.experience
         assert card is not None, "an active instance has shown its card"
         cost = load.cost if load else card.cost
-        host = self._host(card.host or i.name)
         return (
-            ROLES.index(i.role),
             i.queued_tokens + i.others.queued_tokens,
             len(i.waiting) + i.others.queued,
             i.running + i.others.running + len(i.coming),
@@ -133,10 +153,51 @@ class LiveView:
             card.max_num_seqs,
             float(load.kv_blocks_total - load.kv_blocks_used) if load else np.inf,
             card.num_blocks,
-            host,
             seen.prefill.share(now),
             np.inf if cost.prompt_tokens is None else cost.prompt_tokens,
             *seen.transfer.line("map"),
             *seen.transfer.line("copy"),
             *seen.transfer.line("tier"),
         )
+
+
+def _view(instances: Sequence[Instance], table: Floats, codes: Ints) -> ClusterView:
+    """`table` and `codes`: a column of the view in each row."""
+
+    def column(name: str) -> Floats:
+        found: Floats = table[_AT[name]]
+        return found
+
+    return ClusterView(
+        names=tuple([i.name for i in instances]),
+        roles=codes[_CODES.index("roles")],
+        hosts=codes[_HOSTS],
+        queued_tokens=column("queued_tokens"),
+        queued=column("queued"),
+        running=column("running"),
+        running_tokens=column("running_tokens"),
+        step_left_s=column("step_left_s"),
+        base_s=column("base_s"),
+        per_token_s=column("per_token_s"),
+        per_row_s=column("per_row_s"),
+        per_context_token_s=column("per_context_token_s"),
+        per_attention_s=column("per_attention_s"),
+        residual_s=column("residual_s"),
+        num_steps=column("num_steps"),
+        ttft_ratio=column("ttft_ratio"),
+        ttft_error=column("ttft_error"),
+        step_tokens=column("step_tokens"),
+        max_running=column("max_running"),
+        free_blocks=column("free_blocks"),
+        total_blocks=column("total_blocks"),
+        prefill_share=column("prefill_share"),
+        prompt_tokens=column("prompt_tokens"),
+        transfer=TransferCosts(
+            map_s=column("map_s"),
+            map_token_s=column("map_token_s"),
+            copy_s=column("copy_s"),
+            copy_token_s=column("copy_token_s"),
+            tier_s=column("tier_s"),
+            tier_token_s=column("tier_token_s"),
+        ),
+    )
