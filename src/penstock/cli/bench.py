@@ -21,7 +21,7 @@ from penstock.cli.parser import Parser, count
 from penstock.cli.serve import KEY_VARIABLES
 from penstock.loadgen.generate import PREFIX, arrivals
 from penstock.loadgen.live import GOODPUT_METRICS, PERCENTILES, Outcome, Shot, play, summary
-from penstock.loadgen.prompts import prompt_ids
+from penstock.loadgen.prompts import NUM_IDS, prompt_ids
 from penstock.loadgen.sources import open_trace
 from penstock.loadgen.traces import TraceRequest, has_times, read_lengths
 from penstock.protocol.errors import ConfigError
@@ -77,10 +77,13 @@ def run(arguments: list[str]) -> int:
     _check(options)
     url = client.base_url(options.get("url", "http://127.0.0.1:8000"))
     key = options.get("api_key") or os.environ.get(KEY_VARIABLES[0])
-    traced = _traced(options) if "trace" in options else None
+    requests = _requests(options["trace"], options) if "trace" in options else None
     with client.connect(url, key) as http:
         model = options.get("model") or client.first_model(http)
-        shots = _random(http, model, options) if traced is None else traced
+        if requests is None:
+            shots = _random(http, model, options)
+        else:
+            shots = _traced(http, model, requests, options)
     timed = "trace" in options or "request_rate" in options
     concurrency = options.get("max_concurrency", None if timed else _CONCURRENCY)
     body = {"model": model, "ignore_eos": True}
@@ -114,13 +117,15 @@ def _check(options: Mapping[str, Any]) -> None:
 # --- what is sent, and when -----------------------------------------------------------------------
 
 
-def _traced(options: Mapping[str, Any]) -> list[Shot]:
-    requests = _requests(options["trace"], options)
+def _traced(
+    http: client.Http, model: str, requests: Sequence[TraceRequest], options: Mapping[str, Any]
+) -> list[Shot]:
+    num_ids = _num_ids(http, model)
     times = [r.arrival_s for r in requests]
     if "request_rate" in options:
         times = _arrivals(len(requests), options)
     return [
-        _shot(at_s, prompt_ids(r, number), r.output_tokens)
+        _shot(at_s, prompt_ids(r, number, num_ids=num_ids), r.output_tokens)
         for number, (at_s, r) in enumerate(zip(times, requests))
     ]
 
@@ -156,6 +161,15 @@ def _arrivals(number: int, options: Mapping[str, Any]) -> list[float]:
         return [0.0] * number
     cv = 1 / math.sqrt(options.get("burstiness", 1.0))
     return arrivals(number, rate, cv, options.get("seed", 0))
+
+
+def _num_ids(http: client.Http, model: str) -> int:
+    """Prompts are of ids below this: all but toys have as many."""
+    for num_ids in (NUM_IDS, 256, 64):
+        body = {"model": model, "tokens": [num_ids - 1]}
+        if http.post("/detokenize", json=body).status_code != 400:
+            return num_ids  # or it offers no such thing
+    return NUM_IDS
 
 
 def _tokens_a_word(http: client.Http, model: str) -> float:
