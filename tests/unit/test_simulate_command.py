@@ -234,7 +234,7 @@ def test_an_slo_that_nobody_can_meet(small: tuple[str, str], known: None) -> Non
     said = caught.value.message
     assert "nobody can hold TTFT 500 ms and TPOT 5 ms for 90%" in said
     # 10 ms a step, a row and a token of it.
-    assert "the next ones every 10.2 ms at best (fast:m:bf16:tp1)" in said
+    assert "the next ones every 10.15 ms at best (fast:m:bf16:tp1)" in said
     with pytest.raises(ConfigError, match=r"nothing that was asked for holds the trace: .* 4000"):
         plan.run([*plan_flags(long_trace(small[1])), "--hardware", "slow"])
 

@@ -209,8 +209,8 @@ class Planner:
         raise ConfigError(
             f"nobody can hold TTFT {1e3 * q.ttft_slo_s:g} ms and TPOT {1e3 * q.tpot_slo_s:g} ms "
             f"for {wanted} of these requests, with any number of GPUs. Alone on an instance, "
-            f"{wanted} of them have their first token after {1e3 * reached[ttft].ttft_s:.3g} ms "
-            f"at best ({ttft}) and the next ones every {1e3 * reached[tpot].tpot_s:.3g} ms at best "
+            f"{wanted} of them have their first token after {1e3 * reached[ttft].ttft_s:.4g} ms "
+            f"at best ({ttft}) and the next ones every {1e3 * reached[tpot].tpot_s:.4g} ms at best "
             f"({tpot}): ask for more than that, or for a smaller --attainment. {reasons}"
         )
 
