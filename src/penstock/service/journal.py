@@ -74,6 +74,7 @@ class Entry:
     interrupted_s: float | None = None
     _keys: bytearray = field(default_factory=bytearray)
     _keys_digest: str = ""
+    _root: bytes = b""
 
     @classmethod
     def of(cls, spec: GenerationSpec, choice: int, now: float) -> Entry:
@@ -119,14 +120,14 @@ class Entry:
 
     def block_keys(self, model_digest: str) -> bytes:
         """Keys of all whole blocks of prompt and emitted tokens; only new blocks are hashed."""
-        root = root_key(model_digest, salt=self.cache_salt)
-        if not self._keys or self._keys_digest != model_digest:
-            self._keys = bytearray(block_keys(root, self.prompt_ids))
+        if not self._root or self._keys_digest != model_digest:
+            self._root = root_key(model_digest, salt=self.cache_salt)
+            self._keys = bytearray(block_keys(self._root, self.prompt_ids))
             self._keys_digest = model_digest
         done = len(self._keys) // KEY_BYTES
         if (done + 1) * BLOCK_TOKENS <= self.num_tokens:
             ids = self.prompt_ids + self.emitted
-            parent = bytes(self._keys[-KEY_BYTES:]) or root
+            parent = bytes(self._keys[-KEY_BYTES:]) or self._root
             for start in range(done * BLOCK_TOKENS, len(ids) - BLOCK_TOKENS + 1, BLOCK_TOKENS):
                 parent = next_key(parent, ids[start : start + BLOCK_TOKENS])
                 self._keys += parent

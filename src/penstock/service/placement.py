@@ -256,6 +256,7 @@ class Placement:
         instance = self.instances[entry.instance]
         if entry.queued_tokens:
             instance.started(entry)
+            self.prospects.waiting.remove(entry)
             entry.pulls_from = None
             placement = entry.record.started(row.cached_tokens, row.queued_s, now)
             self.prospects.came_true(instance, placement)
@@ -386,6 +387,7 @@ class Placement:
             now=now,
         )
         self.prospects.finder.submitted(target.name, submit.block_keys)
+        self.prospects.waiting.add(entry, submit.block_keys)
         effects: list[Effect] = [Send(target.name, submit)]
         return effects if decode is None else effects + self._reserve(entry, target, decode)
 
@@ -444,6 +446,7 @@ class Placement:
         if entry.instance is not None:
             instance = self.instances[entry.instance]
             instance.unplace(entry)
+            self.prospects.waiting.remove(entry)
             instance.outcomes.left(entry.record, len(entry.emitted), entry.progress_s)
             entry.pulls_from = None
             entry.record.left(end, len(entry.emitted), entry.progress_s, now)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from penstock.protocol.kv import BLOCK_TOKENS, KEY_BYTES
+from penstock.protocol.kv import BLOCK_TOKENS
 from penstock.service.cluster.finder import Finder
 from penstock.service.cluster.fit import Kind
 from penstock.service.cluster.instances import Instance
@@ -20,11 +20,10 @@ from penstock.service.cluster.roles import Attainment
 from penstock.service.explain import PlacementRecord
 from penstock.service.journal import Entry
 from penstock.service.policies.view import Floats, Held, RouteRequest
+from penstock.service.waiting import Waiting
 
 #: Weight of the newest answer in the mean length of answers.
 _OUTPUT_WEIGHT = 0.05
-#: Waiting sequences of an instance, the newest, whose prompts are compared with a new one's.
-_LOOKED_AT = 8
 
 
 @dataclass(slots=True)
@@ -37,6 +36,10 @@ class Prospects:
     attainment: Attainment = field(default_factory=Attainment)
     #: Decisions made so far.
     num_decisions: int = 0
+    #: Who has been placed and has had no token yet.
+    waiting: Waiting = field(default_factory=Waiting)
+    _able: Sequence[Instance] | None = None
+    _names: tuple[str, ...] = ()
 
     @property
     def model_digest(self) -> str:
@@ -76,15 +79,22 @@ class Prospects:
         self, entry: Entry, able: Sequence[Instance]
     ) -> tuple[Floats, Floats] | tuple[None, None]:
         keys = entry.block_keys(self.model_digest)
-        found = self.finder.hits(keys, [i.name for i in able])
+        names = self._names_of(able)
+        found = self.finder.hits(keys, names)
         if found is None or not keys:
             return found or (None, None)
         device, tiers = found
-        for place, instance in enumerate(able):
-            soon = _soon_there(keys, instance, self.model_digest)
-            if soon > device[place]:
-                device[place] = soon
+        if soon := self.waiting.soon_there(keys, self.model_digest):
+            there = np.array([soon.get(name, 0) for name in names])
+            device = np.maximum(device, there)
         return device, np.maximum(tiers, device)
+
+    def _names_of(self, able: Sequence[Instance]) -> tuple[str, ...]:
+        """The same tuple for the same one, as whoever keeps it wants it."""
+        if self._able is not able:
+            self._names = tuple([i.name for i in able])
+            self._able = able if isinstance(able, tuple) else None
+        return self._names
 
     def _held(
         self,
@@ -142,23 +152,6 @@ class Prospects:
 def _host(instance: Instance) -> str:
     assert instance.card is not None
     return instance.card.host or instance.name
-
-
-def _soon_there(keys: bytes, instance: Instance, digest: str) -> int:
-    """Leading tokens that `instance` is about to compute for others. Keys are chained: where two
-    agree, so does everything before them."""
-    most = 0
-    for waiting, _ in zip(reversed(instance.waiting.values()), range(_LOOKED_AT)):
-        theirs = waiting.block_keys(digest)
-        if theirs[:KEY_BYTES] != keys[:KEY_BYTES]:
-            continue
-        low, high = 1, min(len(keys), len(theirs)) // KEY_BYTES
-        while low < high:
-            middle = (low + high + 1) // 2
-            at = slice((middle - 1) * KEY_BYTES, middle * KEY_BYTES)
-            low, high = (middle, high) if theirs[at] == keys[at] else (low, middle - 1)
-        most = max(most, low)
-    return most * BLOCK_TOKENS
 
 
 def _why_whole(entry: Entry) -> str:
