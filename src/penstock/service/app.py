@@ -98,6 +98,7 @@ class _Service:
         self._registry_server: RegistryServer | None = None
         self._cluster: Alone | AmongOthers | None = None
         roster = self._roster_of(config)
+        self._tape = open_tape(config)
         # First: they take longest, and load while the rest is set up.
         self._fleet = Fleet(
             0 if config.engine_addresses or config.cluster.registry else config.cluster.instances,
@@ -110,7 +111,6 @@ class _Service:
             share_weights=config.cluster.shares_weights,
         )
         self._fleet.start()
-        self._tape = open_tape(config)
         core = build_core(config, self._tape)
         self.driver = ServiceDriver(
             core,
