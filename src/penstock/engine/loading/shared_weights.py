@@ -16,7 +16,6 @@ its own copy.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import hashlib
 import json
@@ -34,8 +33,8 @@ import torch
 import xxhash
 
 from penstock import __version__
-from penstock.engine.memory.huge_pages import MADV_HUGEPAGE
 from penstock.engine.memory.keeper import PRIVATE, Fill, Keeper
+from penstock.engine.memory.shared_pages import SharedPages
 from penstock.engine.platforms.base import Platform
 
 log = logging.getLogger(__name__)
@@ -130,11 +129,8 @@ class Segment:
         if os.fstat(self._fd).st_size < num_bytes:
             os.ftruncate(self._fd, num_bytes)
 
-    def map(self, num_bytes: int) -> mmap.mmap:
-        mapping = mmap.mmap(self._fd, num_bytes, mmap.MAP_SHARED)
-        with contextlib.suppress(OSError):  # a kernel without huge pages for shared memory
-            mapping.madvise(MADV_HUGEPAGE)
-        return mapping
+    def map(self, num_bytes: int) -> SharedPages:
+        return SharedPages(self._fd, num_bytes)
 
 
 class Publishing(Keeper):
@@ -144,7 +140,7 @@ class Publishing(Keeper):
         segment.declare_absent()
         segment.resize(_HEADER_BYTES + most_bytes)
         self._segment = segment
-        self._mapping = segment.map(_HEADER_BYTES + most_bytes)
+        self._pages = segment.map(_HEADER_BYTES + most_bytes)
         self._end = 0
         self._most = most_bytes
         self._records: list[Any] = []
@@ -155,7 +151,7 @@ class Publishing(Keeper):
         if start + math.prod(shape) * dtype.itemsize > self._most:
             self._left_out = self._left_out or "they take more room than was reckoned"
             return super().keep(shape, dtype, fill)
-        out = _tensor(self._mapping, shape, dtype, start)
+        out = _tensor(self._pages, shape, dtype, start)
         fill(out)
         self._end = start + out.nbytes
         self._records.append([str(dtype).removeprefix("torch."), list(shape), start])
@@ -172,33 +168,34 @@ class Publishing(Keeper):
     def publish(self, key: str) -> None:
         """Raises `CannotShare` where something of the model is not in the segment. What there is
         stays ours: nobody may write over it."""
-        _read_only(self._mapping)
+        self._pages.read_only()
         if self._left_out:
             self._segment.complete(_Header("", self._most, "", []))
             raise CannotShare(self._left_out)
         data_bytes = -(-self._end // mmap.PAGESIZE) * mmap.PAGESIZE
-        digest = _digest(self._mapping, data_bytes)
+        digest = _digest(self._pages, data_bytes)
         self._segment.complete(_Header(key, data_bytes, digest, self._records))
+        self._pages.collapse(_HEADER_BYTES + data_bytes)
 
 
 class Mapped(Keeper):
     """Hands out, in order, what somebody has published."""
 
     def __init__(self, segment: Segment, header: _Header) -> None:
-        self._mapping = segment.map(_HEADER_BYTES + header.data_bytes)
-        _read_only(self._mapping)
+        self._pages = segment.map(_HEADER_BYTES + header.data_bytes)
+        self._pages.read_only()
         self._header = header
         self._next = 0
 
     @property
     def intact(self) -> bool:
-        return _digest(self._mapping, self._header.data_bytes) == self._header.digest
+        return _digest(self._pages, self._header.data_bytes) == self._header.digest
 
     def keep(self, shape: tuple[int, ...], dtype: torch.dtype, fill: Fill) -> torch.Tensor:
         name, found, start = self._take(list)
         if (name, tuple(found)) != (str(dtype).removeprefix("torch."), tuple(shape)):
             raise CannotShare(f"{name}{found} stands where {dtype}{list(shape)} is wanted")
-        return _tensor(self._mapping, shape, dtype, start)
+        return _tensor(self._pages, shape, dtype, start)
 
     def note(self, decide: Callable[[], str]) -> str:
         return self._take(str)
@@ -209,6 +206,7 @@ class Mapped(Keeper):
     def finish(self) -> None:
         if self._next != len(self._header.records):
             raise CannotShare("there is more in the segment than the model wants")
+        self._pages.collapse(_HEADER_BYTES + self._header.data_bytes)
 
     def _take(self, kind: type[T]) -> T:
         if self._next == len(self._header.records):
@@ -285,18 +283,18 @@ class Sharing:
 
 
 def _tensor(
-    mapping: mmap.mmap, shape: tuple[int, ...], dtype: torch.dtype, start: int
+    pages: SharedPages, shape: tuple[int, ...], dtype: torch.dtype, start: int
 ) -> torch.Tensor:
     count = math.prod(shape)
     if count == 0:
         return torch.empty(shape, dtype=dtype)
     offset = _HEADER_BYTES + start
-    return torch.frombuffer(mapping, dtype=dtype, count=count, offset=offset).view(shape)
+    return torch.frombuffer(pages.buffer, dtype=dtype, count=count, offset=offset).view(shape)
 
 
-def _digest(mapping: mmap.mmap, num_bytes: int) -> str:
+def _digest(pages: SharedPages, num_bytes: int) -> str:
     """xxh3-128 over the digests of pieces, which are computed side by side."""
-    whole = memoryview(mapping)[_HEADER_BYTES : _HEADER_BYTES + num_bytes]
+    whole = memoryview(pages.buffer).cast("B")[_HEADER_BYTES : _HEADER_BYTES + num_bytes]
 
     def piece(start: int) -> bytes:
         return xxhash.xxh3_128_digest(whole[start : start + _PIECE_BYTES])
@@ -304,15 +302,6 @@ def _digest(mapping: mmap.mmap, num_bytes: int) -> str:
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:
         pieces = threads.map(piece, range(0, num_bytes, _PIECE_BYTES))
         return xxhash.xxh3_128_hexdigest(b"".join(pieces))
-
-
-def _read_only(mapping: mmap.mmap) -> None:
-    """A stray write ends its process instead of changing what siblings compute."""
-    address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    if libc.mprotect(address, len(mapping), mmap.PROT_READ) != 0:
-        raise OSError(ctypes.get_errno(), "mprotect of shared weights")
 
 
 def room_for(declared_bytes: int) -> int:

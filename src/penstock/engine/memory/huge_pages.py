@@ -13,7 +13,7 @@ from penstock.engine.memory.sizing import GIB, HUGE_PAGE_BYTES
 from penstock.protocol.errors import NotEnoughMemory
 
 _LARGE_BYTES = 2 * HUGE_PAGE_BYTES
-MADV_HUGEPAGE = 14  # Linux; not everywhere in Python's mmap
+_MADV_HUGEPAGE = 14  # Linux; not everywhere in Python's mmap
 _PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # mmap's default here is shared memory
 
 
@@ -34,7 +34,7 @@ def empty_huge(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
             f"{num_bytes / GIB:.2f} GiB for a weight cannot be had: {exc.strerror}"
         ) from exc
     with contextlib.suppress(OSError):  # a kernel without huge pages
-        region.madvise(MADV_HUGEPAGE)
+        region.madvise(_MADV_HUGEPAGE)
     start = -ctypes.addressof(ctypes.c_char.from_buffer(region)) % HUGE_PAGE_BYTES
     flat = torch.frombuffer(region, dtype=torch.uint8, count=num_bytes, offset=start)
     return flat.view(dtype).view(shape)
