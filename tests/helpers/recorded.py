@@ -12,7 +12,7 @@ from penstock.protocol.request import SamplingParams
 from penstock.service.cluster.finder import IndexFinder
 from penstock.service.core import ServiceCore, ServiceCoreConfig
 from penstock.service.generation import GenerationSpec
-from penstock.service.policies.routing import slo_aware
+from penstock.service.policies.routing import POLICIES, slo_aware
 from penstock.service.recipe import CoreRecipe
 from penstock.service.recorder import FileTape, RecordedCore
 from penstock.simulator import world as world_module
@@ -34,6 +34,25 @@ def record_services(path: Path, monkeypatch: pytest.MonkeyPatch) -> FileTape:
 
     monkeypatch.setattr(world_module, "ServiceCore", Recorded)
     return tape
+
+
+def record_every_service(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[FileTape]:
+    """All services of worlds that are made from now on write to a tape each; they are added to the
+    list that is returned."""
+    tapes: list[FileTape] = []
+    names = {policy: name for name, policy in POLICIES.items()}
+
+    class Recorded(RecordedCore):
+        def __init__(self, config: Any, policy: Any, finder: Any) -> None:
+            if policy not in names:  # of a test: a replay finds it by this name
+                names[policy] = policy.__name__
+                monkeypatch.setitem(POLICIES, policy.__name__, policy)
+            tapes.append(FileTape(folder / "incident"))
+            tapes[-1].header(CoreRecipe(config, names[policy], kv_index=finder.listens))
+            super().__init__(config, policy, finder, tapes[-1])
+
+    monkeypatch.setattr(world_module, "ServiceCore", Recorded)
+    return tapes
 
 
 def small_world(seed: int, faults: NetworkFaults | None = None, instances: int = 3) -> World:

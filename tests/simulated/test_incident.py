@@ -31,7 +31,9 @@ from penstock.service.recording import (
     piece,
 )
 from penstock.simulator.incident import Moment, Replay
-from tests.helpers.recorded import RECIPE, eventful, record_services
+from penstock.simulator.storms.draw import storm_of
+from penstock.simulator.storms.play import play
+from tests.helpers.recorded import RECIPE, eventful, record_every_service, record_services
 
 
 @pytest.fixture
@@ -59,6 +61,21 @@ def test_a_world_with_faults_is_replayed_exactly(taped: FileTape, seed: int) -> 
     # What was decided is known again, with its reasons.
     explained = replay.core.explain("r7")
     assert explained is not None and explained.choices[0].placements[0].decision is not None
+
+
+@pytest.mark.parametrize("first", [0, 10])
+def test_services_of_storms_are_replayed_exactly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: int
+) -> None:
+    """Clocks that jump, partitions, services that crash: every service's record replays."""
+    tapes = record_every_service(tmp_path, monkeypatch)
+    for seed in range(first, first + 10):
+        assert play(storm_of(seed)).ok
+    for tape in tapes:
+        tape.close()
+        _, moments = replayed(tape.path)
+        assert [m.difference for m in moments if m.difference] == [], tape.path
+    assert len(tapes) >= 10
 
 
 _AGAIN = """
