@@ -74,6 +74,9 @@ class CoreConfig:
     #: overlap the device would gain nothing.
     max_run_steps: int = 1
     max_run_s: float = 1.0
+    #: Invariants are recounted in each pause; where many instances share a processor that is left
+    #: to whoever runs them.
+    recounts_when_idle: bool = True
     exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
 
 
@@ -478,7 +481,7 @@ class InstanceCore:
 
     def _check_when_idle(self) -> None:
         """Invariants are recounted once in each pause, and not while somebody might be waiting."""
-        if self._flights or self.scheduler.has_work():
+        if self._flights or self.scheduler.has_work() or not self.config.recounts_when_idle:
             return
         self._idle_beats += 1
         if self._idle_beats == 2:

@@ -31,7 +31,10 @@ WARM_UP_S = 3.0
 SAMPLE_EVERY_S = 1.0
 #: Virtual seconds without a word to anybody after which those who wait are not waited for.
 STALLED_AFTER_S = 600.0
-MODES = {"exact": CoreConfig(), "scale": CoreConfig(max_run_steps=1024, max_run_s=1.0)}
+MODES = {
+    "exact": CoreConfig(recounts_when_idle=False),
+    "scale": CoreConfig(recounts_when_idle=False, max_run_steps=1024, max_run_s=1.0),
+}
 
 
 def run(
