@@ -230,13 +230,25 @@ class _Client:
         raise error
 
 
+def kv_dtype(row: Row) -> str | None:
+    """What the KV of a measured run was in, which is not said: bfloat16 if all of its requests fit
+    then, else fp8 if they do. None: neither."""
+    tp = int(row["tp"] or row["decode_tp"])
+    room = fit_costs.kv_tokens(row["gpu"], row["model"], row["gemm_dtype"], tp)
+    needed = int(row["batch"] or row["decode_batch"]) * (int(row["isl"]) + int(row["osl"]))
+    if needed <= room:
+        return "bfloat16"
+    return "fp8" if needed <= 2 * room else None
+
+
 def cluster_of(row: Row) -> ClusterSpec:
     """What was measured."""
 
     def pool(count: int, tp: int, **more: Any) -> PoolSpec:
-        hardware = str(Name(row["gpu"], row["model"], row["gemm_dtype"], tp))
+        name = Name(row["gpu"], row["model"], row["gemm_dtype"], tp)
+        kv_tokens = fit_costs.kv_tokens(*name) * (2 if kv_dtype(row) == "fp8" else 1)
         return PoolSpec(
-            count=count, hardware=hardware, max_num_seqs=1024,
+            count=count, hardware=str(name), kv_tokens=kv_tokens, max_num_seqs=1024,
             max_num_batched_tokens=STEP_TOKENS, **more,
         )  # fmt: skip
 
@@ -273,15 +285,19 @@ def end_to_end(every: int, most_tokens: int) -> dict[str, Any]:
     with gzip.open(END_TO_END, "rt") as file:
         rows = list(csv.DictReader(file))
     known = set(fit_costs.read(STEP_TIMES))
+    together = [row for row in rows if row["mode"] == "agg"][::every]
+    apart = [row for row in rows if row["mode"] != "agg"]
     chosen = [
         row
-        for row in rows[::every]
+        for row in together
         if _names(row) <= known and _at_once(row) * int(row["osl"]) <= most_tokens
     ]
+    chosen = [row for row in chosen + apart if kv_dtype(row) is not None]
     points = []
     for number, row in enumerate(chosen):
         simulated = {name: round(ms, 3) for name, ms in simulate(row).items()}
-        points.append({**{k: v for k, v in row.items() if v}, **simulated})
+        about = {k: v for k, v in row.items() if v} | {"kv_dtype": kv_dtype(row)}
+        points.append(about | simulated)
         if sys.stderr.isatty():
             print(f"\r{number + 1} of {len(chosen)} runs", end="", file=sys.stderr, flush=True)
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -295,7 +311,7 @@ def end_to_end(every: int, most_tokens: int) -> dict[str, Any]:
         "share_with_ttft_between_spread_and_together": round(
             float(np.mean([_is_between(point) for point in points])), 3
         ),
-        "left_out_as_too_long_or_unknown": len(rows[::every]) - len(chosen),
+        "left_out_as_too_long_or_unknown": len(together) + len(apart) - len(chosen),
         "step_tokens": STEP_TOKENS,
         "groups": {name: _errors(groups[name]) for name in sorted(groups)},
         "points": points,

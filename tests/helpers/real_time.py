@@ -28,14 +28,20 @@ def real_time_cluster(
         registry = ("--registry-address", f"tcp://127.0.0.1:{port}")
         found = started.server("router", model, *registry, *router)
         names = {f"gpu-{number}" for number in range(count)}
-        for name in sorted(names):
-            _start(started, model, hardware, name, f"penstock://127.0.0.1:{port}", worker)
-        started.until(lambda: found.active() == names)
+        where = f"penstock://127.0.0.1:{port}"
+        workers = [_start(started, model, hardware, n, where, worker) for n in sorted(names)]
+
+        def all_there() -> bool:
+            for command in (found, *workers):
+                assert command.process.poll() is None, f"it has ended:\n{command.log}"
+            return found.active() == names
+
+        started.until(all_there)
         yield found
 
 
 def _start(
     started: Processes, model: str, hardware: str, name: str, registry: str, flags: Sequence[str]
-) -> None:
+) -> Command:
     where = ("--name", name, "--registry", registry)
-    started.start(model, "--hardware", hardware, *where, *flags, module=MODULE)
+    return started.start(model, "--hardware", hardware, *where, *flags, module=MODULE)

@@ -145,8 +145,9 @@ class SimulatedDevice:
         trace: Trace = NO_TRACE,
         address: str | None = None,
         registry: str | None = None,
+        weights_fd: int | None = None,
     ) -> Engine:
-        """In the place of `engine.build.build_engine`."""
+        """In the place of `engine.build.build_engine`; there are no weights to load or to share."""
         vocab_size = _vocab_size(config)
         scheduler = SchedulerConfig(
             max_num_seqs=config.max_num_seqs or _POOL.max_num_seqs,
