@@ -426,6 +426,7 @@ class ServiceCore:
             effects += self._look_after(instance, now)
             effects += self._empty(instance, now)
         effects += self.placement.house(now)
+        effects += self.placement.hurry(now)
         if self.roles.is_due(now):
             effects += self.roles.keep(*self.placement.sight(now), self.prospects.attainment, now)
         for entry in [e for e in self.journal if e.deadline_s is not None and now > e.deadline_s]:

@@ -51,6 +51,10 @@ class PlacementConfig:
     migrated_at_once: int = 8
     #: A sequence with no more tokens to come than this finishes where it is.
     not_worth_migrating_tokens: int = 16
+    #: A request that will miss its TTFT SLO is refused, or taken and deferred. Who has been
+    #: deferred for so long goes before all others.
+    refuses_late: bool = True
+    overdue_s: float = 30.0
     #: Finished requests that can still be explained.
     explained_requests: int = 1024
 
@@ -85,13 +89,15 @@ class Placement:
         self._takers: tuple[Instance, ...] = ()
         self._takers_as_of = -1
         self._homeless: deque[Entry] = deque()
+        #: Those that have been deferred, in order of arrival; some have started or ended since.
+        self._deferred: deque[Entry] = deque()
         self._expected: set[str] = set()  # membership only, never iterated
 
     def admit(self, entry: Entry, now: float) -> None:
         """Raises `Overloaded` where the time to the first token that is asked for cannot be kept
         anywhere: better a word now than a late answer."""
         able = self._able()
-        if entry.ttft_slo_s is None or not able:
+        if entry.ttft_slo_s is None or not able or not self._config.refuses_late:
             return
         cached_tokens, decision = self._decide(entry, able, None, now)
         entry.foreseen = cached_tokens, decision
@@ -205,6 +211,24 @@ class Placement:
             entry, now, avoid=origin.name, prefilled_on=origin.name if computed else None
         )
         return [*freed, *placed, cancel]
+
+    def hurry(self, now: float) -> list[Effect]:
+        """Nobody is deferred for ever: who has waited too long is placed before all others."""
+        effects: list[Effect] = []
+        while self._deferred:
+            entry = self._deferred[0]
+            waits = entry.deferred and entry.queued_tokens and entry.instance is not None
+            if waits and now - entry.accepted_s < self._config.overdue_s:
+                break
+            self._deferred.popleft()
+            if waits and not entry.overdue:
+                assert entry.instance is not None
+                entry.overdue = True
+                cancel = Send(entry.instance, Cancel(entry.key, entry.attempt))
+                freed = self._unplace(entry, "overdue", now)
+                entry.because = "overdue"
+                effects += [*freed, *self._place(entry, now), cancel]
+        return effects
 
     def hand_over(self, entry: Entry, now: float) -> list[Effect]:
         """The prompt is computed and the first token is out: the rest is for another instance. It
@@ -372,7 +396,10 @@ class Placement:
         """The one place where an attempt begins."""
         if source is not None:
             cached_tokens = max(cached_tokens or 0, source.num_blocks * BLOCK_TOKENS)
+        entry.deferred = decision is not None and decision.deferred and not entry.overdue
         target.place(entry, cached_tokens or 0)
+        if entry.deferred:
+            self._deferred.append(entry)
         entry.attempt += 1
         entry.submitted_s = now
         entry.pulls_from = source.instance if source is not None else None
@@ -389,7 +416,10 @@ class Placement:
         self.prospects.finder.submitted(target.name, submit.block_keys)
         self.prospects.waiting.add(entry, submit.block_keys)
         effects: list[Effect] = [Send(target.name, submit)]
-        return effects if decode is None else effects + self._reserve(entry, target, decode)
+        # For who waits long no room is kept: where it decodes is decided when the time has come.
+        if decode is None or entry.deferred:
+            return effects
+        return effects + self._reserve(entry, target, decode)
 
     def _record(
         self,
@@ -511,6 +541,9 @@ class Placement:
                 e for e in instance.entries.values() if e.queued_tokens
             ]
             assert instance.queued_tokens == sum(e.queued_tokens for e in mine)
+            late = [e for e in instance.waiting.values() if e.deferred]
+            assert instance.deferred == len(late)
+            assert instance.deferred_tokens == sum(e.queued_tokens for e in late)
             running = [e for e in mine if not e.queued_tokens]
             assert instance.running == len(running)
             assert instance.running_tokens == sum(e.num_tokens for e in running)

@@ -15,6 +15,7 @@ from penstock.protocol.kv import BLOCK_TOKENS
 from penstock.service.cluster.finder import IndexFinder, NoFinder
 from penstock.service.cluster.roles import RoleKeeperConfig
 from penstock.service.core import ServiceCore, ServiceCoreConfig
+from penstock.service.placement import PlacementConfig
 from penstock.service.policies.roles import RolesConfig
 from penstock.service.policies.routing import (
     ClusterView,
@@ -162,11 +163,11 @@ def _policy(spec: ClusterSpec) -> Policy:
 
 
 def _service(spec: ClusterSpec) -> ServiceCoreConfig:
-    # Admission refuses where a TTFT SLO is set; without it everybody is measured.
     config = ServiceCoreConfig(
         max_queue=spec.max_queue,
-        ttft_slo_s=spec.ttft_slo_s if spec.admission else None,
+        ttft_slo_s=spec.ttft_slo_s,
         tpot_slo_s=spec.tpot_slo_s,
+        placement=PlacementConfig(refuses_late=spec.admission),
     )
     if spec.pd in ("off", "pools"):
         return config

@@ -113,6 +113,9 @@ class Instance:
     queued_tokens: int = 0
     running: int = 0
     running_tokens: int = 0
+    #: Of those that are queued: who waits behind the others, and their tokens.
+    deferred: int = 0
+    deferred_tokens: int = 0
     entries: dict[str, Entry] = field(default_factory=dict)
     #: Those of the entries that have had no token here yet.
     waiting: dict[str, Entry] = field(default_factory=dict)
@@ -228,14 +231,21 @@ class Instance:
         self.entries[entry.key] = self.waiting[entry.key] = entry
         self.touched = True
         self.queued_tokens += entry.queued_tokens
+        self._defer(entry, 1)
 
     def started(self, entry: Entry) -> None:
         """The first token of this placement has come."""
         del self.waiting[entry.key]
         self.queued_tokens -= entry.queued_tokens
+        self._defer(entry, -1)
         self.running += 1
         self.running_tokens += entry.num_tokens
         entry.queued_tokens = 0
+
+    def _defer(self, entry: Entry, sign: int) -> None:
+        if entry.deferred:
+            self.deferred += sign
+            self.deferred_tokens += sign * entry.queued_tokens
 
     def expects(self, entry: Entry) -> None:
         self.coming[entry.key] = entry
@@ -251,6 +261,7 @@ class Instance:
         if entry.queued_tokens:
             del self.waiting[entry.key]
             self.queued_tokens -= entry.queued_tokens
+            self._defer(entry, -1)
         else:
             self.running -= 1
             self.running_tokens -= entry.num_tokens

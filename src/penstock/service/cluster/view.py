@@ -15,7 +15,7 @@ _WRITTEN = (
     "queued_tokens", "queued", "running", "running_tokens", "step_ends_s",
     "base_s", "per_token_s", "per_row_s", "per_context_token_s", "per_attention_s", "residual_s",
     "num_steps", "ttft_ratio", "ttft_error", "step_tokens", "max_running", "free_blocks",
-    "total_blocks", "prefill_share", "prompt_tokens",
+    "total_blocks", "prefill_share", "prompt_tokens", "deferred_tokens", "deferred",
     "map_s", "map_token_s", "copy_s", "copy_token_s", "tier_s", "tier_token_s",
 )  # fmt: skip
 #: And one that is worked out at each look.
@@ -135,8 +135,8 @@ class LiveView:
         assert card is not None, "an active instance has shown its card"
         cost = load.cost if load else card.cost
         return (
-            i.queued_tokens + i.others.queued_tokens,
-            len(i.waiting) + i.others.queued,
+            i.queued_tokens - i.deferred_tokens + i.others.queued_tokens,
+            len(i.waiting) - i.deferred + i.others.queued,
             i.running + i.others.running + len(i.coming),
             i.running_tokens + i.others.running_tokens + i.coming_tokens,
             i.step_ends_s,
@@ -155,6 +155,8 @@ class LiveView:
             card.num_blocks,
             seen.prefill.share(now),
             np.inf if cost.prompt_tokens is None else cost.prompt_tokens,
+            i.deferred_tokens,
+            i.deferred,
             *seen.transfer.line("map"),
             *seen.transfer.line("copy"),
             *seen.transfer.line("tier"),
@@ -192,6 +194,8 @@ def _view(instances: Sequence[Instance], table: Floats, codes: Ints) -> ClusterV
         total_blocks=column("total_blocks"),
         prefill_share=column("prefill_share"),
         prompt_tokens=column("prompt_tokens"),
+        deferred_tokens=column("deferred_tokens"),
+        deferred=column("deferred"),
         transfer=TransferCosts(
             map_s=column("map_s"),
             map_token_s=column("map_token_s"),
