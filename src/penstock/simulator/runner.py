@@ -89,12 +89,13 @@ class CostModelRunner(PacedRunner):
     def _failed(self, batch: Batch, step_s: float) -> StepResult:
         """What the step would have written is anything."""
         for row in batch.rows:
-            slot, end = self._slots[row.slot], row.start + row.num_tokens
+            slot, end = self._slots[row.slot], row.start + row.num_tokens + batch.steps - 1
             for position in range(row.start, end):
                 index, offset = divmod(position, self._memory.block_tokens)
                 self._memory.write(slot.blocks[index], offset, GARBAGE)
             if row.samples:
-                slot.put(end, 0)
+                for position in range(end - batch.steps + 1, end + 1):
+                    slot.put(position, 0)
         error = EngineFailed("the simulated device says so").info()
         return StepResult(batch.step, [], step_s, error=error)
 
