@@ -97,7 +97,9 @@ class Cluster:
             means=shape.means,
             num_windows=shape.num_windows if "map" in shape.means else 0,
             tiers=TierSizes(shape.host_blocks, shape.disk_blocks),
-            core=CoreConfig(credit_window=shape.credit_window),
+            core=CoreConfig(
+                credit_window=shape.credit_window, max_run_steps=shape.max_run_steps, max_run_s=0.2
+            ),
         )
         self._instance_is_up(name)
 

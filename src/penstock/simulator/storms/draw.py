@@ -86,6 +86,7 @@ def _shape(draw: random.Random) -> Shape:
         max_queue=draw.choice((1024, 1024, 1024, 6)),
         max_waiting=draw.choice((1024, 1024, 1024, 3)),
         ttft_slo_s=draw.choice((None, None, None, 0.5)),
+        max_run_steps=draw.choice((1, 1, 16)),
         latency_s=draw.choice((0.0002, 0.0002, 0.004, 0.05)),
         credit_window=draw.choice((512, 512, 48)),
         job_fails=draw.choice((0.0, 0.0, 0.0, 0.1)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import traceback
 from dataclasses import dataclass
 
+from penstock.service.cluster.finder import IndexFinder
 from penstock.service.placement import PlacementConfig
 from penstock.simulator.storms.asks import Caller
 from penstock.simulator.storms.checks import (
@@ -15,7 +16,7 @@ from penstock.simulator.storms.checks import (
 from penstock.simulator.storms.cluster import Cluster, Plant
 from penstock.simulator.storms.excuses import may_fail
 from penstock.simulator.storms.faults import Strikes
-from penstock.simulator.storms.storm import Raise, Storm
+from penstock.simulator.storms.storm import Cut, Noise, Raise, Storm
 
 #: A request ends within this after its arrival once nothing goes wrong any more, and what all
 #: requests take to compute: silence is noticed after 2.5 s, work is placed within 2 s more, and
@@ -166,8 +167,27 @@ def _check_nothing_is_left(cluster: Cluster) -> None:
         else:
             nothing_left_in_service(cluster.services[name])
     _check_that_all_know_each_other(cluster)
+    _check_indices(cluster)
     if cluster.registry is not None:
         hold(not cluster.registry.troubles(), f"{cluster.registry.troubles()}")
+
+
+def _check_indices(cluster: Cluster) -> None:
+    """What services think that instances have cached is what they have. (Where words were lost
+    that is found with the next ones, and after a storm there may be none.)"""
+    if any(isinstance(fault, Cut | Noise) for fault in cluster.storm.faults):
+        return
+    for service in cluster.services.values():
+        finder = service.prospects.finder
+        assert isinstance(finder, IndexFinder)
+        for name in cluster.up.keys() & cluster.instances.keys():
+            core = cluster.instances[name]
+            tiers = core.exchange.tiers
+            has = {"device": len(core.scheduler.kv_keys())}
+            has |= {tier: len(list(tiers.keys(tier))) for tier in tiers.tiers}
+            known = {t: n for t, n in finder.index.blocks_of(name).items() if t in has}
+            same = known == has or service.config.name not in cluster.up
+            hold(same, f"{service.config.name} thinks that {name} has {known}: it has {has}")
 
 
 def _check_that_all_know_each_other(cluster: Cluster) -> None:

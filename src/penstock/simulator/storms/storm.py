@@ -43,6 +43,8 @@ class Shape:
     max_queue: int = 1024
     max_waiting: int = 1024
     ttft_slo_s: float | None = None
+    #: Above 1: instances compute runs of steps, as in large worlds.
+    max_run_steps: int = 1
     #: Of a frame, at the least.
     latency_s: float = 0.0002
     #: `Tokens` that an instance sends ahead of the service's credits.
