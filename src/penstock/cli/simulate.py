@@ -17,7 +17,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from penstock.cli import process
 from penstock.cli.parser import Parser, count
 from penstock.loadgen import costs
-from penstock.loadgen.traces import TraceRequest, read_trace, spread_ticks
+from penstock.loadgen.sources import open_trace
+from penstock.loadgen.traces import TraceRequest
 from penstock.protocol.errors import ConfigError
 from penstock.service.policies.routing import POLICIES
 from penstock.simulator.cluster_file import check_fits, read_cluster
@@ -25,7 +26,6 @@ from penstock.simulator.experiment import MODES
 from penstock.simulator.quantities import seconds_of
 from penstock.simulator.report import comparison, table
 from penstock.simulator.report.html import render, to_json
-from penstock.simulator.stretch import faster
 
 _OUT = "simulate-report"
 T = TypeVar("T")
@@ -40,7 +40,8 @@ def make_parser() -> Parser:
         "simulate",
         _DESCRIPTION,
         epilog="TRACE: CSV (arrival_s, input_tokens, output_tokens; or Azure's columns) or JSON\n"
-        "lines (Mooncake's), plain or .gz. CLUSTER: examples/simulate.yaml explains the fields.\n"
+        "lines (Mooncake's), plain or .gz, or generate:... (see docs/traces.md).\n"
+        "CLUSTER: examples/simulate.yaml explains the fields.\n"
         "Hardware that is known:\n  " + "\n  ".join(costs.known_hardware()),
     )
     add = parser.add_argument
@@ -107,8 +108,8 @@ def _tasks(flags: Namespace) -> list[comparison.Task]:
 
 
 def read(trace: str, speed: float = 1.0) -> list[TraceRequest]:
-    """Raises `ConfigError` for a file that is no trace."""
-    return faster(spread_ticks(read_trace(Path(trace).expanduser())), speed)
+    """Of a file, or of `generate:...`. Raises `ConfigError` for what is no trace."""
+    return open_trace(trace, speed=speed)
 
 
 def words_of(flags: Namespace, name: str) -> list[str]:

@@ -32,15 +32,22 @@ def open_trace(
     if source.startswith(PREFIX):
         requests = generate(parse(source))
     else:
-        requests = spread_ticks(read_trace(Path(source), limit if window_s is None else None))
-    requests = [replace(r, arrival_s=r.arrival_s / speed) for r in requests]
-    if window_s is not None:
-        requests = busiest(requests, window_s)
-    return requests[:limit]
+        requests = spread_ticks(
+            read_trace(Path(source).expanduser(), limit if window_s is None else None)
+        )
+    return busiest(faster(requests, speed), window_s)[:limit]
 
 
-def busiest(requests: Sequence[TraceRequest], window_s: float) -> list[TraceRequest]:
-    """The stretch of so many seconds with the most prompt and output tokens, beginning at 0 s."""
+def faster(requests: Sequence[TraceRequest], speed: float) -> list[TraceRequest]:
+    """The same requests, `speed` times as fast."""
+    return [replace(r, arrival_s=r.arrival_s / speed) for r in requests]
+
+
+def busiest(requests: Sequence[TraceRequest], window_s: float | None) -> list[TraceRequest]:
+    """The stretch of `window_s` with the most prompt and output tokens, beginning at 0 s; None, or
+    longer than the trace: all of it."""
+    if window_s is None:
+        return list(requests)
     times = np.array([r.arrival_s for r in requests])
     if times[-1] - times[0] <= window_s:
         return list(requests)

@@ -1,4 +1,4 @@
-"""Parts of traces, and traces at another speed."""
+"""Parts of traces, traces at another speed, and others like them."""
 
 from __future__ import annotations
 
@@ -7,25 +7,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from penstock.loadgen.sources import busiest, faster
 from penstock.loadgen.traces import TraceRequest
 
-
-def faster(requests: Sequence[TraceRequest], speed: float) -> list[TraceRequest]:
-    """The same requests, `speed` times as fast."""
-    return [replace(r, arrival_s=r.arrival_s / speed) for r in requests]
-
-
-def busiest(requests: Sequence[TraceRequest], window_s: float | None) -> list[TraceRequest]:
-    """The stretch of `window_s` with the most prompt and output tokens, beginning at 0 s; None, or
-    longer than the trace: all of it."""
-    if window_s is None or requests[-1].arrival_s <= window_s:
-        return list(requests)
-    times = np.array([r.arrival_s for r in requests])
-    tokens = np.cumsum([0] + [r.input_tokens + r.output_tokens for r in requests])
-    ends = np.searchsorted(times, times + window_s)
-    first = int((tokens[ends] - tokens[: len(times)]).argmax())
-    start_s = requests[first].arrival_s
-    return [replace(r, arrival_s=r.arrival_s - start_s) for r in requests[first : ends[first]]]
+__all__ = ["busiest", "dealt", "faster"]
 
 
 def dealt(requests: Sequence[TraceRequest], seed: int) -> list[TraceRequest]:
