@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -137,10 +138,11 @@ def _take_in(run: RecordedRun, moment: Moment) -> None:
                 call.spec.tpot_slo_s,
             )
     elif moment.name == "cancel":
-        for sequence in run.sequences.values():
-            request_id, _, number = sequence.key.rpartition("/")
-            mine = request_id == call.request_id and call.choice in (None, int(number))
-            if mine and not sequence.finish:
+        for choice in itertools.count() if call.choice is None else (call.choice,):
+            sequence = run.sequences.get(f"{call.request_id}/{choice}")
+            if sequence is None:
+                break
+            if not sequence.finish:
                 sequence.finish, sequence.end_s = "cancelled", moment.at_s
     elif moment.name == "on_message":
         _heard(run, call.peer, message_of(call), moment.at_s)

@@ -1,0 +1,127 @@
+"""A load on a live server: what is counted where answers break off, come late, or never begin."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import httpx
+import pytest
+
+from penstock.loadgen.live import Outcome, Shot, distribution, play, request, summary
+
+Answer = Callable[[dict[str, Any]], httpx.Response]
+
+
+def client(answer: Answer) -> httpx.AsyncClient:
+    transport = httpx.MockTransport(lambda asked: answer(json.loads(asked.content)))
+    return httpx.AsyncClient(transport=transport, base_url="http://server")
+
+
+def events(*bodies: object, broken: bool = False) -> httpx.Response:
+    async def lines() -> AsyncIterator[bytes]:
+        for body in bodies:
+            yield f"data: {json.dumps(body)}\n\n".encode()
+        if broken:
+            raise httpx.ReadError("gone")
+        yield b"data: [DONE]\n\n"
+
+    return httpx.Response(200, content=lines())
+
+
+def token(text: str = "x") -> dict[str, Any]:
+    return {"choices": [{"text": text}]}
+
+
+USAGE = {
+    "choices": [],
+    "usage": {
+        "prompt_tokens": 9, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 4},
+    },
+}  # fmt: skip
+
+
+async def test_what_is_asked_and_what_is_seen() -> None:
+    asked: list[dict[str, Any]] = []
+
+    def answer(body: dict[str, Any]) -> httpx.Response:
+        asked.append(body)
+        return events(token(), token(), token(), USAGE)
+
+    async with client(answer) as http:
+        found = await request(http, {"prompt": [1, 2], "max_tokens": 3})
+    assert asked[0]["stream"] and asked[0]["stream_options"] == {"include_usage": True}
+    assert not found.error and (found.prompt_tokens, found.output_tokens) == (9, 3)
+    assert found.cached_tokens == 4 and len(found.itl_s) == 2
+    assert found.ttft_s + sum(found.itl_s) == pytest.approx(found.end_s)
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        (lambda body: httpx.Response(429, json={"error": {"message": "full"}}), "full"),
+        (lambda body: httpx.Response(502, text="bad gateway"), "answered 502"),
+        (lambda body: events(token(), {"error": {"message": "lost"}}), "lost"),
+        (lambda body: events(token(), broken=True), "ReadError: gone"),
+        (lambda body: events(), "without a token"),
+        (lambda body: events(token(), {"choices": [], "usage": {}, "x": 1}), None),
+        (lambda body: events({"choices": [], "usage": {"prompt_tokens": 1}}), "KeyError"),
+    ],
+)
+async def test_failures_are_outcomes(answer: Answer, error: str | None) -> None:
+    async with client(answer) as http:
+        found = await request(http, {})
+    assert error in found.error if error else not found.error
+
+
+async def test_a_server_that_is_not_there() -> None:
+    async with httpx.AsyncClient(base_url="http://127.0.0.1:1") as http:
+        (found,), _ = await play(http, [Shot(0.0, {})])
+    assert found.error.startswith("ConnectError")
+
+
+async def test_an_open_loop_waits_for_nobody_and_a_closed_one_does() -> None:
+    under_way = [0, 0]  # now, and at most
+
+    async def slowly() -> AsyncIterator[bytes]:
+        import asyncio
+
+        under_way[0] += 1
+        under_way[1] = max(under_way)
+        await asyncio.sleep(0.05)
+        yield f"data: {json.dumps(token())}\n\n".encode()
+        under_way[0] -= 1
+
+    shots = [Shot(0.005 * n, {}) for n in range(8)]
+    ended: list[int] = []
+    async with client(lambda body: httpx.Response(200, content=slowly())) as http:
+        outcomes, _ = await play(http, shots, ended=ended.append)
+        assert under_way[1] > 2 and all(not o.error for o in outcomes)
+        assert ended == list(range(1, 9))
+        under_way[1] = 0
+        outcomes, _ = await play(http, shots, concurrency=2)
+    assert under_way[1] == 2
+    assert max(o.late_s for o in outcomes) > 0.05  # and that is said
+
+
+def test_goodput_counts_failures_as_missed() -> None:
+    outcomes = [
+        Outcome("", ttft_s=0.1, end_s=1.0, output_tokens=10),
+        Outcome("", ttft_s=0.9, end_s=1.0, output_tokens=10),
+        Outcome("", ttft_s=0.1, end_s=9.1, output_tokens=10),
+        Outcome("", ttft_s=0.1, end_s=0.1, output_tokens=1),  # no token after the first: no TPOT
+        Outcome("broken"),
+        Outcome("broken"),
+    ]
+    found = summary(outcomes, 2.0, slos_s={"ttft": 0.5, "tpot": 0.2})
+    assert found["slo_attainment"] == pytest.approx(2 / 6)
+    assert found["request_goodput_per_s"] == 1.0
+    assert found["slo_ms"] == {"ttft": 500.0, "tpot": 200.0}
+    assert found["errors"] == ["broken (2 times)"] and found["failed"] == 2
+
+
+def test_percentiles_are_measured_values() -> None:
+    found = distribution([i / 1000 for i in range(1, 201)], (50.0, 99.5, 100.0))
+    assert found == {"mean": pytest.approx(100.5), "p50": 100.0, "p99.5": 199.0, "p100": 200.0}
+    assert distribution([]) is None
