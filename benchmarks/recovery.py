@@ -230,7 +230,9 @@ def _spec(setup: Setup) -> ClusterSpec:
         hardware=HARDWARE,
         host_kv_tokens=HOST_KV_TOKENS if "host" in setup.kv else 0,
     )
-    return ClusterSpec(pools=(pool,), pd=setup.pd, kv_index=setup.kv != "none")
+    # Apart always, or the prompts of what decodes would be where it decodes.
+    policy = "slo-aware" if setup.pd == "off" else "split"
+    return ClusterSpec(pools=(pool,), pd=setup.pd, policy=policy, kv_index=setup.kv != "none")
 
 
 def measure(
@@ -296,8 +298,8 @@ def the_trace(speed: float, loops: int) -> list[TraceRequest]:
 def print_table(rows: list[Row]) -> None:
     print(
         "| pd | kv | detection | | interrupted | any token after the crash, p50 / p99 "
-        "| a new token after the crash | after its detection | computed again, each | recompute / restore / fetch "
-        "| actual / predicted |\n|---|---|---|---|---|---|---|---|---|---|---|"
+        "| a new token after the crash | after its detection | computed again, each "
+        "| recompute / restore / fetch | actual / predicted |\n" + "|---" * 11 + "|"
     )
     for r in rows:
         ways = " / ".join(str(r.ways[way]) for way in WAYS) if r.how == "resume" else "-"
