@@ -12,7 +12,7 @@ Role = Literal["any", "encode", "prefill", "decode", "prefill_to_decode", "decod
 
 #: Where sequences that decode have a TPOT to keep, steps take as many prompt tokens beside them as
 #: fit this share of it; but never fewer than so many, or prompts would not move.
-PACE = 0.8
+PACE = 0.7
 PACED_TOKENS = 64
 #: Tokens that a prompt token beside them is taken to attend to.
 PACED_CONTEXT = 1024

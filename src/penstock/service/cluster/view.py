@@ -16,6 +16,7 @@ _WRITTEN = (
     "base_s", "per_token_s", "per_row_s", "per_context_token_s", "per_attention_s", "residual_s",
     "num_steps", "ttft_ratio", "ttft_error", "step_tokens", "max_running", "free_blocks",
     "total_blocks", "prefill_share", "prompt_tokens", "deferred_tokens", "deferred",
+    "coming", "coming_tokens",
     "map_s", "map_token_s", "copy_s", "copy_token_s", "tier_s", "tier_token_s",
 )  # fmt: skip
 #: And one that is worked out at each look.
@@ -157,6 +158,8 @@ class LiveView:
             np.inf if cost.prompt_tokens is None else cost.prompt_tokens,
             i.deferred_tokens,
             i.deferred,
+            len(i.coming),
+            i.coming_tokens,
             *seen.transfer.line("map"),
             *seen.transfer.line("copy"),
             *seen.transfer.line("tier"),
@@ -196,6 +199,8 @@ def _view(instances: Sequence[Instance], table: Floats, codes: Ints) -> ClusterV
         prompt_tokens=column("prompt_tokens"),
         deferred_tokens=column("deferred_tokens"),
         deferred=column("deferred"),
+        coming=column("coming"),
+        coming_tokens=column("coming_tokens"),
         transfer=TransferCosts(
             map_s=column("map_s"),
             map_token_s=column("map_token_s"),

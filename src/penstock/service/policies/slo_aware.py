@@ -79,7 +79,7 @@ def _behind_all(view: ClusterView) -> ClusterView:
 
 def _decide(view: ClusterView, request: RouteRequest, always_apart: bool) -> Decision:
     assert view.names, "a decision needs at least one candidate"
-    stakes = _Stakes.of(look(view, request), request)
+    stakes = _Stakes.of(_when_it_decodes(look(view, request), request), request)
     if request.prefilled_on is not None:
         return _after_prefill(stakes, request.prefilled_on, may_stay=not always_apart)
     together = _together(stakes)
@@ -105,6 +105,18 @@ def _has_room(k: _Stakes) -> bool:
     if view.prefill_share is None or not members.any():
         return False
     return float(view.prefill_share[members].mean()) < _LIGHT
+
+
+def _when_it_decodes(o: Outlook, request: RouteRequest) -> Outlook:
+    """Who is still to come is not there all at once: by Little's law as much of them as the time
+    that they decode is of the time until they have come and gone."""
+    view, s = o.view, o.speeds
+    if view.coming is None or view.coming_tokens is None or not view.coming.any():
+        return o
+    decodes_s = max(request.expected_output_tokens, 1) * o.tpot_s
+    away = 1.0 - decodes_s / np.maximum(decodes_s + float(o.ttft_s.min()), 1e-9)
+    fewer_s = away * (view.coming * s.decode_s + view.coming_tokens * s.read_s)
+    return replace(o, tpot_s=np.maximum(o.tpot_s - fewer_s, s.base_s))
 
 
 # --- numbers --------------------------------------------------------------------------------------
@@ -200,7 +212,7 @@ def _paced_s(o: Outlook, request: RouteRequest) -> Floats:
 #: Worse than any cost: a million seconds for each SLO that is missed.
 _BROKEN_S = 1e6
 #: Of the TTFT wanted: predictions err, and who is placed to be just in time is late half the time.
-_IN_TIME = 0.9
+_IN_TIME = 0.85
 #: The share of their time that prompts take at those who prefill, below which the load is light.
 _LIGHT = 0.3
 #: A share of steps that a 99th percentile sees.

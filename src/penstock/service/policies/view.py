@@ -107,6 +107,10 @@ class ClusterView:
     #: None: nobody does.
     deferred_tokens: Floats | None = None
     deferred: Floats | None = None
+    #: Of `running` and `running_tokens`: sequences that are to decode there once their prompt has
+    #: been computed elsewhere. None: not known apart.
+    coming: Floats | None = None
+    coming_tokens: Floats | None = None
     #: Of the steps that each cost model was fitted to. None: not known, taken for many.
     prompt_tokens: Floats | None = None
     transfer: TransferCosts = field(default_factory=TransferCosts)
