@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import random
 from collections.abc import Callable
 from typing import Any
 
@@ -186,20 +185,19 @@ def blocks_are_lent_for_ever(core: Core) -> None:
 
 
 def a_timer_is_not_set_again(core: Core) -> None:
-    """Once in a while."""
+    """After a second."""
     if not isinstance(core, InstanceCore):
         return
-    draw = random.Random(1)
 
     def make(act: Callable[..., Any]) -> Callable[..., Any]:
-        def on_timer(now: float) -> list[Effect]:
-            effects: list[Effect] = act(now)
-            lost = draw.random() < 0.02
-            return [e for e in effects if not (lost and isinstance(e, SetTimer))]
+        def quiet(*args: Any) -> list[Effect]:
+            effects: list[Effect] = act(*args)
+            return [e for e in effects if args[-1] < 1.0 or not isinstance(e, SetTimer)]
 
-        return on_timer
+        return quiet
 
-    _wrap(core, "on_timer", make)
+    for name in ("on_timer", "on_message", "on_step_done", "on_moved"):
+        _wrap(core, name, make)
 
 
 PLANTS = (
