@@ -16,7 +16,7 @@ from penstock.loadgen.traces import TraceRequest
 from penstock.protocol.errors import ConfigError
 from penstock.simulator.cluster_file import check_fits, parse_cluster, read_cluster, write_cluster
 from penstock.simulator.quantities import seconds_of, slos_of, text_of
-from penstock.simulator.spec import ClusterSpec, LinkSpec, PoolSpec
+from penstock.simulator.spec import ClusterSpec, FaultSpec, LinkSpec, PoolSpec
 
 ROOT = Path(__file__).parents[2]
 SMALL = "pools: [{count: 2, hardware: 'h100:llama3.1-8b:bf16', tp: 1}]\n"
@@ -68,6 +68,20 @@ POOLS = st.builds(
     slowdown=st.floats(0.1, 10),
     gpu_hour_usd=st.none() | st.floats(0.01, 100),
 )
+FAULTS = st.builds(
+    FaultSpec,
+    at_s=st.integers(0, 9999).map(float),
+    kind=st.sampled_from(["crash", "freeze"]),
+    instance=st.just(0),
+    for_s=st.none() | st.integers(1, 99).map(float),
+) | st.builds(
+    FaultSpec,
+    at_s=st.integers(0, 9999).map(float),
+    kind=st.just("slow"),
+    instance=st.just(0),
+    for_s=st.none() | st.integers(1, 99).map(float),
+    times=st.floats(0.5, 9),
+)
 MILLISECONDS = st.integers(1, 10**6).map(lambda n: n / 1e3)
 
 
@@ -91,6 +105,9 @@ def clusters(draw: st.DrawFn) -> ClusterSpec:
         link=LinkSpec(
             latency_s=draw(MILLISECONDS), jitter_s=draw(MILLISECONDS), kv_gbit=draw(st.floats(1, 9))
         ),
+        faults=tuple(
+            replace(fault, instance=f"{names[0]}-0") for fault in draw(st.lists(FAULTS, max_size=2))
+        ),
     )
 
 
@@ -107,6 +124,19 @@ def test_the_example_says_what_it_means() -> None:
     assert (spec.ttft_slo_s, spec.tpot_slo_s, spec.pd) == (1.0, 0.05, "auto")
 
 
+def test_the_faults_of_the_example_can_be_put_in(tmp_path: Path) -> None:
+    text = (ROOT / "examples" / "simulate.yaml").read_text()
+    head, faults = text.split("# faults:")
+    (tmp_path / "f.yaml").write_text(head + "faults:" + faults.replace("\n#", "\n"))
+    kinds = [(f.kind, f.instance, f.at_s, f.for_s, f.times)
+             for f in read_cluster(tmp_path / "f.yaml").faults]  # fmt: skip
+    assert kinds == [
+        ("crash", "h100-0", 60, 20, 1),
+        ("slow", "h100-1", 90, 30, 3),
+        ("freeze", "h100-2", 120, 5, 1),
+    ]
+
+
 def test_what_the_example_leaves_out_is_as_it_says(tmp_path: Path) -> None:
     """Fields that are commented out, put in as they stand, change nothing."""
     text = (ROOT / "examples" / "simulate.yaml").read_text()
@@ -115,7 +145,7 @@ def test_what_the_example_leaves_out_is_as_it_says(tmp_path: Path) -> None:
         body = line.strip()
         if body.startswith("# ") and ": " in body and body[2:].lstrip()[0].islower():
             key = body[2:].lstrip().split(":")[0]
-            if " " not in key and key not in ("tp", "kv-tokens", "gpu"):
+            if " " not in key and key not in ("tp", "kv-tokens", "gpu", "faults"):
                 line = line.replace("# ", "", 1)
         if body == "# link:                     # between two processes":
             line = body[2:]
@@ -188,6 +218,12 @@ def test_pools_may_have_roles_of_their_own() -> None:
         (SMALL + "admission: maybe", "admission is 'maybe'"),
         (SMALL + "kv-index: true\nkv_index: true", "kv_index is there twice"),
         (SMALL + "max-queue: -1", "max-queue is -1"),
+        (SMALL + "faults: {at: 1s}", "faults is not a list of faults"),
+        (SMALL + "faults: [{at: 1s}]", r"faults\[0\] has an `at`, and one of crash"),
+        (SMALL + "faults: [{at: 1s, crash: gpu-0, slow: gpu-0}]", "one of crash, freeze and slow"),
+        (SMALL + "faults: [{at: 1s, slow: gpu-0}]", "slow has `times`"),
+        (SMALL + "faults: [{at: 1s, crash: gpu-9}]", "'gpu-9'; there are gpu-0 to gpu-1"),
+        (SMALL + "faults: [{at: 1s, carsh: gpu-0}]", r"did you mean crash\?"),
         ("pools: [{count: 1, hardware: 'a'", "is not YAML"),
     ],
 )  # fmt: skip

@@ -263,3 +263,45 @@ def long_trace(beside: str) -> str:
 def test_what_people_get_wrong_about_plans(flags: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         plan.run([TRACE, *flags])
+
+
+# --- faults ---------------------------------------------------------------------------------------
+
+
+def with_faults(cluster: str, faults: str) -> str:
+    path = Path(cluster).with_name("faults.yaml")
+    path.write_text(Path(cluster).read_text() + f"faults: {faults}\n")
+    return str(path)
+
+
+def test_a_crash_loses_nothing_and_costs_time(
+    small: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    cluster, trace = small
+    flags = ["--trace", trace]
+    calm = run_json(simulate.run, capsys, cluster, *flags)["runs"][0]
+    faults = with_faults(cluster, "[{at: 3s, crash: s-0, for: 4s}]")
+    crashed = run_json(simulate.run, capsys, faults, *flags)["runs"][0]
+    assert crashed["answered"] == calm["answered"] == 60
+    assert crashed["resumed"] > 0 == calm["resumed"]
+    assert crashed["ttft_s"]["p99"] > calm["ttft_s"]["p99"]
+
+
+def test_slow_and_frozen_instances_are_slower_until_they_are_not(
+    small: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    cluster, trace = small
+    calm = run_json(simulate.run, capsys, cluster, "--trace", trace)["runs"][0]
+    for fault in ("slow: s-0, times: 5, for: 5s", "slow: s-1, times: 5", "freeze: s-0, for: 2s"):
+        found = with_faults(cluster, f"[{{at: 2s, {fault}}}]")
+        run = run_json(simulate.run, capsys, found, "--trace", trace)["runs"][0]
+        assert run["answered"] == 60 and run["e2e_s"]["p99"] > calm["e2e_s"]["p99"]
+
+
+def test_when_nobody_is_left_requests_end_in_errors(
+    small: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    cluster, trace = small
+    found = with_faults(cluster, "[{at: 3s, crash: s-0}, {at: 3s, crash: s-1}]")
+    run = run_json(simulate.run, capsys, found, "--trace", trace)["runs"][0]
+    assert 0 < run["answered"] < 60 and run["failed"] + run["refused"] == 60 - run["answered"]

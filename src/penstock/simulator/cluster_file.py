@@ -20,7 +20,7 @@ from penstock.protocol.errors import ConfigError
 from penstock.protocol.kv import BLOCK_TOKENS
 from penstock.service.policies.routing import policy_named
 from penstock.simulator.quantities import seconds_of, text_of
-from penstock.simulator.spec import ClusterSpec, LinkSpec, PoolSpec
+from penstock.simulator.spec import ClusterSpec, FaultSpec, LinkSpec, PoolSpec
 
 #: Reads a value, given what to call it in an error.
 _Reader = Callable[[Any, str], Any]
@@ -67,6 +67,8 @@ def write_cluster(spec: ClusterSpec) -> str:
             "jitter": text_of(link.jitter_s),
             "kv-gbit": link.kv_gbit,
         }
+    if spec.faults:
+        found["faults"] = [_fault_plain(fault) for fault in spec.faults]
     slo = {"ttft": spec.ttft_slo_s, "tpot": spec.tpot_slo_s}
     if any(slo.values()):
         found["slo"] = {name: text_of(s) for name, s in slo.items() if s is not None}
@@ -83,6 +85,15 @@ def _plain(found: ClusterSpec | PoolSpec, names: Iterable[str]) -> dict[str, Any
         for name, value in values.items()
         if name not in usual or value != usual[name]
     }
+
+
+def _fault_plain(fault: FaultSpec) -> dict[str, Any]:
+    found: dict[str, Any] = {"at": text_of(fault.at_s), fault.kind: fault.instance}
+    if fault.for_s is not None:
+        found["for"] = text_of(fault.for_s)
+    if fault.kind == "slow":
+        found["times"] = fault.times
+    return found
 
 
 def check_fits(spec: ClusterSpec, requests: Sequence[TraceRequest]) -> None:
@@ -248,6 +259,29 @@ def _link(value: Any, what: str) -> LinkSpec:
     return LinkSpec(**{_LINK_FIELDS[name]: number for name, number in found.items()})
 
 
+def _faults(value: Any, what: str) -> tuple[FaultSpec, ...]:
+    if not isinstance(value, list):
+        raise ConfigError(f"{what} is not a list of faults")
+    return tuple(_fault(one, f"{what}[{place}]") for place, one in enumerate(value))
+
+
+def _fault(value: Any, what: str) -> FaultSpec:
+    found = _record(value, what, _FAULT)
+    kinds = [kind for kind in ("crash", "freeze", "slow") if kind in found]
+    if len(kinds) != 1 or "at" not in found:
+        raise ConfigError(f"{what} has an `at`, and one of crash, freeze and slow")
+    (kind,) = kinds
+    if (kind == "slow") != ("times" in found):
+        raise ConfigError(f"{what}: slow has `times`, and nothing else does")
+    return FaultSpec(
+        at_s=found["at"],
+        kind=kind,
+        instance=found[kind],
+        for_s=found.get("for"),
+        times=found.get("times", 1.0),
+    )
+
+
 def _slo(value: Any, what: str) -> dict[str, float]:
     found = _record(value, what, {"ttft": seconds_of, "tpot": seconds_of})
     for name, seconds in found.items():
@@ -273,6 +307,14 @@ _POOL: dict[str, _Reader] = {
 }
 _LINK: dict[str, _Reader] = {"latency": seconds_of, "jitter": seconds_of, "kv_gbit": _positive}
 _LINK_FIELDS = {"latency": "latency_s", "jitter": "jitter_s", "kv_gbit": "kv_gbit"}
+_FAULT: dict[str, _Reader] = {
+    "at": seconds_of,
+    "crash": _text,
+    "freeze": _text,
+    "slow": _text,
+    "for": seconds_of,
+    "times": _positive,
+}
 _CLUSTER: dict[str, _Reader] = {
     "name": _text,
     "pools": _pools,
@@ -283,4 +325,5 @@ _CLUSTER: dict[str, _Reader] = {
     "kv_index": _flag,
     "max_queue": _whole(1),
     "link": _link,
+    "faults": _faults,
 }

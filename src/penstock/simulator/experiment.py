@@ -21,6 +21,7 @@ from penstock.protocol.errors import ConfigError
 from penstock.protocol.request import SamplingParams
 from penstock.service.generation import GenerationSpec
 from penstock.simulator.build import SERVICE, Deployment, build, limits
+from penstock.simulator.faults import schedule
 from penstock.simulator.outcome import Outcome, RoleChange, Sample
 from penstock.simulator.record import Records
 from penstock.simulator.spec import ClusterSpec
@@ -62,6 +63,7 @@ def run(
         arrivals = iter(list(arrivals))
     deployment = build(spec, seed, MODES[mode])
     prepare(deployment)
+    schedule(deployment, spec.faults, WARM_UP_S)
     world, service = deployment.world, deployment.service
     records, notes = Records(world, WARM_UP_S), _Notes(deployment)
     waiting = _Arrivals(world, records, arrivals)

@@ -6,6 +6,7 @@ Names are those of the flags of `penstock serve` wherever there is one.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from penstock.protocol.errors import ConfigError
 from penstock.protocol.instance import Role
@@ -48,6 +49,20 @@ class LinkSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FaultSpec:
+    """What happens to one instance (its pool's name and its number in it, as in gpu-0), `at_s`
+    after the first arrival. `crash`: its process is gone, which its supervisor sees, and started
+    again after `for_s`; `freeze`: it does nothing for so long; `slow`: steps take `times` as long
+    for so long. None: for good."""
+
+    at_s: float
+    kind: Literal["crash", "freeze", "slow"]
+    instance: str
+    for_s: float | None = None
+    times: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterSpec:
     """`pd`: "off", "auto", "P:D", or "pools": every pool keeps its `role`. `admission`: refuse
     early what cannot meet the SLO (in production it does whenever there is a TTFT SLO; comparisons
@@ -63,6 +78,7 @@ class ClusterSpec:
     kv_index: bool = True
     max_queue: int = 1_000_000
     link: LinkSpec = field(default_factory=LinkSpec)
+    faults: tuple[FaultSpec, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.pools or any(pool.count < 1 for pool in self.pools):
@@ -71,6 +87,13 @@ class ClusterSpec:
         if len(set(names)) < len(names):
             raise ConfigError(f"two pools have the same name: {', '.join(names)}")
         self._check_roles()
+        names = [f"{pool.name}-{n}" for pool in self.pools for n in range(pool.count)]
+        for fault in self.faults:
+            if fault.instance not in names:
+                raise ConfigError(
+                    f"a fault is of the instance {fault.instance!r}; there are {names[0]} to "
+                    f"{names[-1]}"
+                )
 
     def _check_roles(self) -> None:
         roles = {pool.role for pool in self.pools}
