@@ -24,6 +24,7 @@ from penstock.service.policies.routing import (
     RouteRequest,
     policy_named,
 )
+from penstock.simulator.calibration import calibrate
 from penstock.simulator.data_plane import DataFaults
 from penstock.simulator.network import NetworkFaults
 from penstock.simulator.pacing import StepCost
@@ -136,6 +137,7 @@ def _add(
         tiers=TierSizes(pool.host_kv_tokens // BLOCK_TOKENS, pool.disk_kv_tokens // BLOCK_TOKENS),
     )
     instance.role = pool.role
+    calibrate(instance, cost)
     return instance
 
 
