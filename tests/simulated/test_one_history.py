@@ -32,9 +32,8 @@ def digests(kind: str) -> list[str]:
         max_num_seqs=32,
     )
     # Split for good, so that blocks travel; and so many that sequences are preempted.
-    spec = ClusterSpec(
-        pools=(pool,), policy="kv-aware" if kind == "tiers" else "slo-aware", pd="2:4"
-    )
+    policy = "kv-aware" if kind == "tiers" else "split"
+    spec = ClusterSpec(pools=(pool,), policy=policy, pd="2:4")
     mode = "scale" if kind == "scale" else "exact"
     return [run(spec, requests(seed), seed=seed, mode=mode).digest for seed in (1, 2)]
 
