@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -111,3 +113,53 @@ def test_any_api_worker_passes_a_role_to_the_one_that_leads(started: Processes, 
         started.until(lambda role=role: roles() == ["any", role])  # type: ignore[misc]
     totals = [server.get("/admin/cluster")["totals"] for _ in range(6)]
     assert all(t["finished"] == {"length": 6} for t in totals)
+
+
+def scale(server: Command, instances: int) -> httpx.Response:
+    return httpx.post(f"{server.url}/admin/scale", json={"instances": instances}, timeout=10.0)
+
+
+def test_scaled_from_three_to_one_and_back_under_load(started: Processes, model: str) -> None:
+    """Zero failed requests, equal text; and whoever comes back reads no weights: it maps them."""
+    server = started.server("serve", model, *SERVED, *FLAGS, "--instances", "3")
+    names = ("engine-0", "engine-1", "engine-2")
+    started.until(lambda: states(server) == dict.fromkeys(names, "active"))
+    undisturbed = Streams(server, 12).finished()
+
+    streams = Streams(server, 12)
+    streams.all_begun()
+    answer = scale(server, 1)
+    assert answer.status_code == 202, answer.text
+    drained = answer.json()["drained"]
+    assert len(drained) == 2
+    assert streams.finished() == undisturbed
+    started.until(lambda: [states(server).get(n) for n in drained] == ["drained"] * 2)
+    assert Streams(server, 12).finished() == undisturbed
+
+    streams = Streams(server, 12)
+    streams.all_begun()
+    assert sorted(scale(server, 3).json()["started"]) == sorted(drained)
+    assert streams.finished() == undisturbed
+    started.until(lambda: states(server) == dict.fromkeys(names, "active"))
+    assert Streams(server, 12).finished() == undisturbed
+    assert scale(server, 4).status_code == 400
+    assert " ERROR " not in server.log
+    if "the weights are not shared" not in server.log:
+        assert server.log.count("the weights are shared") == 4, server.log
+
+
+def test_a_killed_engine_maps_the_weights_again(started: Processes, model: str) -> None:
+    server = started.server("serve", model, *SERVED, *FLAGS, "--instances", "2")
+    started.until(lambda: states(server) == BOTH)
+    undisturbed = Streams(server).finished()
+    for name in BOTH:  # the one that has read them among them
+        old = server.child(name).pid
+        streams = Streams(server)
+        streams.all_begun()
+        os.kill(old, signal.SIGKILL)
+        assert streams.finished() == undisturbed
+        started.until(lambda name=name, old=old: server.child(name).pid != old)
+        started.until(lambda: states(server) == BOTH)
+    assert Streams(server).finished() == undisturbed
+    if "the weights are not shared" not in server.log:
+        assert server.log.count("the weights are shared") == 3, server.log

@@ -12,7 +12,7 @@ import pytest
 from tests.unit.test_service_core import Bench, load
 
 from penstock.protocol.effects import Effect
-from penstock.protocol.errors import UnsupportedFeature
+from penstock.protocol.errors import InvalidRequest, UnsupportedFeature
 from penstock.protocol.instance import Attach, Drain
 from penstock.service.cluster.fleet import Fleet
 from penstock.service.cluster.roster import FolderRoster, LocalRoster, NobodyHere, Roster
@@ -301,3 +301,29 @@ async def test_one_that_does_not_end_is_ended_after_all(monkeypatch: pytest.Monk
     owner.fleet.kill_unless("engine-0", lambda: False, 0.05)
     await until(lambda: owner.drained == ["engine-0"])
     await owner.fleet.stop(5.0)
+
+
+def test_scaled_down_and_up_by_number() -> None:
+    site = Site("a", "b", "c")
+    done = site.operations.scale(3)
+    assert (done.drained, done.started) == ([], [])
+    done = site.operations.scale(1)
+    assert done.drained == ["c", "b"] and site.bench.core.instances["a"].takes_work
+    with pytest.raises(Conflict, match="still drain"):
+        site.operations.scale(3)
+    site.ends("b")
+    site.ends("c")
+    done = site.operations.scale(2)
+    assert (done.drained, done.started) == ([], ["b"])
+    assert site.reconnected == ["b"]
+
+
+@pytest.mark.parametrize("wanted", [0, -1, 3])
+def test_scaled_to_what_there_is(wanted: int) -> None:
+    with pytest.raises(InvalidRequest, match="from 1 to 2"):
+        Site("a", "b").operations.scale(wanted)
+
+
+def test_engines_of_others_are_not_scaled() -> None:
+    with pytest.raises(UnsupportedFeature, match="started here"):
+        Site("a", "b", roster=NobodyHere()).operations.scale(1)

@@ -9,7 +9,7 @@ from typing import Protocol
 import msgspec
 
 from penstock.protocol.effects import Effect
-from penstock.protocol.errors import PenstockError, UnsupportedFeature
+from penstock.protocol.errors import InvalidRequest, PenstockError, UnsupportedFeature
 from penstock.protocol.instance import Role
 from penstock.service.cluster.instances import Instance
 from penstock.service.cluster.roster import Roster
@@ -50,6 +50,14 @@ class LiveSequence(msgspec.Struct, frozen=True, kw_only=True):
     request_class: str
 
 
+class Scaled(msgspec.Struct, frozen=True, kw_only=True):
+    """What an order to scale has set off, by name."""
+
+    instances: int
+    drained: list[str]
+    started: list[str]
+
+
 class Operations(Protocol):
     def explain(self, request_id: str) -> Explanation | None:
         """Of a live request, or of one that ended not long ago."""
@@ -69,6 +77,11 @@ class Operations(Protocol):
     def start(self, name: str) -> None:
         """Take back a drained instance that was started here. Raises `NotHere`, `Conflict`, and
         `UnsupportedFeature` for one that was started elsewhere."""
+
+    def scale(self, instances: int) -> Scaled:
+        """Have so many of the engines that were started here in service: drains those with the
+        least to hand over, or starts drained ones. Raises `InvalidRequest` for more than there are
+        or none, `Conflict` where one that is needed still drains, and `UnsupportedFeature`."""
 
     def assign(self, name: str, role: Role) -> None:
         """Give the instance a role by hand. Raises `NotHere`, or says why it cannot be done."""
@@ -90,6 +103,9 @@ class NoOperations:
 
     def start(self, name: str) -> None:
         raise UnsupportedFeature("this service cannot start instances")
+
+    def scale(self, instances: int) -> Scaled:
+        raise UnsupportedFeature("this service cannot start or drain instances")
 
     def assign(self, name: str, role: Role) -> None:
         raise UnsupportedFeature("this service cannot give its instances roles")
@@ -155,6 +171,33 @@ class CoreOperations:
             raise Conflict(f"{name} still drains: start it when it is drained")
         self._roster.bring_back(name)
         self.follow_roster()
+
+    def scale(self, instances: int) -> Scaled:
+        roster, all_ = self._roster, self._core.instances
+        owned = [name for name in all_ if roster.owns(name)]
+        if not owned:
+            raise UnsupportedFeature(
+                "no engine was started here: scale where they were started, or start and stop "
+                "workers (`penstock worker`)"
+            )
+        if not 1 <= instances <= len(owned):
+            raise InvalidRequest(
+                f"instances must be from 1 to {len(owned)}, the --instances of this server, not "
+                f"{instances}"
+            )
+        serving = [name for name in owned if not roster.is_out(name)]
+        # The fewest sequences to hand over go first, and of equal ones the last.
+        serving.sort(key=lambda name: (len(all_[name].entries), -owned.index(name)))
+        drained = serving[: max(0, len(serving) - instances)]
+        for name in drained:
+            self.drain(name)
+        missing = max(0, instances - len(serving))
+        started = [name for name in owned if roster.has_gone(name)][:missing]
+        if len(started) < missing:
+            raise Conflict("some of the engines still drain: scale up when they are drained")
+        for name in started:
+            self.start(name)
+        return Scaled(instances=instances, drained=drained, started=started)
 
     def follow_roster(self) -> None:
         """Do what has been ordered here or elsewhere; called a few times a second."""

@@ -53,6 +53,10 @@ class RoleRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     role: Role
 
 
+class ScaleRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    instances: int
+
+
 class Done(msgspec.Struct, kw_only=True):
     instance: str
     asked: Literal["drain", "start", "role"]
@@ -106,6 +110,11 @@ class AdminEndpoints:
         await _no_body(http)
         self._context.operations.start(name)
         return json_response(Done(instance=name, asked="start"), 202)
+
+    async def scale(self, http: Request) -> Response:
+        body = await read_body(http.scope, http.receive, _MAX_BODY_BYTES)
+        wanted = decode(body, msgspec.json.Decoder(ScaleRequest))
+        return json_response(self._context.operations.scale(wanted.instances), 202)
 
     async def role(self, http: Request) -> Response:
         name: str = http.path_params["name"]

@@ -19,6 +19,7 @@ from penstock.service.api.admin import (
     ExplainResponse,
     LiveResponse,
     RoleRequest,
+    ScaleRequest,
 )
 from penstock.service.api.auth import AdminDoor, Keys, is_admin
 from penstock.service.api.chat import ChatEndpoint
@@ -47,6 +48,7 @@ from penstock.service.api.responses import (
 )
 from penstock.service.api.tokenize import DetokenizeEndpoint, TokenizeEndpoint
 from penstock.service.generation import Generator
+from penstock.service.operations import Scaled
 from penstock.service.report import ClusterReport
 from penstock.service.text.texts import Texts
 
@@ -145,6 +147,10 @@ def _admin_table(context: Context) -> list[Api]:
         Api(
             "POST", "/admin/instances/{name}/start", admin.start,
             "Start an instance again that has been drained", Done,
+        ),
+        Api(
+            "POST", "/admin/scale", admin.scale,
+            "Have so many engines in service", Scaled, ScaleRequest,
         ),
         Api(
             "POST", "/admin/instances/{name}/role", admin.role,
