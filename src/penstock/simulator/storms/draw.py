@@ -46,11 +46,12 @@ def storm_of(seed: int) -> Storm:
     draw = random.Random(seed)
     shape = _shape(draw)
     span_s = draw.choice((0.5, 2.0, 4.0))
-    asks = tuple(_ask(draw, shape, number, span_s) for number in range(draw.randint(4, 14)))
+    num_asks = draw.randint(16, 28) if draw.random() < 0.15 else draw.randint(4, 14)
+    asks = tuple(_ask(draw, shape, number, span_s) for number in range(num_asks))
     storm = Storm(seed=seed, shape=shape, asks=asks)
     kinds = draw.sample(_kinds(shape), k=draw.choice((1, 1, 2, 2, 3, 4)))
     faults: list[Fault] = []
-    for _ in range(draw.choice((1, 2, 3, 4, 6, 10))):
+    for _ in range(draw.choice((0, 1, 2, 3, 4, 6, 10))):
         if draw.random() < 0.6:  # while something is done for a request
             at_s = _s(draw.choice(asks).at_s + draw.expovariate(1 / 0.06))
         else:

@@ -16,13 +16,15 @@ from penstock.simulator.storms.checks import (
 from penstock.simulator.storms.cluster import Cluster, Plant
 from penstock.simulator.storms.excuses import may_fail
 from penstock.simulator.storms.faults import Strikes
-from penstock.simulator.storms.storm import Cut, Noise, Raise, Storm
+from penstock.simulator.storms.storm import Cut, Halt, Noise, Raise, Skew, Storm
 
 #: A request ends within this after its arrival once nothing goes wrong any more, and what all
 #: requests take to compute: silence is noticed after 2.5 s, work is placed within 2 s more, and
 #: what was on its way between instances is given up after 2 s, twice.
 BOUND_S = 12.0
 _TOKEN_S = 0.008
+#: The services' clocks tick every quarter of a second.
+BUDGET_LATE_S = 0.3
 #: After the last end leases run out and what lingers is let go of.
 SETTLE_S = 45.0
 _LOOK_S = 0.5
@@ -123,6 +125,7 @@ def _to_the_end(cluster: Cluster) -> None:
 
 def _check_end(storm: Storm, caller: Caller) -> None:
     ask = caller.ask
+    _check_budget(storm, caller)
     num_raised = sum(fault.count for fault in storm.faults if isinstance(fault, Raise))
     for number, choice in enumerate(caller.choices):
         if choice.end != "error":
@@ -137,6 +140,19 @@ def _check_end(storm: Storm, caller: Caller) -> None:
         else:
             hold(choice.error.code == "engine_unavailable", f"{error}: {choice.error.message}")
         hold(excused, f"{error} though an instance was well: {choice.error.message}")
+
+
+def _check_budget(storm: Storm, caller: Caller) -> None:
+    """Nobody waits longer than he has said, whatever happens; but a service that stands still, or
+    whose clock is wrong, cannot know."""
+    ask = caller.ask
+    if ask.budget_s is None or any(
+        isinstance(fault, Halt | Skew) and fault.node == ask.service for fault in storm.faults
+    ):
+        return
+    for number, choice in enumerate(caller.choices):
+        late_s = choice.ended_s - ask.at_s - ask.budget_s
+        hold(late_s < BUDGET_LATE_S, f"r{ask.number}/{number} is {late_s:.2f} s over its budget")
 
 
 def _settle(cluster: Cluster) -> None:
