@@ -119,6 +119,27 @@ def test_a_silence_is_no_crash(taped: FileTape) -> None:
     assert told.unchanged.resumed > 0 == told.changed.resumed
 
 
+def test_instances_that_are_removed_or_replaced(taped: FileTape) -> None:
+    world = small_world(7, instances=3)
+    core = world.core("service")
+    submit_many(world, 30)
+    world.at(2.0, lambda: world.tell("service", lambda now: core.remove_instance("engine-2", now)))
+    world.at(2.5, lambda: world.kill("engine-1"))
+    world.at(2.6, lambda: world.add_instance("engine-1") and None)
+    world.run(12.0)
+    taped.close()
+    run = recorded_in(taped.path)
+    found = {fault.name: fault for fault in run.faults}
+    assert list(found) == ["engine-2-removal", "engine-1-crash"]
+    assert found["engine-2-removal"].at_s == pytest.approx(2.0, abs=0.01)
+    assert found["engine-2-removal"].until_s == float("inf")
+    assert found["engine-1-crash"].at_s <= 2.5 < found["engine-1-crash"].until_s < 6.0
+    assert sum(run.placements.values()) >= 45 and run.placements["engine-2"] > 0
+    told = what_if(run, ["without=engine-2-removal"])
+    assert told.changed.answered == 45
+    assert told.changed.placements["engine-2"] > told.unchanged.placements["engine-2"]
+
+
 CASE = Case("slo-aware", "auto", ("engine-0", "engine-1"), None, None, ())
 
 

@@ -9,13 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from penstock.loadgen.traces import TraceRequest
-from penstock.protocol.codec import Message
 from penstock.protocol.effects import Reply
 from penstock.protocol.errors import ConfigError
-from penstock.protocol.instance import Attached, CostModel, InstanceCard, Load
+from penstock.protocol.instance import CostModel, InstanceCard
 from penstock.protocol.kv import BLOCK_TOKENS
+from penstock.service.cluster.instances import Instance
 from penstock.service.recipe import CoreRecipe
-from penstock.service.recording import message_of
 from penstock.simulator.incident import Moment, Replay
 
 
@@ -37,9 +36,9 @@ class RecordedSequence:
 
 @dataclass(slots=True)
 class Fault:
-    """An instance was away from `at_s` on until `until_s` (inf: for good). "crash": another process
-    came back, or none; "silence": the same process, which nobody had heard. `noticed`: somebody
-    told the service, so that it had not to wait."""
+    """An instance was away from `at_s` on until `until_s` (inf: for good). `kind`: "silence", where
+    the same process came back, which nobody had heard; "drain", "removal" and "refusal", where that
+    was an order; else "crash". `noticed`: somebody told the service, so that it had not to wait."""
 
     name: str
     instance: str
@@ -97,7 +96,7 @@ def collect(replay: Replay) -> RecordedRun:
     """Replays to the end. Raises `ConfigError` where it comes out otherwise than recorded, or where
     there are no requests."""
     run = RecordedRun(replay.recording.header.recipe)
-    states: dict[str, str] = {}
+    watch = _Watch(run)
     for moment in replay:
         if moment.difference:
             raise ConfigError(
@@ -109,17 +108,76 @@ def collect(replay: Replay) -> RecordedRun:
         for effect in moment.effects:
             if isinstance(effect, Reply):
                 _reply(run, moment.at_s, effect)
-        for name, instance in replay.core.instances.items():
-            if instance.state != states.get(name):
-                states[name] = instance.state
-                if instance.state == "lost" and name in run.instances:
-                    told_s = moment.at_s if moment.name == "on_instance_lost" else None
-                    _lost(run, run.instances[name], told_s)
+        watch.look(replay, moment)
     run.num_resumed = replay.core.placement.num_resumed
-    run.placements = {i.name: i.outcomes.num_started for i in replay.core.instances.values()}
     if not run.sequences:
         raise ConfigError(f"{replay.recording.path} holds no requests that were accepted")
     return run
+
+
+class _Watch:
+    """What becomes of the instances, by how the replayed service sees them."""
+
+    def __init__(self, run: RecordedRun) -> None:
+        self._run = run
+        #: First tokens of a name's earlier lives in the cluster, and of the present one.
+        self._before: dict[str, int] = {}
+        self._present: dict[str, int] = {}
+
+    def look(self, replay: Replay, moment: Moment) -> None:
+        present = replay.core.instances
+        for name, instance in present.items():
+            self._look_at(instance, moment, replay.began_s or 0.0)
+            self._count(name, instance.outcomes.num_started)
+        for name, known in self._run.instances.items():
+            if name not in present and known.gone is None:
+                self._lost(known, "removal", moment.at_s)
+
+    def _look_at(self, instance: Instance, moment: Moment, began_s: float) -> None:
+        run, name, card = self._run, instance.name, instance.card
+        known = run.instances.get(name)
+        heard_s = instance.heard_s - began_s
+        if instance.state in ("active", "suspect") and card is not None:
+            if known is None:
+                known = run.instances[name] = RecordedInstance(name, card, heard_s, card.cost)
+            if card.incarnation != known.card.incarnation and known.gone is None:
+                self._lost(known, "crash", None)  # its successor was here before it was missed
+            if known.gone is not None:
+                self._returned(known, card, moment.at_s)
+            if instance.load is not None and instance.load.cost.num_steps:
+                known.cost = instance.load.cost
+            known.heard_s = heard_s
+        elif known is not None and known.gone is None and instance.state in _AWAY:
+            told = moment.name in ("on_instance_lost", "on_drained", "on_instance_refused")
+            self._lost(known, _AWAY[instance.state], moment.at_s if told else None)
+
+    def _lost(self, instance: RecordedInstance, kind: str, told_s: float | None) -> None:
+        """`told_s`: when somebody said so; None: it had fallen silent."""
+        faults = self._run.faults
+        before = sum(fault.instance == instance.name for fault in faults)
+        name = f"{instance.name}-{kind}" + (f"-{before + 1}" if before else "")
+        at_s = instance.heard_s if told_s is None else told_s
+        instance.gone = Fault(name, instance.name, kind, at_s, noticed=told_s is not None)
+        faults.append(instance.gone)
+
+    @staticmethod
+    def _returned(known: RecordedInstance, card: InstanceCard, now: float) -> None:
+        gone = known.gone
+        assert gone is not None
+        gone.until_s = now
+        if known.card.incarnation == card.incarnation:
+            gone.name, gone.kind = gone.name.replace(f"-{gone.kind}", "-silence"), "silence"
+        known.card, known.gone = card, None
+
+    def _count(self, name: str, started: int) -> None:
+        if started < self._present.get(name, 0):
+            self._before[name] = self._before.get(name, 0) + self._present[name]
+        self._present[name] = started
+        self._run.placements[name] = self._before.get(name, 0) + started
+
+
+#: States in which an instance does nothing, and what to call it.
+_AWAY = {"lost": "crash", "refused": "refusal", "drained": "drain"}
 
 
 def _take_in(run: RecordedRun, moment: Moment) -> None:
@@ -144,46 +202,6 @@ def _take_in(run: RecordedRun, moment: Moment) -> None:
                 break
             if not sequence.finish:
                 sequence.finish, sequence.end_s = "cancelled", moment.at_s
-    elif moment.name == "on_message":
-        _heard(run, call.peer, message_of(call), moment.at_s)
-
-
-def _heard(run: RecordedRun, peer: str, message: Message, now: float) -> None:
-    if isinstance(message, Attached):
-        _attached(run, message.card, peer, now)
-    instance = run.instances.get(peer)
-    if instance is None:
-        return
-    instance.heard_s = now
-    own = isinstance(message, Load) and message.incarnation == instance.card.incarnation
-    if isinstance(message, Load) and own and message.cost.num_steps:
-        instance.cost = message.cost
-
-
-def _attached(run: RecordedRun, card: InstanceCard, name: str, now: float) -> None:
-    known = run.instances.get(name)
-    if known is None:
-        run.instances[name] = RecordedInstance(name, card, now, card.cost)
-        return
-    same = known.card.incarnation == card.incarnation
-    if known.gone is None and not same:
-        _lost(run, known, None)  # its successor was here before anybody missed it
-    if known.gone is not None:
-        known.gone.until_s = now
-        if same:
-            known.gone.kind = "silence"
-            known.gone.name = known.gone.name.replace("-crash", "-silence")
-        known.gone = None
-    known.card = card
-
-
-def _lost(run: RecordedRun, instance: RecordedInstance, told_s: float | None) -> None:
-    """`told_s`: when somebody said so; None: it had fallen silent."""
-    before = sum(fault.instance == instance.name for fault in run.faults)
-    name = f"{instance.name}-crash" + (f"-{before + 1}" if before else "")
-    at_s = instance.heard_s if told_s is None else told_s
-    instance.gone = Fault(name, instance.name, "crash", at_s, noticed=told_s is not None)
-    run.faults.append(instance.gone)
 
 
 def _reply(run: RecordedRun, now: float, reply: Reply) -> None:

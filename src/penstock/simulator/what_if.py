@@ -19,6 +19,7 @@ import numpy as np
 
 from penstock.loadgen.traces import TraceRequest
 from penstock.protocol.errors import ConfigError
+from penstock.protocol.instance import CostModel
 from penstock.protocol.kv import BLOCK_TOKENS
 from penstock.service.policies.routing import policy_named
 from penstock.simulator.build import SERVICE, Deployment
@@ -30,6 +31,8 @@ from penstock.simulator.spec import ClusterSpec, PoolSpec
 
 #: At the least between two faults of the simulation and its beginning.
 _AT_ONCE_S = 0.001
+#: Fewer measured steps say little.
+_ENOUGH_STEPS = 32
 CHANGES = "policy, pd, instances, ttft_slo, tpot_slo, without, speed"
 
 
@@ -210,9 +213,13 @@ def _simulate(
 
 
 def _spec(recorded: RecordedRun, case: Case, folder: Path) -> ClusterSpec:
-    pools = [_pool(recorded.instances[name], name, folder) for name in case.instances]
-    first = next(iter(recorded.instances.values()))
-    pools += [_pool(first, f"{first.name}-copy-{n + 1}", folder) for n in range(case.copies)]
+    names = {name: name for name in case.instances}
+    first = next(iter(recorded.instances))
+    names |= {f"{first}-copy-{number + 1}": first for number in range(case.copies)}
+    pools = [
+        _pool(recorded.instances[like], _cost(recorded, like), name, folder)
+        for name, like in names.items()
+    ]
     config = recorded.recipe.config
     return ClusterSpec(
         name="incident",
@@ -227,14 +234,27 @@ def _spec(recorded: RecordedRun, case: Case, folder: Path) -> ClusterSpec:
     )
 
 
-def _pool(instance: RecordedInstance, name: str, folder: Path) -> PoolSpec:
-    """A pool of this one instance: what its card says, and the step times that it has measured."""
-    card, cost = instance.card, instance.cost
+def _cost(recorded: RecordedRun, name: str) -> CostModel:
+    """What the instance has measured; if that is next to nothing, what its like has."""
+    own = recorded.instances[name]
+    if own.cost.num_steps >= _ENOUGH_STEPS:
+        return own.cost
+    kind = own.card.device, own.card.model_digest
+    alike = [
+        i.cost for i in recorded.instances.values() if (i.card.device, i.card.model_digest) == kind
+    ]
+    cost = max(alike, key=lambda found: found.num_steps)
     if not cost.base_s + cost.per_token_s + cost.per_row_s:
         raise ConfigError(
-            f"{instance.name} had measured no steps yet when the recording ended: nothing is known "
-            "of how long they take"
+            f"neither {name} nor its like had measured any steps when the recording ended: nothing "
+            "is known of how long they take"
         )
+    return cost
+
+
+def _pool(instance: RecordedInstance, cost: CostModel, name: str, folder: Path) -> PoolSpec:
+    """A pool of this one instance: what its card says, and how long steps take."""
+    card = instance.card
     terms: dict[str, Any] = {
         term: max(getattr(cost, term), 0.0)
         for term in (
