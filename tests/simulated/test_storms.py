@@ -48,10 +48,10 @@ def test_many_storms(first: int) -> None:
 
 def test_storms_are_hostile() -> None:
     """What they are there to disturb does happen in them."""
-    verdicts = [play(storm_of(seed)) for seed in range(40)]
-    assert sum(v.handovers for v in verdicts) > 100
-    assert sum(v.resumed for v in verdicts) > 100
-    assert sum(v.preemptions for v in verdicts) > 30
+    verdicts = [play(storm_of(seed)) for seed in range(24)]
+    assert sum(v.handovers for v in verdicts) > 60
+    assert sum(v.resumed for v in verdicts) > 60
+    assert sum(v.preemptions for v in verdicts) > 20
     assert sum(v.migrated for v in verdicts) > 0
     assert any(v.errors for v in verdicts)
     assert sum(v.errors for v in verdicts) < sum(len(v.storm.asks) for v in verdicts) / 5
@@ -65,7 +65,7 @@ def test_one_seed_is_one_storm_under_any_hash_seed() -> None:
     root = Path(__file__).parents[2]
     code = (
         "import logging; logging.disable(logging.CRITICAL)\n"
-        "from tests.simulated.test_storms import digests; print(digests(range(12)))"
+        "from tests.simulated.test_storms import digests; print(digests(range(6)))"
     )
     env = os.environ | {
         "PYTHONHASHSEED": "5",
@@ -75,4 +75,4 @@ def test_one_seed_is_one_storm_under_any_hash_seed() -> None:
         [sys.executable, "-c", code], env=env, cwd=root, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == digests(range(12))
+    assert done.stdout.strip() == digests(range(6))
