@@ -458,8 +458,8 @@ class ServiceCore:
             instance.state = "suspect"
             return [Send(instance.name, Probe(int(now * 1000)))]
         effects: list[Effect] = []
-        behind = instance.tokens_seen > instance.tokens_credited
-        if behind or now - instance.credit_sent_s >= config.speak_every_s:
+        # What has come since is acknowledged with that: a window is many times `credit_every`.
+        if now - instance.credit_sent_s >= config.speak_every_s:
             effects.append(self._credit(instance, now))
         if self._is_unsure(instance, now) or instance.snapshot_wanted:
             effects += self._resync(instance, now)

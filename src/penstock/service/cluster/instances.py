@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
 from penstock.protocol.instance import InstanceCard, Load, Role
 from penstock.service.cluster.outcomes import Outcomes
@@ -54,24 +54,26 @@ class Changes:
 
 class _Decides(Generic[T]):
     """An attribute that decides whether an instance takes work: who keeps a list of those that do
-    hears of its changes (`Changes.takers`). A descriptor, as dataclasses know them."""
+    hears of its changes (`Changes.takers`). A descriptor, as dataclasses know them; it is read from
+    the instance's own dictionary, which costs nothing."""
 
     def __init__(self, default: T) -> None:
         self._default = default
 
     def __set_name__(self, owner: type, name: str) -> None:
-        self._slot = "_" + name
-
-    def __get__(self, instance: Instance | None, owner: type) -> T:
-        if instance is None:
-            return self._default
-        found: T = getattr(instance, self._slot)
-        return found
+        self._name = name
 
     def __set__(self, instance: Instance, value: T) -> None:
-        if getattr(instance, self._slot, self._default) != value:
+        known, default = instance.__dict__, self._default
+        if value is self:  # nothing was given
+            value = default
+        if known.get(self._name, default) != value:
             instance.changes.takers += 1
-        setattr(instance, self._slot, value)
+        known[self._name] = value
+
+    if TYPE_CHECKING:
+
+        def __get__(self, instance: Instance | None, owner: type) -> T: ...
 
 
 @dataclass(eq=False)

@@ -47,6 +47,8 @@ class _Source:
     number: int
     #: False: events are missing, and nothing is taken in until a snapshot comes.
     synced: bool = True
+    #: Whether its bit was ever set.
+    marked: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +127,7 @@ class KvIndex:
         source.incarnation, source.number, source.synced = incarnation, number, True
         self._num_snapshots += 1
         for tier, packed in keys.items():
-            self._store(source.bit, _split(packed), tier)
+            self._store(source, _split(packed), tier)
 
     def distrust(self, instance: str) -> None:
         """Its numbers may begin anew (it has attached again): take nothing in until `replace`."""
@@ -209,11 +211,11 @@ class KvIndex:
         keys = _split(change.keys)
         match change.op:
             case "stored":
-                self._store(source.bit, keys, change.tier)
+                self._store(source, keys, change.tier)
             case "removed":
                 self._remove(source.bit, keys, (change.tier,))
             case "moved":
-                self._store(source.bit, keys, change.tier)
+                self._store(source, keys, change.tier)
                 # Between slower tiers; what leaves the device says so by itself.
                 self._remove(source.bit, keys, [t for t in _SLOW if t != change.tier])
             case "cleared" if any(self._slow.values()) or change.tier != "device":
@@ -221,8 +223,9 @@ class KvIndex:
             case "cleared":
                 self._renew(source)
 
-    def _store(self, bit: int, keys: list[bytes], tier: Tier) -> None:
-        device = self._device
+    def _store(self, source: _Source, keys: list[bytes], tier: Tier) -> None:
+        device, bit = self._device, source.bit
+        source.marked = source.marked or bool(keys)
         if tier == "device":
             for key in reversed(keys):  # of a chain, the end goes first
                 mask = device.get(key)
@@ -281,6 +284,9 @@ class KvIndex:
     def _renew(self, source: _Source) -> None:
         """It holds nothing (as far as is known): a new column is a matter of a moment, while taking
         its bit out of every mask is not."""
+        if not source.marked:
+            return
+        source.marked = False
         self._columns.give_up(source.bit)
         source.bit = self._columns.take()
         self._version += 1
