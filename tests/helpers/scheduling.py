@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from zlib import crc32
 
+from msgspec.structs import replace
+
 from penstock.engine.scheduler.batch import Batch, BatchRow, RowResult, StepResult
 from penstock.engine.scheduler.config import SchedulerConfig
 from penstock.engine.scheduler.scheduler import Scheduler
@@ -130,6 +132,13 @@ class ContentRunner:
             self.slots[entry.slot].blocks[entry.index] = entry.block
         assert len({row.slot for row in batch.rows}) == len(batch.rows), "two rows for one slot"
         rows = [self._row(row, fail or i == bad_row) for i, row in enumerate(batch.rows)]
+        for step in range(1, batch.steps):
+            for i, row in enumerate(batch.rows):
+                assert row.num_tokens == 1 and row.samples and not row.prompt_logprobs
+                more = self._row(
+                    BatchRow(row.slot, row.start + step, 1, True), fail or i == bad_row
+                )
+                rows[i] = replace(rows[i], ids=[*rows[i].ids, *more.ids])
         if fail:
             return StepResult(batch.step, [], error=EngineFailed("boom").info())
         if stale is not None:
@@ -198,12 +207,20 @@ class Harness:
         self.in_flight: deque[Batch] = deque()
         self.updates: list[SequenceUpdate] = []
 
-    def launch(self) -> Batch | None:
-        batch = self.scheduler.schedule()
+    def launch(self, max_steps: int = 1) -> Batch | None:
+        batch = self.scheduler.schedule(max_steps)
         if batch is not None:
+            assert 1 <= batch.steps <= max_steps
             assert batch.rows and batch.num_tokens <= self.config.max_num_batched_tokens
             self.in_flight.append(batch)
         return batch
+
+    def shorten(self, steps: int) -> None:
+        """The batch launched last will have only so many steps."""
+        last = self.in_flight.pop()
+        self.scheduler.shorten(last.step, steps)
+        self.in_flight.append(replace(last, steps=steps))
+        self.scheduler.check()
 
     def land(
         self, fail: bool = False, bad_row: int | None = None, stale: int | None = None

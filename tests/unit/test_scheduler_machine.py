@@ -65,6 +65,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         budget=st.integers(1, 40),
         max_chunk=st.none() | st.integers(1, 12),
         caching=st.booleans(),
+        max_steps=st.sampled_from([1, 1, 3, 20]),
     )
     def start(
         self,
@@ -74,7 +75,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         budget: int,
         max_chunk: int | None,
         caching: bool,
+        max_steps: int,
     ) -> None:
+        self.max_steps = max_steps
         self.harness = Harness(
             num_blocks,
             depth,
@@ -241,7 +244,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def _launch(self) -> bool:
         preemptions = self.scheduler.stats.preemptions
         could_go_on = any(s.service not in self.paused for s in self.scheduler.live())
-        batch = self.harness.launch()
+        batch = self.harness.launch(self.max_steps)
         if batch is None:
             assert self.harness.in_flight or not could_go_on, "stuck"
             return False
@@ -250,6 +253,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         if self.scheduler.stats.preemptions == preemptions:
             self._check_classes(batch.num_tokens)
         return True
+
+    @precondition(lambda self: self.harness.in_flight and self.harness.in_flight[-1].steps > 1)
+    @rule(data=st.data())
+    def shorten(self, data: st.DataObject) -> None:
+        self.harness.shorten(data.draw(st.integers(1, self.harness.in_flight[-1].steps)))
 
     @precondition(lambda self: self.harness.in_flight)
     @rule()

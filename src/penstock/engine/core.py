@@ -205,8 +205,8 @@ class InstanceCore:
         ends_run = self._shorten(now)
         launches: list[Effect] = []
         while len(self._flights) < self.config.overlap_steps:
-            if self._flights and self._flights.last.is_being_shortened:
-                break  # where its sequences will stand is not known yet
+            if self._flights.hold_back(self.scheduler):
+                break
             prepare_s = self._prepare_at_s()
             if prepare_s > now:
                 wake_s = min(wake_s, prepare_s)

@@ -13,6 +13,7 @@ import msgspec
 
 from penstock.engine.cost import Features
 from penstock.engine.scheduler.batch import Batch
+from penstock.engine.scheduler.scheduler import Scheduler
 from penstock.engine.step_times import StepTimes
 
 
@@ -87,6 +88,13 @@ class Flights:
         flight.batch = msgspec.structs.replace(flight.batch, steps=steps)
         flight.features = flight.features._replace(steps=steps)
         flight.times, flight.is_being_shortened = times, False
+
+    def hold_back(self, scheduler: Scheduler) -> bool:
+        """Must a run be waited for: because where its sequences will stand is not known yet, or
+        because they may lose their blocks?"""
+        if not self._flights or self._flights[-1].batch.steps == 1:
+            return False
+        return self._flights[-1].is_being_shortened or scheduler.may_preempt()
 
     # --- as time passes ------------------------------------------------------------------------
 

@@ -47,12 +47,14 @@ class Foresight:
         self._paused = paused
         self._block_tokens = block_tokens
 
-    def stable_steps(self, limit: int) -> int:
+    def stable_steps(self, limit: int, further: int = 0) -> int:
         """How many of the next `limit` steps are alike; 0: the next one does more than decode, or
-        there is none. The last of them may be somebody's last."""
+        there is none. The last of them may be somebody's last. There are blocks for so many steps
+        `further`, too."""
         budget, steps = self._budget, limit
         rows: list[Sequence] = []
         num_ending = 0
+        may_let_in: list[WaitingQueue] = []
         for request_class, queue in self._queues.items():
             num_prompts = 0
             for seq in self._running:
@@ -71,18 +73,30 @@ class Foresight:
                     steps = min(steps, left) if seq.has_drawn else 0
             if num_prompts and budget:
                 return 0
-            if len(queue) and budget and steps:
-                steps = min(steps, self._until_let_in(queue, rows, num_ending))
-        return self._with_blocks(rows, steps) if rows else 0
+            if len(queue) and budget:
+                may_let_in.append(queue)
+        if not rows or not steps:
+            return 0
+        for queue in may_let_in:
+            steps = min(steps, self._until_let_in(queue, rows, num_ending))
+        return self._with_blocks(rows, steps, further)
 
-    def _with_blocks(self, rows: list[Sequence], steps: int) -> int:
+    def may_preempt(self) -> bool:
+        """May the next step take blocks from somebody?"""
+        if self._room.spare() < 0:
+            return True
+        waiting = [request_class for request_class, queue in self._queues.items() if len(queue)]
+        return bool(waiting) and any(
+            seq.service in self._paused or seq.request_class != waiting[0] for seq in self._running
+        )
+
+    def _with_blocks(self, rows: list[Sequence], steps: int, further: int) -> int:
         """As many of the steps as there are blocks for."""
         available = self._pool.num_available
-        if self._num_missing(rows, steps) <= available:
+        if self._num_missing(rows, steps + further) <= available:
             return steps
-        return bisect_right(
-            range(1, steps + 1), available, key=lambda n: self._num_missing(rows, n)
-        )
+        counts = range(1 + further, steps + further + 1)
+        return bisect_right(counts, available, key=lambda n: self._num_missing(rows, n))
 
     def _num_missing(self, rows: list[Sequence], steps: int) -> int:
         num_blocks = self._room.num_blocks

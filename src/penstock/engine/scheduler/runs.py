@@ -24,11 +24,11 @@ def shorten(
     for seq, blocks in surplus(flight, num_surplus, block_tokens):
         seq.num_placeholders -= num_surplus
         queues[seq.request_class].charge(seq.flow, -num_surplus)
-        totals.scheduled_tokens -= num_surplus
         if blocks is not None:
             seq.num_computed -= num_surplus
             del seq.blocks[len(seq.blocks) - len(blocks) :]
             pool.release(blocks)
+    totals.scheduled_tokens -= num_surplus * len(flight.rows)
     flight.steps = steps
 
 

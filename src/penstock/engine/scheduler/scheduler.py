@@ -209,6 +209,11 @@ class Scheduler:
         token, which nobody can know). Holds until `num_changes` grows."""
         return self._foresight.stable_steps(limit)
 
+    def may_preempt(self) -> bool:
+        """May the next step take blocks from somebody? Not while a run is in flight, or what that
+        has computed is lost: it has no keys yet."""
+        return self._foresight.may_preempt()
+
     def reconsider(self) -> None:
         """Something has changed that may let in who waits."""
         if any(map(len, self._queues.values())):
@@ -222,7 +227,9 @@ class Scheduler:
         behind a prompt, then prompts under way, then newcomers, as far as budget, slots and
         blocks go.
         """
-        steps = max(1, self.stable_steps(max_steps)) if max_steps > 1 else 1
+        # A run leaves blocks for the step behind it: who is preempted while it is in flight would
+        # lose what it has computed.
+        steps = max(1, self._foresight.stable_steps(max_steps, 1)) if max_steps > 1 else 1
         plan = Plan(self._config.max_num_batched_tokens)
         self.holds.starved = False
         for request_class, queue in self._queues.items():
