@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from tests.helpers.checkpoints import make_checkpoint
@@ -163,3 +164,30 @@ def test_a_killed_engine_maps_the_weights_again(started: Processes, model: str) 
     assert Streams(server).finished() == undisturbed
     if "the weights are not shared" not in server.log:
         assert server.log.count("the weights are shared") == 3, server.log
+
+
+def test_a_spare_takes_the_place_of_a_killed_engine(started: Processes, model: str) -> None:
+    server = started.server("serve", model, *SERVED, *FLAGS, "--spare-engine")
+    one = {"engine-0": "active"}
+    started.until(lambda: states(server) == one)
+    undisturbed = Streams(server).finished()
+
+    def pid() -> int:
+        return int(server.get("/admin/cluster")["instances"][0]["pid"])
+
+    def spares() -> list[int]:
+        children = psutil.Process(server.process.pid).children()
+        return [c.pid for c in children if "--standby" in c.cmdline() and c.pid != pid()]
+
+    for _ in range(2):
+        started.until(lambda: len(spares()) == 1)
+        (spare,) = spares()
+        streams = Streams(server)
+        streams.all_begun()
+        os.kill(pid(), signal.SIGKILL)
+        assert streams.finished() == undisturbed
+        started.until(lambda spare=spare: states(server) == one and pid() == spare)
+    (spare,) = spares() or [0]
+    server.process.send_signal(signal.SIGTERM)
+    server.process.wait(30)
+    assert not spare or not psutil.pid_exists(spare)

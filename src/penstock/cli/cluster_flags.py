@@ -57,6 +57,11 @@ def add_cluster_flags(parser: Parser) -> None:
         "in memory (auto)",
     )
     add(
+        "--spare-engine",
+        action=boolean,
+        help="keep a process ready to replace an engine that dies, for some 200 MB of memory (off)",
+    )
+    add(
         "--pd",
         type=_pd,
         metavar="auto|off|static=P:D",
@@ -135,8 +140,8 @@ def cluster_config(said: Mapping[str, Any]) -> ClusterConfig:
         if (value := said.get(f"slo_{name}")) is not None:
             slo[f"{name}_slo_s"] = value
     names = (
-        "instances", "share_weights", "registry", "registry_address", "pd", "policy", "kv_index",
-        "api_workers", "reuse_port", "inherited_socket", "api_worker", "api_worker_folder",
+        "instances", "share_weights", "spare_engine", "registry", "registry_address", "pd",
+        "policy", "kv_index", "api_workers", "reuse_port", "inherited_socket", "api_worker", "api_worker_folder",
     )  # fmt: skip
     return ClusterConfig(**slo, **{name: said[name] for name in names if name in said})
 

@@ -130,6 +130,7 @@ class _Parent:
             on_failed=self._fail,
             roster=FolderRoster(self._folder.path),
             share_weights=config.cluster.shares_weights,
+            spare_engine=config.cluster.spare_engine,
         )
         self._workers = [self._worker(number) for number in range(config.cluster.api_workers)]
 

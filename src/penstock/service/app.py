@@ -109,6 +109,7 @@ class _Service:
             on_drained=self._engine_drained,
             roster=roster,
             share_weights=config.cluster.shares_weights,
+            spare_engine=config.cluster.spare_engine,
         )
         self._fleet.start()
         core = build_core(config, self._tape)

@@ -36,6 +36,8 @@ class ClusterConfig:
     instances: int = 1
     #: Whether they have one copy of the weights in memory, which outlives each of them.
     share_weights: str = "auto"
+    #: Whether a process that has its imports behind it waits to replace the next one that ends.
+    spare_engine: bool = False
     #: Where instances are found (see `penstock.registry.open`); None: only those named or started.
     registry: str | None = None
     #: `registry` is our own, which this process offers at this address.

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 
 from penstock.service.cluster.roster import LocalRoster, Roster
+from penstock.service.cluster.spare import NoSpare, Spare
 from penstock.service.cluster.supervisor import Worker
 from penstock.service.config import RestartPolicy
 
@@ -30,6 +31,7 @@ class Fleet:
         on_drained: Callable[[str], None] = lambda name: None,
         roster: Roster | None = None,
         share_weights: bool = False,
+        spare_engine: bool = False,
     ) -> None:
         self._roster = roster or LocalRoster()
         self._on_ended = on_ended
@@ -38,10 +40,13 @@ class Fleet:
         self._was_ready = False
         # Held open here, so that what the engines put there outlives each of them, and never us.
         self._weights_fd = os.memfd_create("penstock-weights") if share_weights else None
+        inherited = () if self._weights_fd is None else (self._weights_fd,)
+        self._spare = Spare(inherited) if spare_engine else NoSpare()
         self.workers = {
             name: Worker(
                 *(name, worker_args, policy, self._ended, self._roster, on_drained),
                 weights_fd=self._weights_fd,
+                spare=self._spare,
             )
             for name in (f"engine-{number}" for number in range(num_engines))
         }
@@ -58,6 +63,7 @@ class Fleet:
         if name in self.workers:
             self.workers[name].ready()
             self._was_ready = True
+            self._spare.prepare()  # not before: it would take time from those that start
 
     def _ended(self, name: str, code: int, again: bool) -> None:
         self._on_ended(name, again)
@@ -95,6 +101,7 @@ class Fleet:
         loop.call_later(after_s, look, after_s)
 
     async def stop(self, timeout_s: float) -> None:
+        self._spare.close()
         await asyncio.gather(*(worker.stop(timeout_s) for worker in self.workers.values()))
         if self._weights_fd is not None:
             os.close(self._weights_fd)

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from penstock.protocol.errors import StartupError
 from penstock.service.cluster.folders import SocketFolder
 from penstock.service.cluster.roster import Roster
+from penstock.service.cluster.spare import NoSpare
 from penstock.service.config import RestartPolicy
 
 log = logging.getLogger(__name__)
@@ -78,15 +79,7 @@ class Process(ABC):
     def _start(self) -> None:
         self._restart = None
         self.incarnation += 1
-        command = [sys.executable, "-m", "penstock.cli.main", *self.arguments()]
-        # A session of its own: Ctrl-C in the terminal is for the service, which then drains it.
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-            pass_fds=self.inherited(),
-            env=self.environment(),
-        )
+        process = self._spawn(self.arguments())
         try:
             fd = os.pidfd_open(process.pid)
         except OSError:
@@ -96,6 +89,16 @@ class Process(ABC):
         self._process = process
         self._exited.clear()
         asyncio.get_running_loop().add_reader(fd, self._ended, fd)
+
+    def _spawn(self, arguments: list[str]) -> subprocess.Popen[bytes]:
+        # A session of its own: Ctrl-C in the terminal is for the service, which then drains it.
+        return subprocess.Popen(
+            [sys.executable, "-m", "penstock.cli.main", *arguments],
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            pass_fds=self.inherited(),
+            env=self.environment(),
+        )
 
     def ready(self) -> None:
         """It has attached: a later failure starts a new count."""
@@ -167,10 +170,12 @@ class Worker(Process):
         roster: Roster,
         on_drained: Callable[[str], None],
         weights_fd: int | None = None,
+        spare: NoSpare | None = None,
     ) -> None:
         super().__init__(name, policy, on_exit)
         self._args = worker_args
         self._weights_fd = weights_fd
+        self._spare = spare or NoSpare()
         self._roster = roster
         self._on_drained = on_drained
         self.rests = False
@@ -184,6 +189,9 @@ class Worker(Process):
             *(() if self._weights_fd is None else ("--weights-fd", str(self._weights_fd))),
             *self._args,
         ]
+
+    def _spawn(self, arguments: list[str]) -> subprocess.Popen[bytes]:
+        return self._spare.take(arguments) or super()._spawn(arguments)
 
     def inherited(self) -> tuple[int, ...]:
         return () if self._weights_fd is None else (self._weights_fd,)
