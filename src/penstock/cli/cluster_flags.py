@@ -141,7 +141,8 @@ def cluster_config(said: Mapping[str, Any]) -> ClusterConfig:
             slo[f"{name}_slo_s"] = value
     names = (
         "instances", "share_weights", "spare_engine", "registry", "registry_address", "pd",
-        "policy", "kv_index", "api_workers", "reuse_port", "inherited_socket", "api_worker", "api_worker_folder",
+        "policy", "kv_index", "api_workers", "reuse_port", "inherited_socket", "api_worker",
+        "api_worker_folder",
     )  # fmt: skip
     return ClusterConfig(**slo, **{name: said[name] for name in names if name in said})
 
