@@ -15,6 +15,7 @@ import pytest
 
 from penstock.protocol.errors import ConfigError, Overloaded
 from penstock.protocol.request import SamplingParams
+from penstock.service import recorder
 from penstock.service.core import ServiceCore, ServiceCoreConfig
 from penstock.service.generation import GenerationSpec
 from penstock.service.recipe import CoreRecipe
@@ -234,6 +235,28 @@ def test_it_stops_at_its_bound(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     ) == 1
     _, moments = replayed(tape.path)
     assert 5 < len(moments) < 400 and not any(m.difference for m in moments)
+
+
+def test_the_service_goes_on_where_the_recorder_breaks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tape = FileTape(tmp_path / "r")
+    core = make_core(RECIPE, tape)
+    core.add_instance("engine-0", 0.0)
+    core.on_timer(0.25)
+
+    def broken(effects: object) -> int:
+        raise TypeError("no such effect")
+
+    monkeypatch.setattr(recorder, "digest_of", broken)
+    for number in range(3):
+        assert core.on_timer(0.5 + 0.25 * number)
+    tape.close()
+    assert [r.message for r in caplog.records] == [
+        "a call of on_timer cannot be recorded",
+        "TypeError: no such effect: nothing more is recorded",
+    ]
+    assert len(replayed(tape.path)[1]) == 2
 
 
 def test_where_nothing_can_be_written(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ costs that are known: so the unchanged simulation has to come close."""
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -196,6 +197,22 @@ def test_the_time_line(taped: FileTape, capsys: pytest.CaptureFixture[str]) -> N
     assert main(["replay", path, "--step", "--instance", "engine-1", "--from", "3s"]) == 0
     out = capsys.readouterr().out
     assert "in   on_instance_lost" in out and "out  to engine-" in out
+
+
+def test_steps_one_at_a_time(
+    taped: FileTape, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = small_world(1, instances=1)
+    submit_many(world, 1)
+    world.run(3.0)
+    taped.close()
+    answers = iter(["", "", "q"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(answers))
+    for stream in (sys.stdin, sys.stdout):
+        monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)
+    assert main(["replay", str(taped.path), "--step"]) == 0
+    out = capsys.readouterr().out
+    assert [f"step {n}" in out for n in range(4)] == [True, True, True, False]
 
 
 def test_the_time_line_for_programs(taped: FileTape, capsys: pytest.CaptureFixture[str]) -> None:

@@ -98,7 +98,7 @@ class _Shown:
             filtered = "request" in self._said or "instance" in self._said
             if not filtered or lines:
                 _print(moment.at_s, f"step {moment.number}", everything(moment))
-                return not self._asks or input("Enter: on, q: end ").strip() != "q"
+                return not self._asks or _goes_on()
             return True
         for line in lines:
             _print(line.at_s, line.text, line.why)
@@ -157,6 +157,13 @@ class _ForPrograms(_Shown):
         }
         print(json.dumps(result, indent=1))
         return int(differs)
+
+
+def _goes_on() -> bool:
+    try:
+        return input("Enter: on, q: end ").strip() != "q"
+    except EOFError:
+        return False
 
 
 def _print(at_s: float, text: str, more: Sequence[str]) -> None:

@@ -14,12 +14,13 @@ import platform
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from penstock import __version__
 from penstock.protocol.codec import PROTOCOL_VERSION
+from penstock.protocol.effects import Effect
 from penstock.protocol.errors import ConfigError, PenstockError
 from penstock.service.cluster.finder import Finder
 from penstock.service.core import ServiceCore, ServiceCoreConfig
@@ -50,10 +51,16 @@ _WAITING_BYTES = 256 << 20
 class Tape:
     """Where steps go. This one takes none: nothing is recorded."""
 
+    #: Why it takes no more; "" while it does.
+    stopped: str = ""
+
     def header(self, recipe: CoreRecipe) -> None:
         """Told once, first."""
 
     def add(self, step: Step) -> None: ...
+
+    def stop(self, why: str) -> None:
+        """Take no more."""
 
     def flush(self) -> None:
         """Returns when what was added is written."""
@@ -78,7 +85,7 @@ class FileTape(Tape):
         self._waiting: deque[bytes] = deque()
         #: By the thread of the core, and by whoever writes.
         self._added_bytes = self._taken_bytes = 0
-        self._stopped = ""
+        self.stopped = ""
         self._lock = threading.Lock()  # held while writing
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
@@ -97,17 +104,15 @@ class FileTape(Tape):
         self._thread.start()
 
     def add(self, step: Step) -> None:
-        if self._stopped:
-            return
         data = encode_step(step)
         self._waiting.append(data)
         self._added_bytes += len(data)
         if self._added_bytes - self._taken_bytes > _WAITING_BYTES:
-            self._stop(f"{self.path} is on a disk that does not keep up")
+            self.stop(f"{self.path} is on a disk that does not keep up")
 
     def flush(self) -> None:
         with self._lock:
-            while self._waiting and not self._stopped:
+            while self._waiting and not self.stopped:
                 self._write(piece(array_of(self._take())))
 
     def close(self) -> None:
@@ -133,18 +138,18 @@ class FileTape(Tape):
 
     def _write(self, data: bytes) -> None:
         if len(data) > self._left_bytes:
-            self._stop(f"{self.path} has reached --record-max-bytes")
+            self.stop(f"{self.path} has reached --record-max-bytes")
             return
         self._left_bytes -= len(data)
         try:
             while data:
                 data = data[os.write(self._fd, data) :]
         except OSError as exc:
-            self._stop(f"{self.path} cannot be written: {exc.strerror}")
+            self.stop(f"{self.path} cannot be written: {exc.strerror}")
 
-    def _stop(self, why: str) -> None:
-        if not self._stopped:
-            self._stopped = why
+    def stop(self, why: str) -> None:
+        if not self.stopped:
+            self.stopped = why
             log.warning("%s: nothing more is recorded", why)
         self._waiting.clear()
 
@@ -170,21 +175,19 @@ def _tap(name: str) -> Any:
     def call(self: RecordedCore, *args: Any, **kwargs: Any) -> Any:
         if self._inside:  # one input that the core makes of another
             return method(self, *args, **kwargs)
-        packed = pack_call(name, args, kwargs)
         self._inside = True
         try:
             effects = method(self, *args, **kwargs)
         except PenstockError as exc:
-            self._tape.add(Step(packed, 0, 0, [], exc.code))
+            self._note(name, args, kwargs, (), exc.code)
             raise
         except BaseException as exc:
-            self._tape.add(Step(packed, 0, 0, [], f"{type(exc).__name__}: {exc}"))
+            self._note(name, args, kwargs, (), f"{type(exc).__name__}: {exc}")
             self._tape.flush()
             raise
         finally:
             self._inside = False
-        found = effects or ()
-        self._tape.add(Step(packed, digest_of(found), len(found), sends_of(found)))
+        self._note(name, args, kwargs, effects or ())
         return effects
 
     return call
@@ -199,6 +202,26 @@ class RecordedCore(ServiceCore):
         super().__init__(config, policy, finder)
         self._tape = tape
         self._inside = False
+
+    def _note(
+        self,
+        name: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        effects: Sequence[Effect],
+        raised: str = "",
+    ) -> None:
+        """What went in is as it was: messages are frozen, and the core takes no list for its own.
+        Whatever may be wrong with the recorder, the service goes on."""
+        if self._tape.stopped:
+            return
+        try:
+            call, digest = pack_call(name, args, kwargs), digest_of(effects)
+            self._tape.add(Step(call, digest, len(effects), sends_of(effects), raised))
+        except Exception as exc:
+            log.exception("a call of %s cannot be recorded", name)
+            self._tape.flush()
+            self._tape.stop(f"{type(exc).__name__}: {exc}")
 
     submit = _tap("submit")
     cancel = _tap("cancel")
