@@ -174,7 +174,7 @@ def test_errors_are_one_line_and_a_code(tmp_path: Path, capsys: pytest.CaptureFi
 
 @pytest.fixture
 def known(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two GPUs of which one is twice as fast and costs three times as much."""
+    """Two GPUs of which one is twice as fast and costs twenty times as much."""
     slow = SLOW | dict(gpus=1, median_error=0.03)
     fast = {k: v / 2 if k.endswith("_s") else v for k, v in slow.items()}
     models = {"slow:m:bf16:tp1": slow, "fast:m:bf16:tp1": fast}
@@ -185,7 +185,7 @@ def known(monkeypatch: pytest.MonkeyPatch) -> None:
 def plan_flags(trace: str, *more: str) -> list[str]:
     return [
         trace, "--slo", "ttft=500ms,tpot=80ms", "--hardware", "slow,fast", "--model", "m",
-        "--prices", "slow=1,fast=3", "--jobs", "1", "--seeds", "2", *more,
+        "--prices", "slow=1,fast=20", "--jobs", "1", "--seeds", "2", *more,
     ]  # fmt: skip
 
 
@@ -225,7 +225,9 @@ def test_an_slo_beyond_the_gpus_that_may_be_had(
     assert plan.run(flags) == plan.EXIT_NONE
     said = capsys.readouterr().out
     assert "no cluster of up to 1 GPUs keeps 90%" in said
-    assert f"{1e3 * found['nearest']['ttft_s']:.4g} ms" in said and "--max-gpus" in said
+    assert (
+        f"TTFT of up to {1e3 * found['nearest']['ttft_s']:,.0f} ms" in said and "--max-gpus" in said
+    )
 
 
 def test_an_slo_that_nobody_can_meet(small: tuple[str, str], known: None) -> None:
@@ -233,8 +235,9 @@ def test_an_slo_that_nobody_can_meet(small: tuple[str, str], known: None) -> Non
         plan.run(plan_flags(small[1], "--slo", "ttft=500ms,tpot=5ms"))
     said = caught.value.message
     assert "nobody can hold TTFT 500 ms and TPOT 5 ms for 90%" in said
-    # 10 ms a step, a row and a token of it.
-    assert "the next ones every 10.15 ms at best (fast:m:bf16:tp1)" in said
+    # 10 ms a step, a row and a token of it: 10.15 ms on the fast one, twice that on the other.
+    assert "and TPOT 10.1 ms on fast:m:bf16:tp1" in said
+    assert "and TPOT 20.3 ms on slow:m:bf16:tp1" in said
     with pytest.raises(ConfigError, match=r"nothing that was asked for holds the trace: .* 4000"):
         plan.run([*plan_flags(long_trace(small[1])), "--hardware", "slow"])
 

@@ -20,7 +20,7 @@ from penstock.protocol.errors import ConfigError
 from penstock.service.policies.routing import policy_named
 from penstock.simulator.crew import Crew, Progress
 from penstock.simulator.experiment import MODES
-from penstock.simulator.planner import MODEL_ERROR, Measure, Planner, Question
+from penstock.simulator.planner import MODEL_ERROR, Measure, Planner, Question, ms
 from penstock.simulator.prices import DEFAULT_USD, SOURCE, prices_of
 from penstock.simulator.quantities import slos_of
 from penstock.simulator.report.html import to_json
@@ -138,8 +138,7 @@ def _print(report: dict[str, Any], console: Console) -> None:
     wanted = f"{100 * slo['attainment']:g}%"
     lines = [
         f"{report['trace']}: {report['requests']:,} requests in {report['seconds']:,.0f} s; "
-        f"{wanted} of them within TTFT {1e3 * slo['ttft_s']:g} ms and TPOT "
-        f"{1e3 * slo['tpot_s']:g} ms",
+        f"{wanted} of them within TTFT {ms(slo['ttft_s'])} and TPOT {ms(slo['tpot_s'])}",
     ]
     if not busiest["is_whole"]:
         lines.append(
@@ -217,14 +216,12 @@ def _nothing(report: dict[str, Any]) -> str:
     wanted = f"{100 * report['slo']['attainment']:g}%"
     if near is None:
         return f"no cluster fits into {report['max_gpus']} GPUs: raise --max-gpus"
-    ttft, tpot = (
-        NONE if near[k] is None else f"{1e3 * near[k]:.4g} ms" for k in ("ttft_s", "tpot_s")
-    )
+    ttft, tpot = (NONE if near[k] is None else ms(near[k]) for k in ("ttft_s", "tpot_s"))
     return (
         f"no cluster of up to {report['max_gpus']} GPUs keeps {wanted} within the SLO. The nearest "
-        f"is {_name(near)} with {share(near['attainment'])}: {wanted} of its requests have a TTFT "
-        f"of up to {ttft}, and {wanted} a TPOT of up to {tpot}. Either of the two, or more GPUs "
-        "(--max-gpus), or a smaller --attainment would be met"
+        f"is {_name(near)}, with {share(near['attainment'])}: {wanted} of its requests have a TTFT "
+        f"of up to {ttft}, and {wanted} a TPOT of up to {tpot}. It takes more GPUs (--max-gpus), "
+        "an SLO that is nearer to these times, or a smaller --attainment"
     )
 
 

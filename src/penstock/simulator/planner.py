@@ -203,15 +203,11 @@ class Planner:
         reasons = "; ".join(f"{name}: {why}" for name, why in self.left_out.items())
         if not reached:
             raise ConfigError(f"nothing that was asked for holds the trace: {reasons}")
-        ttft, tpot = (min(reached, key=of) for of in (
-            lambda n: reached[n].ttft_s, lambda n: reached[n].tpot_s,
-        ))  # fmt: skip
         raise ConfigError(
-            f"nobody can hold TTFT {1e3 * q.ttft_slo_s:g} ms and TPOT {1e3 * q.tpot_slo_s:g} ms "
-            f"for {wanted} of these requests, with any number of GPUs. Alone on an instance, "
-            f"{wanted} of them have their first token after {1e3 * reached[ttft].ttft_s:.4g} ms "
-            f"at best ({ttft}) and the next ones every {1e3 * reached[tpot].tpot_s:.4g} ms at best "
-            f"({tpot}): ask for more than that, or for a smaller --attainment. {reasons}"
+            f"nobody can hold TTFT {ms(q.ttft_slo_s)} and TPOT {ms(q.tpot_slo_s)} for {wanted} of "
+            f"these requests, with any number of GPUs. With each request alone on an instance, "
+            f"{wanted} of them have at best {'; '.join(_best(reached))}. Ask for more than that, "
+            "for other GPUs or bits, or for a smaller --attainment"
         )
 
     # --- running -----------------------------------------------------------------------------
@@ -374,6 +370,23 @@ def _spread(shares: Sequence[float]) -> dict[str, float]:
 
 def _finite(seconds: float) -> float | None:
     return seconds if math.isfinite(seconds) else None
+
+
+def _best(reached: Mapping[str, Reach]) -> list[str]:
+    """By GPU and dtype, what the fastest of its instances can do."""
+    fastest: dict[str, str] = {}
+    for name, can in reached.items():
+        kind = name.rpartition(":")[0]
+        if kind not in fastest or can.ttft_s < reached[fastest[kind]].ttft_s:
+            fastest[kind] = name
+    return [
+        f"TTFT {ms(reached[name].ttft_s)} and TPOT {ms(reached[name].tpot_s)} on {name}"
+        for name in fastest.values()
+    ]
+
+
+def ms(seconds: float) -> str:
+    return f"{1e3 * seconds:,.0f} ms" if seconds >= 0.1 else f"{1e3 * seconds:.3g} ms"
 
 
 def _too_slow(can: Reach) -> str:
