@@ -27,6 +27,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,12 @@ from penstock.protocol.kv import KvChange, KvOp
 
 Generations = npt.NDArray[np.uint64]
 Holders = npt.NDArray[np.uint32]
+
+
+@lru_cache
+def _descending(num_blocks: int) -> tuple[int, ...]:
+    """All of them, the last one first: pools of one process share the numbers."""
+    return tuple(range(num_blocks - 1, -1, -1))
 
 
 class BlockPool:
@@ -57,16 +64,16 @@ class BlockPool:
         self._refs = [0] * num_ids
         self._keys: list[bytes | None] = [None] * num_ids
         self._parents: list[bytes] = [b""] * num_ids
-        self._public = [False] * num_ids
+        self._public = bytearray(num_ids)
         # Windows that carry a key, and what stands behind them.
-        self._fleeting = [False] * num_ids
+        self._fleeting = bytearray(num_ids)
         self._free_windows = list(range(num_ids - 1, num_blocks - 1, -1))
         self._let_go: list[int] = []  # windows without holders, not free before they are taken
         self._storing: dict[int, bytes] = {}  # with the key before each
         self._storing_behind: dict[bytes, dict[int, None]] = {}  # the same by that key
         self._block_of: dict[bytes, int] = {}
         # A stack, so that the block that was written last (and is in the CPU's caches) goes first.
-        self._free = list(range(num_blocks - 1, -1, -1))
+        self._free = list(_descending(num_blocks))
         self._reusable = Reusable(num_blocks)
         self._changes: list[tuple[KvOp, bytes]] = []
 
@@ -280,7 +287,7 @@ class BlockPool:
         self._free.extend(reversed(self._reusable.clear()))
         self._block_of.clear()
         self._keys = [None] * len(self._keys)
-        self._fleeting = [False] * len(self._keys)
+        self._fleeting = bytearray(len(self._keys))
         self._changes.append(("cleared", b""))
 
     def take_changes(self) -> list[KvChange]:
@@ -329,7 +336,7 @@ class BlockPool:
 
     def _is_told(self, block: int) -> bool:
         """Do others hear of it?"""
-        return self._public[block] and not self._fleeting[block]
+        return bool(self._public[block]) and not self._fleeting[block]
 
     def _evict(self) -> int:
         """Forget the oldest reusable block. What is being stored behind it goes with it: everything

@@ -7,6 +7,7 @@ of them, and they are the oldest.
 
 from __future__ import annotations
 
+from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from itertools import takewhile
@@ -18,7 +19,9 @@ class Reusable:
     def __init__(self, num_blocks: int) -> None:
         self._lru: OrderedDict[int, None] = OrderedDict()  # those that are not detained
         self._detained: dict[int, None] = {}
-        self._since = [0] * num_blocks  # when a block came here; says which one is older
+        self._since = array(
+            "q", bytes(8 * num_blocks)
+        )  # when a block came here; says which one is older
         self._now = 0
 
     def __len__(self) -> int:
