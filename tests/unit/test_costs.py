@@ -4,6 +4,7 @@ are read back; and none of them predicts nonsense outside of what it was fitted 
 from __future__ import annotations
 
 import json
+import random
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -126,6 +127,24 @@ def test_what_an_instance_says_of_itself_is_read_back(tmp_path: Path) -> None:
     assert model.cost.base_s == pytest.approx(0.01, rel=0.05)
     assert model.step_s(100, 1, 100, 10_000) == pytest.approx(0.02011, rel=0.05)
     assert replace(model, name="") == replace(from_file(path), name="")
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.4])
+def test_noise_makes_a_model_neither_quicker_nor_slower(sigma: float) -> None:
+    """Steps of a busy machine: right on average is what counts, and what a client sees."""
+    dice, fitter, cost = random.Random(7), CostFitter(), StepCost(0.02, 2.5e-4, 0.0, 0.0, 1e-7)
+    for step in range(2000):
+        rows = [BatchRow(i, dice.randrange(50, 400), 1, True) for i in range(1 + step % 5)]
+        if step % 10 == 0:
+            rows.append(BatchRow(9, 0, dice.randrange(20, 256), True))
+        batch = Batch(step, rows)
+        noise = dice.lognormvariate(-sigma * sigma / 2, sigma)  # of mean one
+        fitter.observe(Features.of(batch), cost.of(batch).total_s * noise)
+    for row in (BatchRow(0, 200, 1, True), BatchRow(0, 0, 128, True)):
+        batch = Batch(0, [row])
+        found = fitter.predict(Features.of(batch))
+        assert found is not None
+        assert found.total_s == pytest.approx(cost.of(batch).total_s, rel=0.12)
 
 
 def test_an_instance_that_has_computed_little_is_not_believed() -> None:

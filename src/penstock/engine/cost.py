@@ -6,9 +6,11 @@ predicts nonsense for any step unlike the last ones. Old steps are forgotten at 
 model follows a machine whose speed drifts; but steps with prompts and steps without are forgotten
 each by the next of their kind, or an instance that only decodes for a while would no longer know
 what a prompt costs (in its steps tokens and rows are the same number). Errors count relative to the
-step's length, as noise does. With five features the best set of non-zero ones is found by trying
-them all: the solution of a non-negative least squares problem is the plain one on some subset
-(Lawson and Hanson, Solving Least Squares Problems, chapter 23).
+step's predicted length, as noise does; relative to what was measured, a step that noise made slow
+would count for less than one that it made quick, and the model would come out too quick (by 30%
+with noise of 40%). With five features the best set of non-zero ones is found by trying them all:
+the solution of a non-negative least squares problem is the plain one on some subset (Lawson and
+Hanson, Solving Least Squares Problems, chapter 23).
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ Vector = tuple[float, float, float, float, float]
 _FORGET = 0.995
 _NUM_FEATURES = 5
 _SETTLED_STEPS = 6
+#: A prediction of next to nothing must not make its step count for all others.
+_LEAST_SCALE = 0.25
 #: Steps between two solutions once there are many.
 _SOLVE_EVERY = 8
 # Features differ by orders of magnitude; scaled to about one, the fit stays well conditioned.
@@ -94,7 +98,7 @@ class CostFitter:
     def __init__(self) -> None:
         self._weights: Vector = (0.0,) * 5
         # Decayed sums over the steps without prompts, and over those with: of x x^T and of x y,
-        # each step weighted by 1 / y^2.
+        # each step weighted by one over the square of its predicted length.
         self._grams: Floats = np.zeros((2, _NUM_FEATURES, _NUM_FEATURES))
         self._moments: Floats = np.zeros((2, _NUM_FEATURES))
         self._unsolved: tuple[list[_Seen], list[_Seen]] = ([], [])
@@ -109,6 +113,7 @@ class CostFitter:
         x, step_s = features.scaled(), seconds / features.steps
         predicted_s = _dot(self._weights, x)
         error_s = step_s - predicted_s
+        scale_s = step_s
         if before:
             limit_s = 5 * self._residual_s + 0.2 * predicted_s
             size_s = abs(error_s)
@@ -117,8 +122,9 @@ class CostFitter:
             # limit step by step and gets through.
             if before >= _SETTLED_STEPS:
                 step_s = predicted_s + min(max(error_s, -limit_s), limit_s)
+                scale_s = max(predicted_s, _LEAST_SCALE * step_s)
         kept = _FORGET**steps
-        weight = (1.0 - kept) / (1.0 - _FORGET) / max(step_s, 1e-6) ** 2
+        weight = (1.0 - kept) / (1.0 - _FORGET) / max(scale_s, 1e-6) ** 2
         kind = 1 if features.prompt_tokens else 0
         self._unsolved[kind].append(_Seen(x, step_s, weight, kept))
         self._prompt_tokens += features.prompt_tokens
