@@ -301,6 +301,7 @@ def situations(draw):
         expected_output_tokens=draw(st.integers(0, 2000)),
         ttft_slo_s=draw(st.none() | st.floats(-1, 5)),
         tpot_slo_s=draw(st.none() | st.floats(1e-4, 0.5)),
+        max_step_s=draw(st.none() | st.floats(1e-4, 0.5)),
         device_hits=device if known else None,
         tier_hits=tiers if known else None,
         prefilled_on=draw(st.none() | st.sampled_from([*view.names, "gone"])),
@@ -338,7 +339,7 @@ def test_kv_aware_is_never_later_than_any_other_choice(situation) -> None:
     view, wanted = situation
     decision = kv_aware(view, wanted)
     s = predict.speeds(view)
-    q = predict.queues(view, s, wanted.num_tokens, wanted.expected_output_tokens, wanted.tpot_slo_s)
+    q = predict.queues(view, s, wanted.num_tokens, wanted.expected_output_tokens, wanted.max_step_s)
     best = np.inf
     t = view.transfer
     device = np.zeros(len(view.names)) if wanted.device_hits is None else wanted.device_hits

@@ -230,8 +230,9 @@ def test_floors_hold_whatever_comes(all_works, count, data) -> None:
 
 
 def test_one_change_at_a_time_and_with_patience() -> None:
+    """Of those that have a role; who has none gives none up, and is not waited for."""
     config = replace(CONFIG, patience_s=3.0, pause_s=10.0)
-    view, state = make_view(6), RoleState()
+    view, state = make_view(6, roles=["decode"] * 5 + ["prefill"]), RoleState()
     at = []
     for tick in range(200):
         plan = decide_roles(view, HEAVY, state, config, tick / 2)
@@ -239,8 +240,14 @@ def test_one_change_at_a_time_and_with_patience() -> None:
         if plan.instance is not None:
             at.append(tick / 2)
         view = turned(view, plan)
-    assert at[0] >= 3.0
+    assert len(at) > 1 and at[0] >= 3.0
     assert all(later - earlier >= 10.0 for earlier, later in pairwise(at))
+    first = next(
+        decide_roles(make_view(6), HEAVY, replace(RoleState(), better_since_s=0.0, better_prefill=n),
+                     config, 3.0) for n in (3,)
+    )  # fmt: skip
+    again = decide_roles(turned(make_view(6), first), HEAVY, first.state, config, 3.5)
+    assert None not in (first.instance, again.instance)
 
 
 def test_a_busy_instance_turns_by_way_of_a_transition() -> None:

@@ -5,20 +5,20 @@ from __future__ import annotations
 from penstock.engine.cost import CostFitter
 from penstock.engine.scheduler.pacing import UNPACED
 from penstock.engine.scheduler.sequence import Sequence
-from penstock.protocol.instance import PACE, PACED_CONTEXT, PACED_TOKENS
+from penstock.protocol.instance import PACED_CONTEXT, PACED_TOKENS
 
 #: Before so many steps have been seen nobody knows what a prompt token costs.
 _MIN_STEPS = 8
 
 
 class CostPace:
-    """By the instance's own cost model, and the strictest TPOT among those that decode."""
+    """By the instance's own cost model, and the strictest bound of those that decode."""
 
     def __init__(self, cost: CostFitter) -> None:
         self._cost = cost
 
     def room(self, decodes: list[Sequence]) -> int:
-        wanted = [s.submit.tpot_slo_s for s in decodes if s.submit.tpot_slo_s is not None]
+        wanted = [s.submit.max_step_s for s in decodes if s.submit.max_step_s is not None]
         model = self._cost.model()
         if not wanted or model.num_steps < _MIN_STEPS:
             return UNPACED.room(decodes)
@@ -32,4 +32,4 @@ class CostPace:
         token_s = model.per_token_s + model.per_attention_s * PACED_CONTEXT
         if token_s <= 0.0:
             return UNPACED.room(decodes)
-        return max(int((PACE * min(wanted) - step_s) / token_s), PACED_TOKENS)
+        return max(int((min(wanted) - step_s) / token_s), PACED_TOKENS)

@@ -10,9 +10,8 @@ from penstock.protocol.kv import KvLayout, Tier
 
 Role = Literal["any", "encode", "prefill", "decode", "prefill_to_decode", "decode_to_prefill"]
 
-#: Where sequences that decode have a TPOT to keep, steps take as many prompt tokens beside them as
-#: fit this share of it; but never fewer than so many, or prompts would not move.
-PACE = 0.7
+#: Where sequences that decode bound a step (`Submit.max_step_s`), it takes as many prompt tokens
+#: beside them as fit; but never fewer than so many, or prompts would not move.
 PACED_TOKENS = 64
 #: Tokens that a prompt token beside them is taken to attend to.
 PACED_CONTEXT = 1024

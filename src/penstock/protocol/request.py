@@ -103,8 +103,8 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag=
     #: Time left at the moment of sending, by the sender's clock; None: no bound.
     ttft_budget_s: float | None = None
     total_budget_s: float | None = None
-    #: Wanted between two of its tokens; steps with prompts beside it are kept short enough.
-    tpot_slo_s: float | None = None
+    #: While it decodes, steps with prompts in them should take no longer; None: no bound.
+    max_step_s: float | None = None
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):

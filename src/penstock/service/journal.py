@@ -60,6 +60,8 @@ class Entry:
     #: long that it goes before them.
     deferred: bool = False
     overdue: bool = False
+    #: How long steps with prompts may take where it decodes, for its TPOT.
+    max_step_s: float | None = None
     prompt_logprobs_done: int = 1  # the next prompt position to report; 0 never has one
     cached_tokens: int | None = None
     #: Set while the prompt is computed on `instance` for another one to go on with.
@@ -102,6 +104,13 @@ class Entry:
             deadline_s=None if spec.total_budget_s is None else now + spec.total_budget_s,
             progress_s=now,
         )
+
+    def interrupt(self, because: str, now: float) -> None:
+        """It has lost its instance or leaves it; if that happens again before its next token, the
+        first time counts."""
+        self.because = because
+        if self.interrupted_s is None:
+            self.interrupted_s = now
 
     @property
     def news_s(self) -> float:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import msgspec
 
 from penstock.protocol.kv import BLOCK_TOKENS, KEY_BYTES, Fetch, KvSource
 from penstock.protocol.request import Stage, Submit
 from penstock.service.cluster.instances import Instance
 from penstock.service.journal import Entry
+from penstock.service.policies.view import Decision
+from penstock.service.recovery import way_of
 
 #: Room for a fetched prompt is kept this long beyond the predicted end of its prefill (twice that).
 _FETCH_LEASE_S = 5.0
@@ -46,7 +50,7 @@ def submit(
         plan=_plan(entry, instance, decode),
         kv_source=source,
         total_budget_s=None if entry.deadline_s is None else entry.deadline_s - now,
-        tpot_slo_s=entry.tpot_slo_s,
+        max_step_s=entry.max_step_s,
     )
 
 
@@ -98,3 +102,23 @@ def kv_source(source: Instance, num_tokens: int) -> KvSource | None:
     if address is None:
         return None
     return KvSource(source.name, source.incarnation, address, num_blocks)
+
+
+def source(
+    entry: Entry, decision: Decision, prefilled_on: str | None, instances: Mapping[str, Instance]
+) -> KvSource | None:
+    """Whom to fetch leading blocks from: as decided, or where the prompt was computed."""
+    if (way := way_of(decision)) is not None:
+        giver = instances.get(way.source or "")
+        return None if giver is None else kv_source(giver, way.tokens)
+    if decision.source is not None and decision.source in instances:
+        return kv_source(instances[decision.source], decision.source_tokens)
+    if prefilled_on is None or prefilled_on == decision.instance:
+        return None
+    return held_by(instances[prefilled_on], entry)
+
+
+def held_by(instance: Instance, entry: Entry) -> KvSource | None:
+    """What an instance has that has just let go of the sequence: the KV of the last token was
+    never computed."""
+    return kv_source(instance, entry.num_tokens - 1)

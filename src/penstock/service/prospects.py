@@ -24,6 +24,10 @@ from penstock.service.waiting import Waiting
 
 #: Weight of the newest answer in the mean length of answers.
 _OUTPUT_WEIGHT = 0.05
+#: Of answers that have an SLO one in ten may be shorter than what steps are paced for. A hand-over
+#: costs about so many steps, which a short answer shares among few tokens.
+_SHORT, _HANDOVER_STEPS = 0.1, 3.0
+_MOST_OF_TPOT = 0.9
 
 
 @dataclass(slots=True)
@@ -33,6 +37,8 @@ class Prospects:
     kind: Kind | None = None
     #: Mean length of the answers of late, in tokens; 0 until there was one.
     mean_output_tokens: float = 0.0
+    #: Nine answers of ten are longer, about; 0 until there was one.
+    short_output_tokens: float = 0.0
     attainment: Attainment = field(default_factory=Attainment)
     #: Decisions made so far.
     num_decisions: int = 0
@@ -60,12 +66,14 @@ class Prospects:
         left_s = None
         if entry.ttft_slo_s is not None and not entry.emitted and not entry.overdue:
             left_s = entry.accepted_s + entry.ttft_slo_s - now
+        entry.max_step_s = self._max_step_s(entry.tpot_slo_s)
         return RouteRequest(
             num_tokens=entry.num_tokens,
             expected_output_tokens=self.expected_output_tokens(entry),
             request_class=entry.request_class,
             ttft_slo_s=left_s,
             tpot_slo_s=entry.tpot_slo_s,
+            max_step_s=entry.max_step_s,
             device_hits=device_hits,
             tier_hits=tier_hits,
             aggregated_because=_why_whole(entry),
@@ -141,6 +149,18 @@ class Prospects:
         if not self.mean_output_tokens:
             self.mean_output_tokens = float(output_tokens)
         self.mean_output_tokens += _OUTPUT_WEIGHT * (output_tokens - self.mean_output_tokens)
+        # A quantile by stochastic approximation (Robbins and Monro, 1951).
+        if not self.short_output_tokens:
+            self.short_output_tokens = 0.5 * output_tokens
+        above = float(output_tokens >= self.short_output_tokens)
+        self.short_output_tokens *= 1.0 + _OUTPUT_WEIGHT * (above - (1.0 - _SHORT))
+
+    def _max_step_s(self, tpot_slo_s: float | None) -> float | None:
+        """With g gaps and a hand-over of k steps, steps of t make a TPOT of t (g + k) / g."""
+        if tpot_slo_s is None:
+            return None
+        gaps = max(self.short_output_tokens - 1.0, 2.0)
+        return tpot_slo_s * min(gaps / (gaps + _HANDOVER_STEPS), _MOST_OF_TPOT)
 
     def expected_output_tokens(self, entry: Entry) -> int:
         """What it may still say, or what others have said of late if that is less."""

@@ -93,13 +93,13 @@ def look(view: ClusterView, request: RouteRequest) -> Outlook:
     """Predicted times on every instance, each by the way that is fastest there."""
     s = view.speeds or predict.speeds(view)
     n = request.num_tokens
-    q = predict.queues(view, s, n, request.expected_output_tokens, request.tpot_slo_s)
+    q = predict.queues(view, s, n, request.expected_output_tokens, request.max_step_s)
     ways, hits_WI, fetch_WI, source = _ways(view, request)
     prefill_WI = predict.prefill_s(s, q, n, hits_WI)
     # Fetching goes on while the request queues.
     ttft_WI = s.ratio * (np.maximum(q.queue_s, fetch_WI) + prefill_WI)
     ttft_s = ttft_WI[0] if len(ways) == 1 else ttft_WI.min(axis=0)
-    tpot_s = predict.tpot_s(view, s, q, n, request.tpot_slo_s)
+    tpot_s = predict.tpot_s(view, s, q, n, request.max_step_s)
     return Outlook(
         view, s, q, ttft_s, ways, hits_WI, fetch_WI, prefill_WI, ttft_WI, tpot_s, source,
         request.interrupted,

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from penstock.protocol.instance import PACE, PACED_CONTEXT, PACED_TOKENS
+from penstock.protocol.instance import PACED_CONTEXT, PACED_TOKENS
 from penstock.protocol.kv import BLOCK_TOKENS
 from penstock.service.policies.view import ClusterView, Floats, Speeds
 
@@ -102,16 +102,16 @@ def queues(
     s: Speeds,
     num_tokens: int,
     output_tokens: int,
-    tpot_slo_s: float | None = None,
+    max_step_s: float | None = None,
 ) -> Queues:
     """`num_tokens`, `output_tokens`: of the newcomer, for whether it finds a slot and blocks.
-    `tpot_slo_s`: of those that decode; steps with prompts are kept short enough for it."""
+    `max_step_s`: to which steps with prompts are kept where somebody decodes."""
     running, queued, tokens = view.running, view.queued, view.queued_tokens
     step_s = s.base_s + running * s.decode_s + view.running_tokens * s.read_s
     prompt_step_s = step_s + s.row_s
     room = np.maximum(view.step_tokens - running, 1.0)
-    if tpot_slo_s is not None:
-        paced = np.minimum(room, paced_tokens(view, s, step_s, tpot_slo_s))
+    if max_step_s is not None:
+        paced = np.minimum(room, paced_tokens(view, s, step_s, max_step_s))
         room = np.where(running > 0.0, paced, room)
     steps = tokens / room
     whole_steps = np.floor(steps)
@@ -131,10 +131,10 @@ def queues(
     return Queues(queue_s, step_s, prompt_step_s, room, steps - whole_steps)
 
 
-def paced_tokens(view: ClusterView, s: Speeds, step_s: Floats, tpot_slo_s: float) -> Floats:
+def paced_tokens(view: ClusterView, s: Speeds, step_s: Floats, max_step_s: float) -> Floats:
     """Prompt tokens that fit a step beside those that decode (`engine/pace.py`)."""
     each_s = s.token_s + s.attention_s * PACED_CONTEXT
-    left_s = PACE * tpot_slo_s - step_s
+    left_s = max_step_s - step_s
     fit: Floats = np.divide(left_s, each_s, out=np.full_like(left_s, np.inf), where=each_s > 0.0)
     return np.maximum(fit, PACED_TOKENS)
 
@@ -195,7 +195,7 @@ def company_s(
 
 
 def tpot_s(
-    view: ClusterView, s: Speeds, q: Queues, num_tokens: int, tpot_slo_s: float | None = None
+    view: ClusterView, s: Speeds, q: Queues, num_tokens: int, max_step_s: float | None = None
 ) -> Floats:
     """Time per output token on each instance once the newcomer decodes there too: a step with all
     of them, stretched by the share of time that goes to prompts; but where steps are paced for a
@@ -204,8 +204,8 @@ def tpot_s(
     if view.prefill_share is None:
         return alone
     stretched: Floats = alone / (1.0 - np.minimum(view.prefill_share, MAX_SHARE))
-    if tpot_slo_s is not None:
-        stretched = np.minimum(stretched, np.maximum(alone, PACE * tpot_slo_s))
+    if max_step_s is not None:
+        stretched = np.minimum(stretched, np.maximum(alone, max_step_s))
     return stretched
 
 

@@ -21,6 +21,8 @@ from penstock.service.policies.view import ROLES, Bools, ClusterView, Floats, Sp
 
 ANY, PREFILL, DECODE = ROLES.index("any"), ROLES.index("prefill"), ROLES.index("decode")
 ENCODE = ROLES.index("encode")
+#: Of the TPOT: what pools are planned for.
+_PACED = 0.8
 P_TO_D, D_TO_P = ROLES.index("prefill_to_decode"), ROLES.index("decode_to_prefill")
 
 
@@ -126,12 +128,14 @@ class Loads:
         context, output = prompt + 0.5 * work.mean_output_tokens, work.output_tokens_per_s
         slo_s = config.tpot_slo_s
         left_s = None if slo_s is None else slo_s * (1.0 - share)
+        # Those that decode take in prompts when the others cannot, in steps of so much of the TPOT.
+        paced_s = None if slo_s is None else _PACED * slo_s
         held_up = np.zeros_like(busy)
         if slo_s is not None:
             held_up = (s.base_s + np.minimum(view.step_tokens, prompt) * s.token_s) / slo_s
         return cls(
             prefill=busy / _usable(service_s, config.ttft_slo_s),
-            decode=output / _decode_rate(view, s, context, slo_s),
+            decode=output / _decode_rate(view, s, context, paced_s),
             share=share,
             decode_beside=output / _decode_rate(view, s, context, left_s),
             held_up=held_up,
@@ -257,10 +261,14 @@ def _adaptive(
     if since is None or not same:
         since = now
     waiting = replace(state, better_since_s=since, better_prefill=target)
-    if now - since < config.patience_s or now - state.turned_s < config.pause_s:
+    # Who has no role gives none up: it need not be waited for.
+    pause_s = 0.0 if pools.neutral.any() else config.pause_s
+    if now - since < config.patience_s or now - state.turned_s < pause_s:
         why = f"a better split is watched since {now - since:.1f} s: {numbers}"
         return _stay(pools, waiting, why, present, splits[target])
     plan = _towards(view, pools, target, total - target, state, now, numbers, load)
+    if int(pools.neutral.sum()) > 1:  # and go on with the others
+        plan = replace(plan, state=replace(plan.state, better_since_s=since, better_prefill=target))
     return replace(plan, pressure=present, target_pressure=splits[target])
 
 
@@ -327,8 +335,8 @@ def _towards(
         return RolePlan(
             num_prefill=num_prefill, num_decode=num_decode, reason=f"as wanted: {why}", state=state
         )
-    # Who has nothing of its old role's to do changes at once.
-    role = ROLES[turning if busy else final]
+    # Who has nothing of its old role's to do changes at once; so does who had none.
+    role = ROLES[turning if busy and not pools.neutral[i] else final]
     before = ROLES[pools.roles[i]]
     name = view.names[i]
     reason = (

@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from penstock.protocol.instance import PACE
 from penstock.service.policies import predict
 from penstock.service.policies.kv_aware import explain
 from penstock.service.policies.outlook import Outlook, look
@@ -197,13 +196,13 @@ def _paced_s(o: Outlook, request: RouteRequest) -> Floats:
     """While somebody decodes, steps are paced for the TPOT and take fewer prompt tokens than they
     could: that time is lost to all prompts that queue there or will. Shared by all who decode."""
     view, s, q = o.view, o.speeds, o.queues
-    slo_s, share = request.tpot_slo_s, view.prefill_share
-    if slo_s is None or share is None:
+    step_s, share = request.max_step_s, view.prefill_share
+    if step_s is None or share is None:
         return np.zeros(len(view.names))
     share = np.minimum(share, predict.MAX_SHARE)
     token_s = s.base_s / view.step_tokens + s.token_s
-    paced = predict.paced_tokens(view, s, q.step_s, slo_s)
-    useful = np.minimum(np.minimum(paced, view.step_tokens) * token_s / (PACE * slo_s), 1.0)
+    paced = predict.paced_tokens(view, s, q.step_s, step_s)
+    useful = np.minimum(np.minimum(paced, view.step_tokens) * token_s / step_s, 1.0)
     decoding_s = max(request.expected_output_tokens, 1) * o.tpot_s / (view.running + 1.0)
     lost: Floats = decoding_s * share * (1.0 - useful)
     return lost * (view.queued + 1.0 / (1.0 - share))

@@ -143,6 +143,8 @@ class RouteRequest:
     #: Time left to the first token, and wanted between two; None: no SLO.
     ttft_slo_s: float | None = None
     tpot_slo_s: float | None = None
+    #: Steps with prompts are kept this short where sequences like it decode; None: no bound.
+    max_step_s: float | None = None
     device_hits: Floats | None = None
     #: Those, and what lies behind them in host or disk (or store) tiers.
     tier_hits: Floats | None = None
