@@ -7,8 +7,10 @@ import json
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from penstock.cli import replay
 from penstock.cli.main import main
 from penstock.loadgen.prompts import prompt_ids
 from penstock.loadgen.traces import read_trace
@@ -256,5 +258,12 @@ def test_what_it_was_meant_for_is_found_where_it_differs(
     assert main(["replay", str(taped.path)]) == 1
     out = capsys.readouterr().out
     assert "differs: then: " in out and "please report this as a bug" in out
+    for other, words in (
+        ({"version": "0.0.0"}, "by release 0.0.0"),
+        ({"code": "abc"}, "by other code of release"),
+    ):
+        recording = open_recording(taped.path)
+        recording.header = msgspec.structs.replace(recording.header, **other)
+        assert words in replay.blame(recording)
     assert main(["replay", str(taped.path), "--change", "instances=+1"]) == 2
     assert "does not replay as it was recorded" in capsys.readouterr().err

@@ -13,7 +13,7 @@ from typing import Any
 from penstock import __version__
 from penstock.cli.parser import Parser
 from penstock.cli.trace_flags import seconds_of
-from penstock.service.recording import Recording, open_recording
+from penstock.service.recording import Recording, code_digest, open_recording
 from penstock.simulator.incident import Moment, Replay
 from penstock.simulator.timeline import Line, Timeline, everything, is_about
 
@@ -115,7 +115,7 @@ class _Shown:
             print(f"the recording: {replay.recording.problem}")
         if last.difference:
             print(f"step {last.number} at {last.at_s:.3f} s differs: {last.difference}")
-            print(_blame(replay.recording))
+            print(blame(replay.recording))
             return 1
         print(
             f"{last.number + 1} steps in {last.at_s:.1f} s: all that came of them came again, "
@@ -145,6 +145,7 @@ class _ForPrograms(_Shown):
             "service": header.recipe.config.name,
             "policy": header.recipe.policy,
             "recorded_by": header.version,
+            "recorded_by_this_code": header.code == code_digest(),
             "recorded_unix_s": header.started_unix_s,
             "steps": 0 if last is None else last.number + 1,
             "seconds": 0.0 if last is None else last.at_s,
@@ -172,10 +173,17 @@ def _print(at_s: float, text: str, more: Sequence[str]) -> None:
         print(f"{'':14}{line}")
 
 
-def _blame(recording: Recording) -> str:
+def blame(recording: Recording) -> str:
+    """Why it differs."""
     if recording.header.version != __version__:
         return (
             f"it was recorded by release {recording.header.version}, and {__version__} decides "
             "otherwise: replay it with the release that recorded it"
         )
-    return "the same release decided otherwise on the same inputs: please report this as a bug"
+    if recording.header.code != code_digest():
+        return (
+            f"it was recorded by other code of release {recording.header.version} "
+            f"({recording.header.code or 'unknown'}, this is {code_digest()}), which decided "
+            "otherwise: replay it with that"
+        )
+    return "the same code decided otherwise on the same inputs: please report this as a bug"

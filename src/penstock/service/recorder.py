@@ -30,6 +30,7 @@ from penstock.service.recording import (
     Header,
     Step,
     array_of,
+    code_digest,
     digest_of,
     encode_header,
     encode_step,
@@ -93,6 +94,7 @@ class FileTape(Tape):
     def header(self, recipe: CoreRecipe) -> None:
         header = Header(
             version=__version__,
+            code=code_digest(),
             protocol=PROTOCOL_VERSION,
             python=platform.python_version(),
             started_unix_s=time.time(),

@@ -8,6 +8,8 @@ the same steps into a new core give the same effects; a step carries a digest of
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import inspect
 import struct
 import typing
@@ -101,6 +103,8 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
 
     format: int = FORMAT
     version: str
+    #: Of the source that decides (`code_digest`): releases are one thing, what runs is another.
+    code: str = ""
     protocol: int
     python: str
     started_unix_s: float
@@ -123,6 +127,17 @@ _StoredStep = msgspec.defstruct(
 )
 _encoder = msgspec.msgpack.Encoder()
 _steps = msgspec.msgpack.Decoder(list[_StoredStep])  # type: ignore[valid-type]
+
+
+@functools.cache
+def code_digest() -> str:
+    """Of the source of the service and the protocol: where it is the same, so are decisions."""
+    root = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for package in ("protocol", "service"):
+        for path in sorted((root / package).rglob("*.py")):
+            digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 # --- calls ----------------------------------------------------------------------------------------
