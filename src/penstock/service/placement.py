@@ -22,16 +22,15 @@ from penstock.protocol.errors import (
 from penstock.protocol.kv import BLOCK_TOKENS, Fetched, KvSource
 from penstock.protocol.request import Cancel
 from penstock.protocol.tokens import TokenRow
-from penstock.service import orders
+from penstock.service import books, orders
 from penstock.service.cluster.instances import Changes, Instance
 from penstock.service.cluster.view import LiveView
 from penstock.service.explain import Explainer, Explanation, PlacementRecord
 from penstock.service.generation import TokenDelta
 from penstock.service.journal import Entry, Journal, Reservation
 from penstock.service.policies.routing import ClusterView, Decision, Policy
-from penstock.service.policies.view import WayKind
 from penstock.service.prospects import Prospects
-from penstock.service.recovery import Recoveries, by_urgency, wait_for_each_other, way_of
+from penstock.service.recovery import Recoveries, by_urgency, wait_for_each_other, way_taken
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +140,7 @@ class Placement:
             return self.end(entry, error.info())
         freed = self._unplace(entry, because, now)
         self.num_resumed += 1
-        self._interrupt(entry, f"moved: {because}", now)
+        entry.interrupt(f"moved: {because}", now)
         return freed + self._place(entry, now, avoid=avoid)
 
     def may_move(self, entry: Entry) -> bool:
@@ -206,7 +205,7 @@ class Placement:
         computed = not entry.queued_tokens
         freed = self._unplace(entry, because, now)
         self.num_migrated += 1
-        self._interrupt(entry, f"migrated: {because}", now)
+        entry.interrupt(f"migrated: {because}", now)
         placed = self._place(
             entry, now, avoid=origin.name, prefilled_on=origin.name if computed else None
         )
@@ -243,7 +242,9 @@ class Placement:
             freed += self._cancel_reservation(entry)
             return freed + self._place(entry, now, prefilled_on=origin)
         self._let_reservation_go(entry)
-        return freed + self._send(entry, target, now, source=self._held_by(origin, entry))
+        return freed + self._send(
+            entry, target, now, source=orders.held_by(self.instances[origin], entry)
+        )
 
     def house(self, now: float) -> list[Effect]:
         """Place who has no instance; end who has waited for one too long."""
@@ -323,12 +324,6 @@ class Placement:
 
     # --- inside --------------------------------------------------------------------------------
 
-    @staticmethod
-    def _interrupt(entry: Entry, because: str, now: float) -> None:
-        entry.because = because
-        if entry.interrupted_s is None:
-            entry.interrupted_s = now
-
     def _place(
         self, entry: Entry, now: float, avoid: str = "", prefilled_on: str | None = None
     ) -> list[Effect]:
@@ -345,7 +340,7 @@ class Placement:
         cached_tokens, decision = foreseen or self._decide(entry, able, prefilled_on, now)
         target = self.instances[decision.instance]
         decode = self.instances[decision.decode] if decision.decode else None
-        source = self._source(entry, decision, prefilled_on)
+        source = orders.source(entry, decision, prefilled_on, self.instances)
         return self._send(entry, target, now, decision, decode, source, cached_tokens)
 
     def sight(self, now: float) -> tuple[Sequence[Instance], ClusterView]:
@@ -439,36 +434,11 @@ class Placement:
             num_tokens=entry.num_tokens,
             predicted_ttft_s=(decision.predicted_ttft_s or None) if decision else None,
             predicted_cached_tokens=cached_tokens,
-            way=None if entry.interrupted_s is None else self._way(decision, source),
+            way=None if entry.interrupted_s is None else way_taken(decision, source),
             source=source.instance if source else None,
         )
         entry.record.placed(record, now)
         self.prospects.placed(target, record, now)
-
-    @staticmethod
-    def _way(decision: Decision | None, source: KvSource | None) -> WayKind:
-        way = way_of(decision) if decision is not None else None
-        if way is not None:
-            return way.kind
-        return "recompute" if source is None else "fetch"
-
-    def _source(
-        self, entry: Entry, decision: Decision, prefilled_on: str | None
-    ) -> KvSource | None:
-        """Whom to fetch leading blocks from: as decided, or where the prompt was computed."""
-        if (way := way_of(decision)) is not None:
-            giver = self.instances.get(way.source or "")
-            return None if giver is None else orders.kv_source(giver, way.tokens)
-        if decision.source is not None and decision.source in self.instances:
-            return orders.kv_source(self.instances[decision.source], decision.source_tokens)
-        if prefilled_on is None or prefilled_on == decision.instance:
-            return None
-        return self._held_by(prefilled_on, entry)
-
-    def _held_by(self, name: str, entry: Entry) -> KvSource | None:
-        """What an instance has that has just let go of the sequence: the KV of the last token was
-        never computed."""
-        return orders.kv_source(self.instances[name], entry.num_tokens - 1)
 
     def _unplace(
         self, entry: Entry, end: str, now: float, keep_reserved: bool = False
@@ -525,28 +495,4 @@ class Placement:
 
     def check(self) -> None:
         """Invariants, recounted: counters equal what the journal says."""
-        entries = list(self.journal)
-        assert self.num_queued == sum(1 for e in entries if not e.emitted)
-        for entry in entries:
-            placed = entry.instance is not None
-            assert placed != (entry.homeless_since_s is not None), entry.key
-            assert (entry in self._homeless) != placed
-            assert placed or entry.decode_on is None
-            assert placed == (entry.record.present is not None)
-        for instance in self.instances.values():
-            mine = [e for e in entries if e.instance == instance.name]
-            assert len(mine) == len(instance.entries)
-            assert not mine or instance.state in ("active", "suspect")
-            assert list(instance.waiting.values()) == [
-                e for e in instance.entries.values() if e.queued_tokens
-            ]
-            assert instance.queued_tokens == sum(e.queued_tokens for e in mine)
-            late = [e for e in instance.waiting.values() if e.deferred]
-            assert instance.deferred == len(late)
-            assert instance.deferred_tokens == sum(e.queued_tokens for e in late)
-            running = [e for e in mine if not e.queued_tokens]
-            assert instance.running == len(running)
-            assert instance.running_tokens == sum(e.num_tokens for e in running)
-            coming = [e for e in entries if e.decode_on and e.decode_on.instance == instance.name]
-            assert len(coming) == len(instance.coming)
-            assert not coming or instance.state in ("active", "suspect")
+        books.check(self.journal, self.instances, self._homeless, self.num_queued)

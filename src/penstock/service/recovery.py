@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from penstock.protocol.kv import KvSource
 from penstock.service.cluster.instances import Instance
 from penstock.service.cluster.view import LiveView
 from penstock.service.explain import PlacementRecord
@@ -53,6 +54,14 @@ def way_of(decision: Decision) -> Way | None:
     """The fastest one on the chosen instance; None where the policy has not compared them."""
     chosen = (c for c in decision.candidates if c.instance == decision.instance)
     return next((c.ways[0] for c in chosen if c.ways), None)
+
+
+def way_taken(decision: Decision | None, source: KvSource | None) -> WayKind:
+    """How an interrupted sequence is to go on, whoever decided that."""
+    way = way_of(decision) if decision is not None else None
+    if way is not None:
+        return way.kind
+    return "recompute" if source is None else "fetch"
 
 
 def wait_for_each_other(
