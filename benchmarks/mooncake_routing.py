@@ -1,0 +1,159 @@
+"""KV-aware routing against routing by load: mean TTFT and hit rate on Mooncake's conversation trace,
+and with one hot prefix in most requests, where affinity must not hurt.
+
+    python -m benchmarks.mooncake_routing [--traces DIR] [--case mooncake] [--jobs 2] [--json FILE]
+
+What is compared stands in experiments/mooncake_routing.yaml. The production cores run on a virtual
+clock, with the real block pools, prefix caches and KV index.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from penstock.loadgen.traces import HASH_BLOCK_TOKENS, TraceRequest, read_trace, spread_ticks
+from penstock.simulator.experiment import run
+from penstock.simulator.spec import ClusterSpec, LinkSpec, PoolSpec
+
+EXPERIMENT = Path(__file__).parent / "experiments" / "mooncake_routing.yaml"
+TRACES = Path("../shared/data/traces")
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    #: Speed of the trace, or requests a second.
+    pace: float
+    policy: str
+
+
+@dataclass(frozen=True)
+class Result:
+    case: str
+    pace: float
+    policy: str
+    requests: int
+    ttft_mean_s: float
+    ttft_p50_s: float
+    ttft_p99_s: float
+    #: Cached tokens over prompt tokens.
+    hit_rate: float
+    unanswered: int
+    wall_s: float
+
+
+def cases(experiment: dict[str, Any]) -> Iterator[Case]:
+    paces = (
+        ("mooncake", experiment["mooncake"]["speeds"]),
+        ("hot_prefix", experiment["hot_prefix"]["requests_per_s"]),
+    )
+    for name, values in paces:
+        for pace in values:
+            for policy in experiment["policies"]:
+                yield Case(name, pace, policy)
+
+
+def requests_of(experiment: dict[str, Any], case: Case, traces: Path) -> list[TraceRequest]:
+    if case.name == "hot_prefix":
+        return hot_prefix(experiment["hot_prefix"], case.pace, experiment["seed"])
+    known = experiment["mooncake"]
+    start_s, end_s = known["window_s"]
+    spread = spread_ticks(read_trace(traces / known["file"]))
+    window = [r for r in spread if start_s <= r.arrival_s < end_s]
+    return [replace(r, arrival_s=(r.arrival_s - start_s) / case.pace) for r in window]
+
+
+def hot_prefix(hot: dict[str, Any], requests_per_s: float, seed: int) -> list[TraceRequest]:
+    """Ids from 1 on stand for the hot prefix; each request's own blocks have ids of their own."""
+    draw = random.Random(seed)
+    prefix = tuple(range(1, hot["prefix_tokens"] // HASH_BLOCK_TOKENS + 1))
+    own_blocks = hot["own_tokens"] // HASH_BLOCK_TOKENS
+    fresh, now = 1_000_000, 0.0
+    found = []
+    for _ in range(hot["requests"]):
+        is_hot = draw.random() < hot["share"]
+        count = own_blocks + (0 if is_hot else len(prefix))
+        ids = (prefix if is_hot else ()) + tuple(range(fresh, fresh + count))
+        fresh += count
+        found.append(TraceRequest(now, len(ids) * HASH_BLOCK_TOKENS, hot["output_tokens"], ids))
+        now += draw.expovariate(requests_per_s)
+    return found
+
+
+def measure(experiment: dict[str, Any], case: Case, traces: Path) -> Result:
+    cluster = experiment["cluster"]
+    pool = PoolSpec(
+        count=cluster["instances"],
+        hardware=cluster["hardware"],
+        max_num_batched_tokens=cluster["max_num_batched_tokens"],
+        max_num_seqs=cluster["max_num_seqs"],
+    )
+    spec = ClusterSpec(
+        pools=(pool,),
+        policy=case.policy,
+        pd="off",
+        ttft_slo_s=cluster["ttft_slo_s"],
+        tpot_slo_s=cluster["tpot_slo_s"],
+        link=LinkSpec(kv_gbit=cluster["kv_gbit"]),
+    )
+    requests = requests_of(experiment, case, traces)
+    outcome = run(spec, requests, seed=experiment["seed"])
+    answered = ~np.isnan(outcome.ttft_s)
+    ttft_s = outcome.ttft_s[answered]
+    return Result(
+        case=case.name,
+        pace=case.pace,
+        policy=case.policy,
+        requests=len(requests),
+        ttft_mean_s=float(ttft_s.mean()),
+        ttft_p50_s=float(np.quantile(ttft_s, 0.5)),
+        ttft_p99_s=float(np.quantile(ttft_s, 0.99)),
+        hit_rate=float(
+            outcome.cached_tokens[answered].sum() / outcome.input_tokens[answered].sum()
+        ),
+        unanswered=int((~answered).sum()),
+        wall_s=round(outcome.wall_s, 1),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--traces", type=Path, default=TRACES, help="folder of Mooncake's trace")
+    parser.add_argument("--case", choices=["mooncake", "hot_prefix"])
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--json", type=Path)
+    flags = parser.parse_args()
+    experiment = yaml.safe_load(EXPERIMENT.read_text())
+    work = [c for c in cases(experiment) if flags.case in (None, c.name)]
+    results = []
+    print(f"{'':<12}{'pace':>6}  {'policy':<12}{'TTFT mean':>11}{'p50':>10}{'p99':>10}{'hits':>8}")
+    with ProcessPoolExecutor(flags.jobs) as pool:
+        for done in [pool.submit(measure, experiment, c, flags.traces) for c in work]:
+            r = done.result()
+            results.append(r)
+            times = "".join(
+                f"{1e3 * t:8.0f} ms" for t in (r.ttft_mean_s, r.ttft_p50_s, r.ttft_p99_s)
+            )
+            print(
+                f"{r.case:<12}{r.pace:>6g}  {r.policy:<12}{times}{100 * r.hit_rate:7.1f}%",
+                flush=True,
+            )
+    if flags.json:
+        rows = [vars(r) for r in results]
+        flags.json.write_text(
+            json.dumps({"experiment": experiment, "results": rows}, indent=1) + "\n"
+        )
+
+
+if __name__ == "__main__":
+    main()
