@@ -12,9 +12,10 @@ from typing import Any
 import httpx
 import pytest
 
+from penstock.cli import costs
 from penstock.engine.config import EngineConfig
 from penstock.engine.instance import InstanceDriver
-from penstock.loadgen.costs import hardware
+from penstock.loadgen.costs import hardware, hardware_or_file
 from penstock.loadgen.live import Shot, play
 from penstock.loadgen.prompts import prompt_ids
 from penstock.loadgen.traces import TraceRequest
@@ -57,6 +58,8 @@ def test_real_processes_and_the_simulator_agree_on_counts(tmp_path: Path) -> Non
     with real_time_cluster(tmp_path, MODEL, 2, router=flags) as router:
         outcomes = asyncio.run(replay(router.url))
         report = at_rest(router)
+        own = tmp_path / "own.json"
+        assert costs.run([router.url, "--instance", "gpu-0", "--out", str(own)]) == 0
     assert [o.error for o in outcomes] == [""] * len(REQUESTS)
     assert [o.output_tokens for o in outcomes] == simulated.output_tokens.tolist()
     assert [o.prompt_tokens for o in outcomes] == simulated.input_tokens.tolist()
@@ -64,6 +67,13 @@ def test_real_processes_and_the_simulator_agree_on_counts(tmp_path: Path) -> Non
     # Round robin places half of them at each.
     assert [i["ttft_s"]["count"] for i in report["instances"]] == [12, 12]
     assert {i["device"] for i in report["instances"]} == {f"simulated {MODEL}"}
+    # What it has fitted to its steps is the model that made them.
+    fitted, model = hardware_or_file(str(own)), hardware(MODEL)
+    assert fitted.kv_tokens == pytest.approx(model.kv_tokens, abs=16)
+    assert fitted.kv_bytes_per_token == model.kv_bytes_per_token
+    for new, context in ((1, 1000), (700, 700), (2048, 2048)):
+        found_s = fitted.step_s(new, 1, context, new * context)
+        assert found_s == pytest.approx(model.step_s(new, 1, context, new * context), rel=0.1)
     # An engine in real time is never faster than its model says.
     for request, outcome in zip(REQUESTS, outcomes):
         assert outcome.ttft_s > 0.95 * hardware(MODEL).prefill_s(request.input_tokens)
