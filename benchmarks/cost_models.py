@@ -285,14 +285,13 @@ def end_to_end(every: int, most_tokens: int) -> dict[str, Any]:
     with gzip.open(END_TO_END, "rt") as file:
         rows = list(csv.DictReader(file))
     known = set(fit_costs.read(STEP_TIMES))
-    together = [row for row in rows if row["mode"] == "agg"][::every]
-    apart = [row for row in rows if row["mode"] != "agg"]
     chosen = [
         row
-        for row in together
-        if _names(row) <= known and _at_once(row) * int(row["osl"]) <= most_tokens
+        for row in rows[::every]
+        if _names(row) <= known
+        and kv_dtype(row) is not None
+        and _at_once(row) * int(row["osl"]) <= most_tokens
     ]
-    chosen = [row for row in chosen + apart if kv_dtype(row) is not None]
     points = []
     for number, row in enumerate(chosen):
         simulated = {name: round(ms, 3) for name, ms in simulate(row).items()}
@@ -311,7 +310,7 @@ def end_to_end(every: int, most_tokens: int) -> dict[str, Any]:
         "share_with_ttft_between_spread_and_together": round(
             float(np.mean([_is_between(point) for point in points])), 3
         ),
-        "left_out_as_too_long_or_unknown": len(together) + len(apart) - len(chosen),
+        "left_out_as_too_long_or_unknown": len(rows[::every]) - len(chosen),
         "step_tokens": STEP_TOKENS,
         "groups": {name: _errors(groups[name]) for name in sorted(groups)},
         "points": points,
