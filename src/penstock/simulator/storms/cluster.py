@@ -9,6 +9,7 @@ from penstock.engine.core import CoreConfig, InstanceCore
 from penstock.engine.memory.tiers.index import TierSizes
 from penstock.engine.scheduler.config import SchedulerConfig
 from penstock.protocol.effects import Effect
+from penstock.protocol.errors import EngineUnavailable
 from penstock.protocol.kv import Pull, Release
 from penstock.service.cluster.finder import IndexFinder
 from penstock.service.cluster.roles import RoleKeeperConfig
@@ -130,13 +131,20 @@ class Cluster:
 
         setattr(core, "on_message", on_message)  # noqa: B010 (of this one object)
 
-    def take_back(self, name: str) -> None:
+    def take_back(self, name: str, *, overwrites: bool) -> None:
         """Every page that peers have of this instance."""
         core = self.instances[name]
         for owner, peer, transfer in list(self._pulls):
             if owner == name:
                 release = partial(core.on_message, peer, Release(transfer))
                 self.tell(name, release)
+        if overwrites:
+            pool, device = core.scheduler.pool, self.world.node(name).device
+            assert device is not None
+            blocks = [pool.allocate() for _ in range(pool.num_available)]
+            for block in blocks:
+                device.memory.spoil(block)
+            pool.release(blocks)
 
     def drain(self, service: str, name: str, *, out: bool) -> None:
         core = self.services[service]
@@ -205,6 +213,17 @@ class Cluster:
         if again:
             assert fault.again_after_s is not None
             self.world.at(self.world.now + fault.again_after_s, partial(self.start_again, name))
+
+    def leave(self, name: str, again_after_s: float) -> None:
+        """A service that is told to stop."""
+        if name not in self.up:
+            return
+        core = self.services[name]
+        self.tell(name, lambda now: core.close_all(EngineUnavailable("the server is stopping")))
+        again = Crash(
+            at_s=self.world.now, node=name, words_arrive=True, again_after_s=again_after_s
+        )
+        self.crash(again)
 
     def _goes(self, name: str) -> None:
         del self.up[name]

@@ -25,6 +25,7 @@ from penstock.simulator.storms.storm import (
     Halt,
     Hang,
     Lead,
+    Leave,
     Noise,
     Raise,
     RegistryLoss,
@@ -126,8 +127,11 @@ _Kind = Callable[[random.Random, Storm, float], Fault]
 def _kinds(shape: Shape) -> list[_Kind]:
     kinds: list[_Kind] = [
         *(_crash, _crash, _crash, _halt, _slow, _cut, _cut_some, _cut_one_way, _noise),
-        *(_raise, _raise, _hang, _take_back, _skew, _drain, _scale_up, _assignment, _crash_service),
+        *(_raise, _raise, _hang, _skew, _drain, _scale_up, _assignment),
+        *(_crash_service, _leave),
     ]
+    if shape.num_windows and "map" in shape.means:
+        kinds += [_take_back, _take_back, _take_back]
     if shape.host_blocks or shape.disk_blocks:
         kinds.append(_spoil_tiers)
     if shape.registry:
@@ -156,6 +160,11 @@ def _crash(draw: random.Random, storm: Storm, at_s: float) -> Fault:
 def _crash_service(draw: random.Random, storm: Storm, at_s: float) -> Fault:
     node = draw.choice(storm.shape.services)
     return Crash(at_s=at_s, node=node, again_after_s=_s(draw.uniform(0.1, 4.0)))
+
+
+def _leave(draw: random.Random, storm: Storm, at_s: float) -> Fault:
+    service = draw.choice(storm.shape.services)
+    return Leave(at_s=at_s, service=service, again_after_s=_s(draw.uniform(0.1, 4.0)))
 
 
 def _halt(draw: random.Random, storm: Storm, at_s: float) -> Fault:
@@ -207,7 +216,8 @@ def _noise(draw: random.Random, storm: Storm, at_s: float) -> Fault:
 
 
 def _take_back(draw: random.Random, storm: Storm, at_s: float) -> Fault:
-    return TakeBack(at_s=at_s, node=draw.choice(storm.shape.instances))
+    node, overwrites = draw.choice(storm.shape.instances), draw.random() < 0.7
+    return TakeBack(at_s=at_s, node=node, overwrites=overwrites)
 
 
 def _spoil_tiers(draw: random.Random, storm: Storm, at_s: float) -> Fault:

@@ -14,6 +14,7 @@ from penstock.simulator.storms.storm import (
     Halt,
     Hang,
     Lead,
+    Leave,
     Noise,
     Raise,
     RegistryLoss,
@@ -56,6 +57,8 @@ def _span(storm: Storm, fault: Fault, service: str) -> tuple[tuple[str, ...], fl
             if node in SERVICES:
                 return (everybody, fault.at_s, until_s) if node == service else None
             return (node,), fault.at_s, _found_again_s(storm, until_s)
+        case Leave(service=name):
+            return (everybody, fault.at_s, until_s) if name == service else None
         case Slow(node=node) | Hang(node=node):
             return (node,), fault.at_s, until_s
         case Cut(these=these, those=those):

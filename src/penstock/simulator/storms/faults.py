@@ -19,6 +19,7 @@ from penstock.simulator.storms.storm import (
     Halt,
     Hang,
     Lead,
+    Leave,
     Noise,
     Raise,
     RegistryLoss,
@@ -46,6 +47,8 @@ class Strikes:
         match fault:
             case Crash():
                 cluster.crash(fault)
+            case Leave(service=service, again_after_s=again_after_s):
+                cluster.leave(service, again_after_s)
             case Halt(node=node, for_s=for_s) if node in cluster.up:
                 world.stop(node, for_s)
             case Slow(node=node, factor=factor) if node in cluster.up:
@@ -69,8 +72,8 @@ class Strikes:
                 device = world.node(node).device
                 assert device is not None
                 device.data_plane.spoil_tiers()
-            case TakeBack(node=node) if node in cluster.up:
-                cluster.take_back(node)
+            case TakeBack(node=node, overwrites=overwrites) if node in cluster.up:
+                cluster.take_back(node, overwrites=overwrites)
             case Skew(node=node, jump_s=jump_s, drift=drift):
                 world.jump_clock(node, jump_s)
                 world.drift_clock(node, drift)

@@ -104,6 +104,19 @@ class Crash:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Leave:
+    """SIGTERM to a service: whatever still lives there ends with an error, and it starts again."""
+
+    at_s: float
+    service: str
+    again_after_s: float
+
+    @property
+    def over_s(self) -> float:
+        return self.at_s + self.again_after_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Halt:
     """SIGSTOP, and SIGCONT after `for_s`."""
 
@@ -215,10 +228,12 @@ class SpoilTiers:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TakeBack:
-    """`node` takes back every page that peers have mapped, as when their leases end unheard."""
+    """`node` takes back every page that peers have mapped, as when their leases end unheard.
+    `overwrites`: somebody there needs all of its memory for a moment."""
 
     at_s: float
     node: str
+    overwrites: bool = False
 
     @property
     def over_s(self) -> float:
@@ -297,6 +312,7 @@ class Lead:
 
 Fault = (
     Crash
+    | Leave
     | Halt
     | Slow
     | Hang
