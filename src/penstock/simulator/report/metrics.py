@@ -180,10 +180,11 @@ def _utilisation(outcome: Outcome, until_s: float) -> dict[str, Any]:
                 "kv_used_max": float(used[:, of].max()),
             }
         )
-    roles = np.array([s.roles for s, _ in steps])
+    codes = {role: code for code, role in enumerate(_ROLES)}
+    roles = np.array([[codes[r] for r in s.roles] for s, _ in steps], dtype=np.int8)
     by_role = []
     for role in _ROLES:
-        shares = (roles == role) * weights[:, None]
+        shares = (roles == codes[role]) * weights[:, None]
         if total := shares.sum():
             by_role.append(
                 {

@@ -75,6 +75,8 @@ COLUMNS = (
         "simulated seconds per real second",
     ),
 )
+#: The first columns say which run it is; narrower terminals get the rest in two tables.
+_KEYS, _HALF, _WIDE = 3, 9, 175
 
 
 def cells(run: Run) -> list[str]:
@@ -122,12 +124,14 @@ def sweep_lines(report: dict[str, Any]) -> list[str]:
 def print_tables(report: dict[str, Any], console: Console) -> None:
     about = report["about"]
     console.print(Text(headline(about)))
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in COLUMNS:
-        table.add_column(column.title, justify="left" if column.left else "right", no_wrap=False)
-    for run in report["runs"]:
-        table.add_row(*(Text(cell) for cell in cells(run)))
-    console.print(table)
+    halves = (COLUMNS[:_KEYS] + COLUMNS[_KEYS:_HALF], COLUMNS[:_KEYS] + COLUMNS[_HALF:])
+    for columns in (COLUMNS,) if console.width >= _WIDE else halves:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for column in columns:
+            table.add_column(column.title, justify="left" if column.left else "right")
+        for run in report["runs"]:
+            table.add_row(*(Text(column.cell(run)) for column in columns))
+        console.print(table)
     for run in report["runs"]:
         console.print(
             Text(f"\n{name_of(run)}"), *(Text(f"  {x}") for x in pool_lines(run)), sep="\n"
