@@ -103,7 +103,8 @@ def test_each_api_worker_writes_its_own_and_a_killed_service_leaves_one(
     started.until(lambda: server.active() == {"engine-0", "engine-1"})
     bench(server, "rate=20,requests=30")
     server.child("--api-worker=0").kill()
-    started.until(lambda: (tmp_path / "incident.api-0.1").exists())  # its successor's
+    successors = tmp_path / "incident.api-0.1"
+    started.until(lambda: successors.exists() and successors.stat().st_size)
     stop(server)
     arrived = 0
     for name in ("incident.api-0", "incident.api-1", "incident.api-0.1"):

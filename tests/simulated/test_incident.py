@@ -195,7 +195,7 @@ def test_a_spoilt_piece_ends_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"", "is no recording"),
+        (b"", "is empty"),
         (b"arrival_s,input_tokens\n", "is no recording"),
         (MAGIC, "there is nothing in its header"),
         (MAGIC + b"PR", "ends within a piece"),

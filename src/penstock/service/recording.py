@@ -249,7 +249,10 @@ def open_recording(path: Path) -> Recording:
     """Raises `ConfigError` for what is no recording, or one of another format."""
     try:
         with path.open("rb") as file:
-            if file.read(len(MAGIC)) != MAGIC:
+            found = file.read(len(MAGIC))
+            if not found:
+                raise ConfigError(f"{path} is empty: the service ended before it began")
+            if found != MAGIC:
                 raise ConfigError(f"{path} is no recording of a service (see --record)")
             body, problem = _read_piece(file)
             after = file.tell()
