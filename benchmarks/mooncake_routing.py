@@ -1,5 +1,7 @@
-"""KV-aware routing against routing by load: mean TTFT and hit rate on Mooncake's conversation trace,
-and with one hot prefix in most requests, where affinity must not hurt.
+"""KV-aware routing against routing by load: mean TTFT and hit rate.
+
+On Mooncake's conversation trace, and with one hot prefix in most requests, where affinity must not
+hurt.
 
     python -m benchmarks.mooncake_routing [--traces DIR] [--case mooncake] [--jobs 2] [--json FILE]
 

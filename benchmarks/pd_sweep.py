@@ -277,7 +277,7 @@ def plot(limits: list[Limit], path: Path, wanted: float) -> None:
         top.legend(fontsize=8)
         dynamic = best(limits, trace, "dynamic")
         if dynamic is not None:
-            times, counts = roles_over_time(dynamic.at, dynamic.at.roles)
+            times, counts = roles_over_time(dynamic.at.roles)
             bottom.stackplot(times, list(counts.values()), labels=list(counts), step="post")
             bottom.set(xlabel="seconds", ylabel="instances", title=f"at {dynamic.at.speed:.1f} x")
             bottom.legend(fontsize=8, loc="lower right")
@@ -286,7 +286,7 @@ def plot(limits: list[Limit], path: Path, wanted: float) -> None:
 
 
 def roles_over_time(
-    at: Point, changes: list[tuple[float, str, str]]
+    changes: list[tuple[float, str, str]],
 ) -> tuple[list[float], dict[str, list[int]]]:
     """How many of the instances that ever changed had each role, from change to change."""
     role_of = {name: "any" for _, name, _ in changes}
