@@ -34,6 +34,7 @@ class LiveView:
         self._codes = np.zeros((len(_CODES), 16), np.int64)
         self._rows: dict[str, int] = {}
         self._hosts: dict[str, int] = {}
+        self._written: dict[str, tuple[int, int]] = {}  # codes, which hardly ever change
         #: Whom the leading rows are of, what has happened to them, and the view of these rows.
         self._seen: tuple[Instance, ...] | None = None
         self._changes = Changes()
@@ -57,6 +58,7 @@ class LiveView:
 
     def forget(self, name: str) -> None:
         """Rows move up, so that the table does not grow with every instance that ever was."""
+        self._written.pop(name, None)
         row = self._rows.pop(name, None)
         if row is not None:
             self._order([r for r in self._rows.values()])
@@ -90,21 +92,30 @@ class LiveView:
         return row
 
     def _write_touched(self, now: float) -> None:
-        touched = self._changes.touched
-        if touched:
-            for instance in touched:
-                row = self._rows.get(instance.name)
-                if row is not None and instance.touched:
-                    self._write(instance, row, now)
-            touched.clear()
+        rows, values = [], []
+        for instance in self._changes.touched:
+            row = self._rows.get(instance.name)
+            if row is not None and instance.touched:
+                rows.append(row)
+                values.append(self._values(instance, now))
+                self._write_codes(instance, row)
+                instance.touched = False
+        self._changes.touched.clear()
+        if rows:
+            self._table[: len(_WRITTEN), rows] = np.array(values).T
 
     def _write(self, instance: Instance, row: int, now: float) -> None:
         self._table[: len(_WRITTEN), row] = self._values(instance, now)
+        self._write_codes(instance, row)
+        instance.touched = False
+
+    def _write_codes(self, instance: Instance, row: int) -> None:
         card = instance.card
         assert card is not None, "an active instance has shown its card"
-        host = self._host(card.host or instance.name)
-        self._codes[:, row] = ROLES.index(instance.role), host
-        instance.touched = False
+        codes = ROLES.index(instance.role), self._host(card.host or instance.name)
+        if self._written.get(instance.name) != codes:
+            self._written[instance.name] = codes
+            self._codes[:, row] = codes
 
     def _order(self, rows: list[int]) -> None:
         """Row number n is what was row number `rows[n]`."""
