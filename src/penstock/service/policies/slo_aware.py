@@ -81,20 +81,22 @@ def _decide(view: ClusterView, request: RouteRequest, always_apart: bool) -> Dec
     stakes = _Stakes.of(_when_it_decodes(look(view, request), request), request)
     if request.prefilled_on is not None:
         return _after_prefill(stakes, request.prefilled_on, may_stay=not always_apart)
-    together = _together(stakes)
     why = request.aggregated_because or why_not_split(view)
     if why:
+        together = _together(stakes)
         return _decision(stakes, together, f"prefill and decode together, since {why}")
     apart = _apart(stakes)
     if always_apart:
         return _decision(stakes, apart, "always apart")
     # Each stage in its pool while that holds: what a pool can do within the SLOs is lost where
     # stages mix, so that mixing is for a light load, where it saves the way, and for want.
-    by_cost = _has_room(stakes) or request.ttft_slo_s is None or request.tpot_slo_s is None
+    by_cost = request.ttft_slo_s is None or request.tpot_slo_s is None or _has_room(stakes)
+    if not by_cost and not apart.broken:
+        return _decision(stakes, apart, f"{_words(apart)}, each stage in its pool")
     best, other = sorted(
-        (apart, together), key=lambda plan: (plan.broken, plan.cost_s if by_cost else 0.0)
+        (apart, _together(stakes)), key=lambda plan: (plan.broken, plan.cost_s if by_cost else 0.0)
     )
-    return _decision(stakes, best, _compare(best, other))
+    return _decision(stakes, best, f"{_words(best)} rather than {_words(other)}")
 
 
 def _has_room(k: _Stakes) -> bool:
@@ -377,16 +379,13 @@ def _decision(k: _Stakes, plan: _Plan, because: str) -> Decision:
     )
 
 
-def _compare(best: _Plan, other: _Plan) -> str:
-    def words(plan: _Plan) -> str:
-        name = "together" if plan.prefill == plan.decode else "apart"
-        moved = f", {1e3 * plan.transfer_s:.1f} ms of it transfer" if plan.transfer_s else ""
-        return (
-            f"{name} ({1e3 * plan.own_s:.1f} ms for itself{moved}, {1e3 * plan.others_s:.1f} ms "
-            f"for others, {plan.broken} SLOs missed)"
-        )
-
-    return f"{words(best)} rather than {words(other)}"
+def _words(plan: _Plan) -> str:
+    name = "together" if plan.prefill == plan.decode else "apart"
+    moved = f", {1e3 * plan.transfer_s:.1f} ms of it transfer" if plan.transfer_s else ""
+    return (
+        f"{name} ({1e3 * plan.own_s:.1f} ms for itself{moved}, {1e3 * plan.others_s:.1f} ms "
+        f"for others, {plan.broken} SLOs missed)"
+    )
 
 
 def _limit_words(k: _Stakes, i: int) -> str:
