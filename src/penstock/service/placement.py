@@ -361,16 +361,17 @@ class Placement:
         """Instances that take no work (or not this), and still give blocks away."""
         if len(able) == len(self.instances):
             return []
-        takers = {i.name for i in able}  # membership only
-        active = [i for i in self.instances.values() if i.state == "active"]
-        return [i for i in active if i.name not in takers and i.card is not None]
+        names = {i.name for i in able}  # membership only
+        return [i for i in self.instances.values() if i.state == "active" and i.name not in names]
 
     def _decide(
         self, entry: Entry, able: Sequence[Instance], prefilled_on: str | None, now: float
     ) -> tuple[int | None, Decision]:
         """Where to; and how many tokens of it are thought to be there already, if that is known."""
         view = self.view.of(able, now)
-        request = self.prospects.request(entry, able, prefilled_on, now, self._givers(able))
+        # For what is new they are too few to be looked for each time.
+        givers = [] if entry.interrupted_s is None else self._givers(able)
+        request = self.prospects.request(entry, able, prefilled_on, now, givers)
         decision = self._policy(view, request)
         if request.tier_hits is None:
             return None, decision
