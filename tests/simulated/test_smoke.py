@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from penstock.engine.core import InstanceCore
+from penstock.engine.core import CoreConfig, InstanceCore
 from penstock.protocol.request import SamplingParams
 from penstock.service.core import ServiceCore
 from penstock.service.generation import GenerationSpec
@@ -51,12 +51,18 @@ def specs(seed: int, count: int) -> list[GenerationSpec]:
     return made
 
 
-def storm(seed: int, faults: NetworkFaults, *, num_blocks: int = 96) -> World:
+def storm(
+    seed: int,
+    faults: NetworkFaults,
+    *,
+    num_blocks: int = 96,
+    engine: CoreConfig = CoreConfig(),  # noqa: B008 (frozen)
+) -> World:
     """Both instances are killed in turn and come back; everything must come out right."""
     world = World(seed, faults)
     engines: list[InstanceCore] = [
-        world.add_instance("a", num_blocks=num_blocks),
-        world.add_instance("b", num_blocks=num_blocks),
+        world.add_instance("a", num_blocks=num_blocks, core=engine),
+        world.add_instance("b", num_blocks=num_blocks, core=engine),
     ]
     service: ServiceCore = world.add_service("s", ["a", "b"])
     draw = random.Random(seed + 1)
@@ -65,7 +71,7 @@ def storm(seed: int, faults: NetworkFaults, *, num_blocks: int = 96) -> World:
         world.submit("s", spec, at_s=0.5 + draw.random() * 2)
 
     def restart(name: str) -> None:
-        engines.append(world.add_instance(name, num_blocks=num_blocks))
+        engines.append(world.add_instance(name, num_blocks=num_blocks, core=engine))
 
     world.at(1.2, lambda: world.kill("a", noticed_by="s"))
     world.at(2.0, lambda: restart("a"))

@@ -33,8 +33,9 @@ _NUM_FEATURES = 5
 _SETTLED_STEPS = 6
 #: A prediction of next to nothing must not make its step count for all others.
 _LEAST_SCALE = 0.25
-#: Steps between two solutions once there are many.
+#: Batches between two solutions once there are many, unless a run errs by more than this share.
 _SOLVE_EVERY = 8
+_SURPRISE = 1e-4
 # Features differ by orders of magnitude; scaled to about one, the fit stays well conditioned.
 _SCALE: Vector = (1.0, 1e-2, 1e-1, 1e-4, 1e-6)
 #: Against directions that the steps so far say nothing about.
@@ -106,6 +107,7 @@ class CostFitter:
         self._residual_s = 0.0
         self._num_steps = 0
         self._prompt_tokens = 0
+        self._num_batches = 0
 
     def observe(self, features: Features, seconds: float) -> None:
         """A batch took so long, all of its steps together."""
@@ -129,7 +131,10 @@ class CostFitter:
         self._unsolved[kind].append(_Seen(x, step_s, weight, kept))
         self._prompt_tokens += features.prompt_tokens
         self._num_steps += steps
-        if before < 4 * _SOLVE_EVERY or before // _SOLVE_EVERY < self._num_steps // _SOLVE_EVERY:
+        self._num_batches += 1
+        # A run is predicted once for all of its steps, so that an error counts for each of them.
+        surprise = steps > 1 and abs(error_s) > _SURPRISE * step_s
+        if surprise or before < 4 * _SOLVE_EVERY or self._num_batches % _SOLVE_EVERY == 0:
             self._solve()
 
     def predict(self, features: Features) -> StepTimes | None:

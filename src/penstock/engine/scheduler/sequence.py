@@ -133,24 +133,31 @@ class Sequence:
         return num_tokens - self.num_computed if num_tokens < self.num_tokens_here else 0
 
     @property
+    def never_stops(self) -> bool:
+        """Do its limits alone end it?"""
+        sampling = self.sampling
+        constrained = self.submit.constraint is not None
+        return sampling.ignore_eos and not (sampling.stop_token_ids or constrained)
+
+    @property
     def has_drawn(self) -> bool:
         """Has a token been drawn here (in this attempt), or is one in flight?"""
         submit = self.submit
         return self.num_tokens > len(submit.prompt_ids) + len(submit.resumed_ids)
 
-    def block_key(self, index: int, block_tokens: int) -> bytes:
-        """The key of whole block `index`; its ids, and those before it, are known.
+    def name_up_to(self, num_blocks: int, block_tokens: int) -> None:
+        """Make the keys of the first `num_blocks` whole blocks, whose ids are known.
 
         Where the service gave no keys the chain hangs from a root that no other sequence has:
         such blocks serve only this sequence's own return after a preemption.
         """
-        while len(self.keys) <= index:
-            start = len(self.keys) * block_tokens
-            ids = self.token_ids[start : start + block_tokens]
-            assert len(ids) == block_tokens, "a key needs a whole block"
-            parent = self.keys[-1] if self.keys else root_key("private", salt=str(self.arrival))
-            self.keys.append(next_key(parent, ids))
-        return self.keys[index]
+        keys, ids = self.keys, self.token_ids
+        assert num_blocks * block_tokens <= len(ids), "a key needs a whole block"
+        if not keys and num_blocks:
+            root = root_key("private", salt=str(self.arrival))
+            keys.append(next_key(root, ids[:block_tokens]))
+        for start in range(len(keys) * block_tokens, num_blocks * block_tokens, block_tokens):
+            keys.append(next_key(keys[-1], ids[start : start + block_tokens]))
 
     def lose_slot(self) -> None:
         """Without its blocks nothing is computed any more; ids in flight still count."""
@@ -231,8 +238,12 @@ class Sequence:
 
     def _draw(self, ids: list[int], eos_token_ids: frozenset[int]) -> tuple[list[int], Stop | None]:
         """Take in new ids up to the one that ends the sequence, if one does."""
-        stop = None
-        for count, last_id in enumerate(ids, start=1):
+        stop, first = None, 0
+        if len(ids) > 1 and self.never_stops:
+            first = len(ids) - 1  # a run does not go beyond the limits
+            self.token_ids += ids[:first]
+        for place in range(first, len(ids)):
+            last_id = ids[place]
             self.token_ids.append(last_id)
             stop = check_stop(
                 self.sampling,
@@ -244,8 +255,8 @@ class Sequence:
                 hands_over=self.hands_over,
             )
             if stop is not None:
-                return ids[:count], stop
-        return ids, stop
+                return ids[: place + 1], stop
+        return ids, None
 
     def max_reusable_blocks(self, block_tokens: int) -> int:
         """How many leading blocks may come from the cache.

@@ -192,6 +192,8 @@ class Exchange:
 
     def poll(self, now: float) -> list[Effect]:
         """To be called in every turn, after results and messages and before scheduling."""
+        if self._has_nothing_to_do():
+            return self._take_effects()
         for number, want in list(self._wants.items()):
             if want.over or (want.done and want.sequence is None and now >= want.lease_until_s):
                 self._drop(want, number)
@@ -206,9 +208,23 @@ class Exchange:
 
     def next_s(self) -> float:
         """When `poll` should be called at the latest."""
+        if self._has_nothing_to_do():
+            return _NEVER
         leases_s = [w.lease_until_s for w in self._wants.values() if w.done and w.sequence is None]
         leases_s += [at_s for at_s, _ in islice(self._left, 1)]
         return min(self.offers.next_s(), self._receiving.next_s(), *leases_s)
+
+    def _has_nothing_to_do(self) -> bool:
+        """Most turns of an instance whose prompts come from nowhere else."""
+        return not (
+            self._wants
+            or self._left
+            or self._scheduler.left_behind
+            or self.tiers.enabled
+            or self._scheduler.pool.num_windows
+            or len(self._receiving)
+            or len(self.offers)
+        )
 
     def _let_go_of_what_is_left(self, now: float) -> None:
         """Blocks behind windows outlive their sequence for a moment, for who goes on with it."""
