@@ -182,6 +182,9 @@ class InstanceDriver:
         for effect in effects:
             match effect:
                 case Launch(batch=batch):
+                    # Runs would hold tokens back and win nothing: batches overlap. So nobody asks
+                    # for them here, nor for their early end (`Shorten`).
+                    assert batch.steps == 1, "runs of steps are for simulations"
                     self._runner.launch(batch, self._finished)
                 case Send(peer=peer, message=message):
                     if peer == _SELF:
