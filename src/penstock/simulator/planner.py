@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from penstock import __version__
-from penstock.loadgen.costs import InstanceModel, hardware, known_hardware
+from penstock.loadgen.costs import hardware, known_hardware
 from penstock.loadgen.traces import TraceRequest
 from penstock.protocol.errors import ConfigError
 from penstock.simulator.crew import Crew, Progress, Task
@@ -89,17 +89,16 @@ class Measure:
         busy = [float(np.mean(s.busy)) for s in outcome.samples if 0 < s.at_s <= span_s + 1]
         return Measured(
             float(outcome.attained(spec.ttft_slo_s, spec.tpot_slo_s).mean()),
-            _at(outcome.ttft_s, self._wanted),
-            _at(outcome.tpot_s, self._wanted),
+            # Who never got a token waited longer than all others; who got one has no TPOT.
+            _at(np.where(np.isnan(outcome.ttft_s), np.inf, outcome.ttft_s), self._wanted),
+            _at(outcome.tpot_s[~np.isnan(outcome.tpot_s)], self._wanted),
             float(np.mean(busy)) if busy else 0.0,
             float(np.nansum(outcome.output_tokens)) / span_s,
         )
 
 
 def _at(seconds: np.ndarray, share: float) -> float:
-    """NaN is a request that never came to that: later than all; or of one token, for a TPOT."""
-    found = seconds[~np.isnan(seconds)]
-    return float(np.quantile(found, share, method="higher")) if len(found) else math.inf
+    return float(np.quantile(seconds, share, method="higher")) if len(seconds) else math.inf
 
 
 class Planner:
@@ -114,7 +113,6 @@ class Planner:
         self._is_whole = len(self._stretch) == len(requests)
         #: Hardware that is left out, and why.
         self.left_out: dict[str, str] = {}
-        self._models: dict[str, InstanceModel] = {}
         self._measured: dict[Task, Measured] = {}
 
     def plan(self, tell: Callable[[str], Progress]) -> dict[str, Any]:
@@ -164,7 +162,6 @@ class Planner:
             if can.share < q.wanted:
                 self.left_out[name] = _too_slow(can)
                 continue
-            self._models[name] = model
             args = self._stretch, q.ttft_slo_s, q.tpot_slo_s, q.wanted
             gpu = name.partition(":")[0]
             found.append(
