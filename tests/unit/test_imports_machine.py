@@ -261,7 +261,7 @@ class ImportsMachine(RuleBasedStateMachine):
                 self.known -= keys
             else:
                 self.known.clear()
-        assert self.known == set(self.scheduler.kv_keys())
+        assert self.known == set(self.scheduler.pool.keys())
         now = self.pool.generations.tolist()
         assert all(before <= after for before, after in zip(self.generations, now))
         self.generations = now

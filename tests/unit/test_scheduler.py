@@ -208,7 +208,7 @@ def test_a_failed_step_ends_its_sequences_and_nothing_of_it_is_cached() -> None:
     (update,) = harness.land(fail=True)
     assert update.finish == "error" and update.error is not None
     assert update.error.code == "engine_failed" and "boom" in update.error.message
-    assert harness.scheduler.kv_keys() == []
+    assert harness.scheduler.pool.keys() == []
     harness.run()  # the second row of r is ignored
     assert harness.finish("bystander") == harness.finish("later") == "length"
     assert harness.output("r") == []
@@ -315,12 +315,12 @@ def test_changes_of_the_cache_are_told_and_a_reset_clears_it() -> None:
     harness.step()
     keys = split_keys(request.block_keys)
     assert harness.scheduler.take_kv_changes() == [KvChange("stored", b"".join(keys))]
-    assert harness.scheduler.kv_keys() == keys
+    assert harness.scheduler.pool.keys() == keys
     harness.scheduler.reset_prefix_cache()
     assert harness.scheduler.take_kv_changes() == [KvChange("cleared")]
     harness.run()
     # What r computed afterwards stands on KV of before, and is nobody's business.
-    assert harness.scheduler.take_kv_changes() == [] and harness.scheduler.kv_keys() == []
+    assert harness.scheduler.take_kv_changes() == [] and harness.scheduler.pool.keys() == []
     assert harness.scheduler.stats.kv_blocks_cached == 0
     harness.scheduler.add(submit("s", list(request.prompt_ids), max_tokens=1))
     assert rows(harness.step()) == [(0, 33, True)]

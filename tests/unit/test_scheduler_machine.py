@@ -292,7 +292,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.known_keys -= keys
             else:
                 self.known_keys.clear()
-        assert self.known_keys == set(self.scheduler.kv_keys())
+        assert self.known_keys == set(self.scheduler.pool.keys())
 
     def _check_classes(self, num_tokens: int) -> None:
         """Offline work never runs while an online prompt in a slot has tokens to compute and

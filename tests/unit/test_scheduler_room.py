@@ -126,10 +126,10 @@ def test_a_result_of_an_earlier_residence_confirms_nothing_of_this_one() -> None
     harness.scheduler.cancel(("s", "online"))
     assert rows(harness.launch()) == [(0, 16, False)]
     harness.land()
-    assert harness.scheduler.kv_keys() == []
+    assert harness.scheduler.pool.keys() == []
     harness.land()
     harness.land()
-    assert len(harness.scheduler.kv_keys()) == 1
+    assert len(harness.scheduler.pool.keys()) == 1
 
 
 def test_who_was_preempted_returns_only_with_its_last_id() -> None:

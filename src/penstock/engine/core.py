@@ -370,7 +370,7 @@ class InstanceCore:
         ]
         keys, tier_keys, tiers = b"", dict[Tier, bytes](), self.exchange.tiers
         if link.kv_events:
-            keys = b"".join(self.scheduler.kv_keys())
+            keys = b"".join(self.scheduler.pool.keys())
             tier_keys = {tier: b"".join(tiers.keys(tier)) for tier in tiers.tiers}
         card = self.card
         snapshot = Snapshot(

@@ -94,7 +94,7 @@ class Flights:
         because they may lose their blocks?"""
         if not self._flights or self._flights[-1].batch.steps == 1:
             return False
-        return self._flights[-1].is_being_shortened or scheduler.may_preempt()
+        return self._flights[-1].is_being_shortened or scheduler.foresight.may_preempt()
 
     # --- as time passes ------------------------------------------------------------------------
 

@@ -82,7 +82,8 @@ class Foresight:
         return self._with_blocks(rows, steps, further)
 
     def may_preempt(self) -> bool:
-        """May the next step take blocks from somebody?"""
+        """May the next step take blocks from somebody? Not while a run is in flight, or what that
+        has computed is lost: it has no keys yet."""
         if self._room.spare() < 0:
             return True
         waiting = [request_class for request_class, queue in self._queues.items() if len(queue)]

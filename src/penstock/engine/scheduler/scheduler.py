@@ -97,7 +97,7 @@ class Scheduler:
             self.pool, self.holds, self.claims, self._slots,
             self._running, self._paused, config.block_tokens,
         )  # fmt: skip
-        self._foresight = Foresight(
+        self.foresight = Foresight(
             config.max_num_batched_tokens, self.pool, self.room,
             self._running, self._queues, self._paused, config.block_tokens,
         )  # fmt: skip
@@ -207,12 +207,7 @@ class Scheduler:
         """For how many of the next `limit` steps nothing but decode can change: all have the same
         rows, and nobody is let in, preempted, or ends before the last of them (unless by a stop
         token, which nobody can know). Holds until `num_changes` grows."""
-        return self._foresight.stable_steps(limit)
-
-    def may_preempt(self) -> bool:
-        """May the next step take blocks from somebody? Not while a run is in flight, or what that
-        has computed is lost: it has no keys yet."""
-        return self._foresight.may_preempt()
+        return self.foresight.stable_steps(limit)
 
     def reconsider(self) -> None:
         """Something has changed that may let in who waits."""
@@ -229,7 +224,7 @@ class Scheduler:
         """
         # A run leaves blocks for the step behind it: who is preempted while it is in flight would
         # lose what it has computed.
-        steps = max(1, self._foresight.stable_steps(max_steps, 1)) if max_steps > 1 else 1
+        steps = max(1, self.foresight.stable_steps(max_steps, 1)) if max_steps > 1 else 1
         plan = Plan(self._config.max_num_batched_tokens)
         self.holds.starved = False
         for request_class, queue in self._queues.items():
@@ -250,7 +245,7 @@ class Scheduler:
     def _continue(self, seq: Sequence, plan: Plan) -> None:
         """Plan the next tokens of a running sequence. Where blocks are short, held ones are given
         up first, then the last in rank is preempted."""
-        num_tokens = self._chunk(seq.num_to_compute, plan)
+        num_tokens = plan.chunk(seq.num_to_compute, self._config)
         if seq.state is not State.RUNNING or not num_tokens:
             return
         missing = self.room.num_blocks(seq.num_computed + num_tokens) - len(seq.blocks)
@@ -286,7 +281,7 @@ class Scheduler:
                 break
             self._admit(seq, hits, queue)
             admitted.append(seq)
-            num_tokens = self._chunk(seq.num_to_compute, plan)
+            num_tokens = plan.chunk(seq.num_to_compute, self._config)
             self._allocate(seq, self.room.num_blocks(seq.num_computed + num_tokens) - len(hits))
             plan.add(seq, num_tokens)
         for seq in admitted:
@@ -357,12 +352,7 @@ class Scheduler:
         self._queues[seq.request_class].put_back(seq)
 
     def _admit(self, seq: Sequence, hits: list[int], queue: WaitingQueue) -> None:
-        seq.state = State.RUNNING
-        seq.slot = self._slots.take()
-        seq.blocks = list(hits)
-        seq.stale_maps = list(range(len(hits)))
-        seq.num_keyed_blocks = len(hits)
-        seq.num_computed = seq.num_confirmed = len(hits) * self._config.block_tokens
+        seq.take_slot(self._slots.take(), hits, self._config.block_tokens)
         insort(self._running, seq, key=lambda s: s.rank)
         if seq.public:
             self.claims.claim(seq, seq.keys[len(hits) :])
@@ -373,12 +363,6 @@ class Scheduler:
             if seq.public:
                 self._totals.prefix_hit_tokens += seq.cached_tokens
                 self._totals.prefix_query_tokens += seq.num_prompt_tokens
-
-    def _chunk(self, num_to_compute: int, plan: Plan) -> int:
-        # What is less than a block is no prompt: who was handed over has that left to compute.
-        paced = num_to_compute > self._config.block_tokens
-        most = min(plan.budget, max(plan.room, 0)) if paced else plan.budget
-        return min(num_to_compute, most, self._config.max_chunk_tokens or most)
 
     def _allocate(self, seq: Sequence, num_blocks: int) -> None:
         for _ in range(num_blocks):
@@ -485,10 +469,6 @@ class Scheduler:
             list(self._waiting()), self._running, self.pool, self._totals,
             last, num_steps, self._config.block_tokens,
         )  # fmt: skip
-
-    def kv_keys(self) -> list[bytes]:
-        """Every key in the cache that others may match (for a `Snapshot`)."""
-        return self.pool.keys()
 
     def take_kv_changes(self) -> list[KvChange]:
         """What was stored and removed since the last call, in order."""

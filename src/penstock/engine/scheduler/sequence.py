@@ -159,6 +159,15 @@ class Sequence:
         for start in range(len(keys) * block_tokens, num_blocks * block_tokens, block_tokens):
             keys.append(next_key(keys[-1], ids[start : start + block_tokens]))
 
+    def take_slot(self, slot: int, hits: list[int], block_tokens: int) -> None:
+        """It runs from now on, and begins with cached blocks."""
+        self.state = State.RUNNING
+        self.slot = slot
+        self.blocks = list(hits)
+        self.stale_maps = list(range(len(hits)))
+        self.num_keyed_blocks = len(hits)
+        self.num_computed = self.num_confirmed = len(hits) * block_tokens
+
     def lose_slot(self) -> None:
         """Without its blocks nothing is computed any more; ids in flight still count."""
         self.slot = -1

@@ -6,6 +6,7 @@ import heapq
 from dataclasses import dataclass, field
 
 from penstock.engine.scheduler.batch import BatchRow
+from penstock.engine.scheduler.config import SchedulerConfig
 from penstock.engine.scheduler.sequence import Sequence
 
 
@@ -20,6 +21,13 @@ class Plan:
 
     def __post_init__(self) -> None:
         self.room = self.budget
+
+    def chunk(self, num_to_compute: int, config: SchedulerConfig) -> int:
+        """How many of a sequence's tokens there is room for."""
+        # What is less than a block is no prompt: who was handed over has that left to compute.
+        paced = num_to_compute > config.block_tokens
+        most = min(self.budget, max(self.room, 0)) if paced else self.budget
+        return min(num_to_compute, most, config.max_chunk_tokens or most)
 
     def add(self, seq: Sequence, num_tokens: int) -> None:
         self.tokens[seq] = num_tokens

@@ -199,7 +199,7 @@ def _check_indices(cluster: Cluster) -> None:
         for name in cluster.up.keys() & cluster.instances.keys():
             core = cluster.instances[name]
             tiers = core.exchange.tiers
-            has = {"device": len(core.scheduler.kv_keys())}
+            has = {"device": len(core.scheduler.pool.keys())}
             has |= {tier: len(list(tiers.keys(tier))) for tier in tiers.tiers}
             known = {t: n for t, n in finder.index.blocks_of(name).items() if t in has}
             same = known == has or service.config.name not in cluster.up
