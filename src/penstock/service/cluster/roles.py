@@ -41,6 +41,8 @@ _CANNOT_PREFILL: tuple[Role, ...] = ("decode", "prefill_to_decode", "encode")
 _CANNOT_DECODE: tuple[Role, ...] = ("prefill", "decode_to_prefill", "encode")
 #: Weight of the newest look in this service's share of the cluster's work.
 _SHARE_GAIN = 0.1
+#: A change is not blamed for what became of this much more work.
+_MORE_WORK = 1.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +94,7 @@ class _Trial:
     began_s: float
     share_before: float
     attainment: Attainment
+    requests_per_s: float
 
 
 @dataclass(slots=True)
@@ -260,7 +263,8 @@ class RoleKeeper:
             return  # too little is known of how it was
         share = attainment.share_since(self._checkpoint)
         assert share is not None
-        self._trial = _Trial({instance.name: instance.role}, now, share, attainment.copy())
+        rate = self.forecast.work(now).requests_per_s
+        self._trial = _Trial({instance.name: instance.role}, now, share, attainment.copy(), rate)
 
     def _taken_back(
         self, instances: Sequence[Instance], attainment: Attainment, now: float
@@ -278,6 +282,9 @@ class RoleKeeper:
         if ended < config.judged_after or share is None:
             return []
         if share >= trial.share_before - config.worse_by:
+            return []
+        # More work keeps fewer SLOs, whoever does it.
+        if self.forecast.work(now).requests_per_s > _MORE_WORK * trial.requests_per_s:
             return []
         self._state = RoleState(turned_s=now + config.hold_s)
         effects: list[Effect] = []
