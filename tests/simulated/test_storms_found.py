@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from penstock.engine.scheduler.block_pool import BlockPool
 from penstock.engine.scheduler.config import SchedulerConfig
+from penstock.protocol.effects import SetTimer
 from penstock.protocol.request import SamplingParams
+from penstock.service.core import ServiceCore, ServiceCoreConfig
 from penstock.service.generation import GenerationSpec
 from penstock.service.policies.view import Candidate, ClusterView, Decision, RouteRequest
 from penstock.simulator.storms.play import play
@@ -75,3 +77,17 @@ def test_who_finds_no_room_in_a_queue_goes_elsewhere() -> None:
         world.submit("s", GenerationSpec(f"r{number}", [number + 1] * 20, sampling), at_s=0.6)
     world.run(10.0)
     assert [answer.finish[0] for answer in world.outcomes.values()] == [["length"]] * 4
+
+
+def test_instances_that_keep_coming_do_not_put_off_the_services_clock() -> None:
+    """Each newcomer began the tick anew: deadlines and silences were seen late, or never."""
+    core = ServiceCore(ServiceCoreConfig())
+    due_s = []
+    for number in range(10):
+        effects = core.add_instance(f"i{number}", 0.2 * number)
+        due_s += [effect.at_s for effect in effects if isinstance(effect, SetTimer)]
+    assert due_s == [0.25] * 10
+    (again,) = [e for e in core.on_timer(1.8) if isinstance(e, SetTimer)]
+    assert again.at_s == 2.05
+    newest = core.add_instance("last", 1.9)
+    assert [e.at_s for e in newest if isinstance(e, SetTimer)] == [2.05]

@@ -148,7 +148,9 @@ class ServiceCore:
         old = self.instances.get(name)
         effects = [] if old is None else self._give_up(old, now)
         instance = self.instances[name] = Instance(name, self.placement.changes, heard_s=now)
-        return [*effects, *self._look_after(instance, now), SetTimer(now + self.config.tick_s)]
+        if self._next_tick_s is None:  # else the next one stays as it is, however many come
+            self._next_tick_s = now + self.config.tick_s
+        return [*effects, *self._look_after(instance, now), SetTimer(self._next_tick_s)]
 
     def expect(self, name: str, coming: bool) -> None:
         """The driver is (re)starting `name`: sequences without an instance may wait longer."""

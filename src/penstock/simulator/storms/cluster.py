@@ -139,12 +139,10 @@ class Cluster:
                 release = partial(core.on_message, peer, Release(transfer))
                 self.tell(name, release)
         if overwrites:
-            pool, device = core.scheduler.pool, self.world.node(name).device
-            assert device is not None
-            blocks = [pool.allocate() for _ in range(pool.num_available)]
-            for block in blocks:
-                device.memory.spoil(block)
-            pool.release(blocks)
+            # Their generations move on. (What is in them changes when a step writes to it: steps
+            # under way may still read what has just been given back.)
+            pool = core.scheduler.pool
+            pool.release([pool.allocate() for _ in range(pool.num_available)])
 
     def drain(self, service: str, name: str, *, out: bool) -> None:
         core = self.services[service]
