@@ -33,7 +33,8 @@ _NUM_FEATURES = 5
 _SETTLED_STEPS = 6
 #: A prediction of next to nothing must not make its step count for all others.
 _LEAST_SCALE = 0.25
-#: Batches between two solutions once there are many, unless a run errs by more than this share.
+#: Batches between two solutions once there are many; fewer of them are needed while nothing errs by
+#: more than this share, as on a simulated device.
 _SOLVE_EVERY = 8
 _SURPRISE = 1e-4
 # Features differ by orders of magnitude; scaled to about one, the fit stays well conditioned.
@@ -108,6 +109,7 @@ class CostFitter:
         self._num_steps = 0
         self._prompt_tokens = 0
         self._num_batches = 0
+        self._was_surprised = False
 
     def observe(self, features: Features, seconds: float) -> None:
         """A batch took so long, all of its steps together."""
@@ -132,9 +134,12 @@ class CostFitter:
         self._prompt_tokens += features.prompt_tokens
         self._num_steps += steps
         self._num_batches += 1
+        surprise = abs(error_s) > _SURPRISE * step_s
+        self._was_surprised |= surprise
         # A run is predicted once for all of its steps, so that an error counts for each of them.
-        surprise = steps > 1 and abs(error_s) > _SURPRISE * step_s
-        if surprise or before < 4 * _SOLVE_EVERY or self._num_batches % _SOLVE_EVERY == 0:
+        every = _SOLVE_EVERY if self._was_surprised else 16 * _SOLVE_EVERY
+        due = before < 4 * _SOLVE_EVERY or self._num_batches % every == 0
+        if due or (surprise and steps > 1):
             self._solve()
 
     def predict(self, features: Features) -> StepTimes | None:
@@ -181,6 +186,7 @@ class CostFitter:
             seen.clear()
         gram, moment = self._grams[0] + self._grams[1], self._moments[0] + self._moments[1]
         found, self._subset = _non_negative(gram, moment, self._subset)
+        self._was_surprised = False
         base, token, row, context, attention = found.tolist()
         self._weights = base, token, row, context, attention
 

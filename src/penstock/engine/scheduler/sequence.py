@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+import msgspec
+
 from penstock.engine.scheduler.batch import BatchRow, NewSequence, RowResult
 from penstock.engine.scheduler.stopping import Stop, check_stop
 from penstock.protocol.errors import ErrorInfo
@@ -279,8 +281,7 @@ class Sequence:
         return limit // block_tokens
 
 
-@dataclass(frozen=True, slots=True)
-class SequenceUpdate:
+class SequenceUpdate(msgspec.Struct, frozen=True):
     """What a step (or a cancellation) changed for one sequence.
 
     `start` is the index of `ids[0]` among the output tokens, resumed ones counted. `finish` is set
@@ -290,7 +291,7 @@ class SequenceUpdate:
 
     sequence: Sequence
     start: int
-    ids: list[int] = field(default_factory=list)
+    ids: list[int] = []
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs_start: int = 0
