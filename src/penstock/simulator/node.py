@@ -6,7 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from penstock.engine.scheduler.config import SchedulerConfig
 from penstock.protocol.effects import Effect
+from penstock.protocol.instance import InstanceCard
+from penstock.protocol.kv import KvLayout
 from penstock.simulator.clocks import Clock
 from penstock.simulator.counting import CountingRunner
 from penstock.simulator.data_plane import SimulatedDataPlane
@@ -14,6 +17,8 @@ from penstock.simulator.events import Call
 from penstock.simulator.kv import KvMemory
 from penstock.simulator.pacing import StepCost
 from penstock.simulator.runner import CostModelRunner
+
+VOCAB_SIZE = 1000
 
 
 class Core(Protocol):
@@ -71,3 +76,25 @@ class Node:
         self.alive = False
         if self.device is not None:
             self.device.close()
+
+
+def card_of(
+    name: str, incarnation: int, config: SchedulerConfig, num_blocks: int, host: str
+) -> InstanceCard:
+    return InstanceCard(
+        name=name,
+        incarnation=incarnation,
+        pid=0,
+        model="simulated",
+        model_digest="simulated",
+        vocab_size=VOCAB_SIZE,
+        max_model_len=config.max_model_len,
+        dtype="float32",
+        device="simulated",
+        layout=KvLayout(1, 1, 8, config.block_tokens, "float32", 4096),
+        num_blocks=num_blocks,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        host=host,
+        endpoints={"control": f"sim://{name}"},
+    )

@@ -32,8 +32,6 @@ from penstock.protocol.effects import (
     Stop,
 )
 from penstock.protocol.errors import EngineUnavailable, Overloaded
-from penstock.protocol.instance import InstanceCard
-from penstock.protocol.kv import KvLayout
 from penstock.service.cluster.finder import Finder
 from penstock.service.core import ServiceCore, ServiceCoreConfig
 from penstock.service.generation import GenerationSpec
@@ -46,11 +44,10 @@ from penstock.simulator.digest import Digest
 from penstock.simulator.events import Call, Events
 from penstock.simulator.kv import KvMemory, NoCells
 from penstock.simulator.network import Network, NetworkFaults
-from penstock.simulator.node import Core, Device, Node
+from penstock.simulator.node import VOCAB_SIZE, Core, Device, Node, card_of
 from penstock.simulator.pacing import StepCost
 from penstock.simulator.runner import CostModelRunner
 
-VOCAB_SIZE = 1000
 SMALL_SCHEDULER = SchedulerConfig(
     max_num_seqs=16, max_num_batched_tokens=256, max_model_len=1024, eos_token_ids=(0,)
 )
@@ -107,7 +104,7 @@ class World:
         instances by `means`, mapped only on one `host`."""
         incarnation = self._incarnations[name] = self._incarnations.get(name, 0) + 1
         memory = (NoCells if self._counting else KvMemory)(num_blocks, scheduler.block_tokens)
-        card = _card(name, incarnation, scheduler, num_blocks, host)
+        card = card_of(name, incarnation, scheduler, num_blocks, host)
         instance = InstanceCore(
             card,
             Scheduler(scheduler, num_blocks, num_windows, memory.generations),
@@ -483,25 +480,3 @@ class World:
             return
         parts = (part.hex() if isinstance(part, bytes) else str(part) for part in what)
         self.history.append(f"{self.now:.9f} " + " ".join(parts))
-
-
-def _card(
-    name: str, incarnation: int, config: SchedulerConfig, num_blocks: int, host: str
-) -> InstanceCard:
-    return InstanceCard(
-        name=name,
-        incarnation=incarnation,
-        pid=0,
-        model="simulated",
-        model_digest="simulated",
-        vocab_size=VOCAB_SIZE,
-        max_model_len=config.max_model_len,
-        dtype="float32",
-        device="simulated",
-        layout=KvLayout(1, 1, 8, config.block_tokens, "float32", 4096),
-        num_blocks=num_blocks,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        host=host,
-        endpoints={"control": f"sim://{name}"},
-    )
