@@ -24,6 +24,7 @@ from penstock.service.policies.outlook import Outlook, look
 from penstock.service.policies.pools import (
     DECODE,
     ENCODE,
+    FOR_PROMPTS,
     PREFILL,
     TURNING_TO_DECODE,
     TURNING_TO_PREFILL,
@@ -309,7 +310,11 @@ def _after_prefill(k: _Stakes, prefilled_on: str, may_stay: bool) -> Decision:
     else:
         transfer_s = k.transfer_s(p, d)
         stay_s, go_s = k.decode_cost_s(p), transfer_s + k.decode_cost_s(d)
-        stays = may_stay and (bool(k.over[p]), stay_s) <= (bool(k.over[d]), go_s)
+        over_p, over_d = bool(k.over[p]), bool(k.over[d])
+        stays = may_stay and (over_p, stay_s) <= (over_d, go_s)
+        # Whoever decodes among prompts slows all of them down.
+        if k.request.tpot_slo_s is not None and FOR_PROMPTS[o.view.roles[p]] and not _has_room(k):
+            stays = stays and over_d
         chosen = p if stays or d == p else d
         reason = (
             f"{names[chosen]} goes on with what {names[p]} prefilled: {1e3 * stay_s:.1f} ms to the "
