@@ -19,7 +19,7 @@ from penstock.simulator.storms import storm as storm_module
 from penstock.simulator.storms.draw import storm_of
 from penstock.simulator.storms.play import Verdict, play
 from penstock.simulator.storms.shrink import Shrinker
-from penstock.simulator.storms.storm import Storm
+from penstock.simulator.storms.storm import Ask, Assignment, Lead, Shape, Storm
 
 logging.getLogger("penstock.registry").setLevel(logging.CRITICAL)
 Core = InstanceCore | ServiceCore
@@ -214,9 +214,22 @@ PLANTS = (
 )
 
 
+#: Two who both think that they lead, and speak at once: what a storm of a seed rarely comes to.
+TWO_LEADERS = Storm(
+    seed=1,
+    shape=Shape(num_instances=3, num_services=2, latency_s=0.05),
+    asks=(Ask(number=0, at_s=0.6, own_tokens=60, max_tokens=60),),
+    faults=(
+        Lead(at_s=1.0, service="t"),
+        Assignment(at_s=1.2, service="t", node="a", role="prefill"),
+        Assignment(at_s=1.21, service="s", node="a", role="decode"),
+    ),
+)
+
+
 def first_failure(plant: Callable[[Core], None]) -> Verdict:
-    for seed in SEEDS:
-        verdict = play(storm_of(seed), plant=plant)
+    for storm in (TWO_LEADERS, *map(storm_of, SEEDS)):
+        verdict = play(storm, plant=plant)
         if not verdict.ok:
             return verdict
     raise AssertionError(f"{plant.__name__} is not found in {len(SEEDS)} storms")
@@ -234,12 +247,12 @@ def test_what_fails_is_made_small_and_can_be_pasted() -> None:
     def planted(storm: Storm) -> Verdict:
         return play(storm, plant=a_resumed_request_ends_twice)
 
-    found = first_failure(a_resumed_request_ends_twice)
+    found = next(v for v in map(planted, map(storm_of, SEEDS)) if not v.ok)
     smallest = Shrinker(planted, most_plays=150).shrink(found)
     storm = smallest.storm
     assert smallest.where == found.where
-    assert len(storm.asks) <= 2 and len(storm.faults) <= 2
-    assert len(storm.asks) < len(found.storm.asks)
+    assert len(storm.faults) <= 2
+    assert len(storm.asks) <= len(found.storm.asks) / 2
     pasted = eval(str(storm), vars(storm_module))
     assert pasted == storm
     assert planted(pasted).failure == smallest.failure
