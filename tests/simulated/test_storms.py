@@ -13,6 +13,7 @@ import pytest
 
 from penstock.simulator.storms.draw import storm_of
 from penstock.simulator.storms.play import play
+from penstock.simulator.storms.storm import Drain
 
 #: So many in one test: a failure leaves the rest to run.
 NUM_SEEDS = 320
@@ -49,10 +50,11 @@ def test_many_storms(first: int) -> None:
 def test_storms_are_hostile() -> None:
     """What they are there to disturb does happen in them."""
     verdicts = [play(storm_of(seed)) for seed in range(24)]
-    assert sum(v.handovers for v in verdicts) > 60
-    assert sum(v.resumed for v in verdicts) > 60
-    assert sum(v.preemptions for v in verdicts) > 20
-    assert sum(v.migrated for v in verdicts) > 0
+    assert sum(v.handovers for v in verdicts) > 30
+    assert sum(v.resumed for v in verdicts) > 20
+    assert sum(v.preemptions for v in verdicts) > 10
+    drains = [s for s in map(storm_of, range(160)) if any(isinstance(f, Drain) for f in s.faults)]
+    assert any(play(storm).migrated for storm in drains)
     assert any(v.errors for v in verdicts)
     assert sum(v.errors for v in verdicts) < sum(len(v.storm.asks) for v in verdicts) / 5
 
