@@ -1,7 +1,7 @@
 """Dynamic against static prefill-decode disaggregation: request rate at 90% SLO attainment.
 
     python -m benchmarks.pd_sweep [--traces DIR] [--trace azure_code] [--groups dynamic,static]
-        [--check] [--jobs 2] [--json FILE] [--plot FILE]
+        [--check] [--mode scale] [--jobs 2] [--json FILE] [--plot FILE]
 
 Everything that is compared stands in experiments/pd_azure.yaml: model, hardware, SLOs, windows of
 the traces, setups. For each setup the trace is sped up until the wanted share of requests no longer
@@ -25,7 +25,7 @@ import numpy as np
 import yaml
 
 from penstock.loadgen.traces import TraceRequest, read_trace
-from penstock.simulator.experiment import run
+from penstock.simulator.experiment import MODES, run
 from penstock.simulator.outcome import Outcome
 from penstock.simulator.spec import ClusterSpec, LinkSpec, PoolSpec
 
@@ -113,10 +113,11 @@ def measure(
     setup: Setup,
     requests: list[TraceRequest],
     span_s: float,
+    mode: str,
     speed: float,
 ) -> Point:
     faster = [replace(r, arrival_s=r.arrival_s / speed) for r in requests]
-    outcome = run(spec_of(experiment, setup), faster, seed=experiment["seed"])
+    outcome = run(spec_of(experiment, setup), faster, seed=experiment["seed"], mode=mode)
     return point(outcome, experiment["slo"], speed, len(requests) / span_s * speed)
 
 
@@ -193,11 +194,13 @@ def search(
     return below.requests_per_s + min(share, 1.0) * gap, in_order
 
 
-def limit(experiment: dict[str, Any], trace: str, setup: Setup, traces: Path, window: str) -> Limit:
+def limit(
+    experiment: dict[str, Any], trace: str, setup: Setup, traces: Path, window: str, mode: str
+) -> Limit:
     known = experiment["traces"][trace]
     start_s, end_s = known[window]
     requests = stretch(traces / known["file"], known[window])
-    measured = partial(measure, experiment, setup, requests, end_s - start_s)
+    measured = partial(measure, experiment, setup, requests, end_s - start_s, mode)
     rate, points = search(measured, experiment["speeds"], experiment["slo"]["attainment"])
     return Limit(trace, setup, rate, points)
 
@@ -307,6 +310,7 @@ def main() -> None:
     parser.add_argument("--trace", action="append", help="one of the experiment's; default: all")
     parser.add_argument("--groups", help="comma-separated; default: all of the experiment's")
     parser.add_argument("--check", action="store_true", help="the windows kept for checking")
+    parser.add_argument("--mode", choices=MODES, default="exact", help="of the simulator")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
@@ -322,7 +326,9 @@ def main() -> None:
     ]
     limits: list[Limit] = []
     with ProcessPoolExecutor(flags.jobs) as pool:
-        waiting = [pool.submit(limit, experiment, t, s, flags.traces, window) for t, s in work]
+        waiting = [
+            pool.submit(limit, experiment, t, s, flags.traces, window, flags.mode) for t, s in work
+        ]
         for done in as_completed(waiting):
             x = done.result()
             limits.append(x)
