@@ -19,7 +19,8 @@ evicted before the copy has ended. Should memory be so short that what stands be
 meanwhile, it loses its key, and is free when the copy has ended.
 
 `generations[block]` moves on before a block's content may change, and `holders[block]` counts its
-holders. Both arrays may be memory that other processes see.
+holders. Both arrays may be memory that other processes see; where nobody wants `holders` there are
+none.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -38,6 +41,9 @@ from penstock.protocol.kv import KvChange, KvOp
 
 Generations = npt.NDArray[np.uint64]
 Holders = npt.NDArray[np.uint32]
+
+#: From so many blocks on arrays are written to at once.
+_MANY = 8
 
 
 @lru_cache
@@ -59,7 +65,7 @@ class BlockPool:
         self.num_blocks = num_blocks
         self.num_windows = num_windows
         self.generations = _zeros(num_blocks, np.uint64) if generations is None else generations
-        self._holders = _zeros(num_blocks, np.uint32) if holders is None else holders
+        self._holders = holders
         num_ids = num_blocks + num_windows
         self._refs = [0] * num_ids
         self._keys: list[bytes | None] = [None] * num_ids
@@ -148,8 +154,24 @@ class BlockPool:
             assert self.num_available, "allocate() needs num_available > 0"
             block = self._evict()
         self.generations[block] += 1
-        self._refs[block] = self._holders[block] = 1
+        self._refs[block] = 1
+        if self._holders is not None:
+            self._holders[block] = 1
         return block
+
+    def allocate_many(self, count: int) -> list[int]:
+        """So many times `allocate`, in that order."""
+        if count < _MANY or count > len(self._free):
+            return [self.allocate() for _ in range(count)]
+        blocks = self._free[: -count - 1 : -1]
+        del self._free[-count:]
+        self.generations[blocks] += 1
+        refs = self._refs
+        for block in blocks:
+            refs[block] = 1
+        if self._holders is not None:
+            self._holders[blocks] = 1
+        return blocks
 
     def take_window(self) -> int:
         """A window for one holder, without a key. There must be a free one."""
@@ -172,28 +194,40 @@ class BlockPool:
         if not self._refs[block]:
             self._reusable.remove(block)
         self._refs[block] += 1
-        if block < self.num_blocks:
+        if self._holders is not None and block < self.num_blocks:
             self._holders[block] += 1
 
     def release(self, blocks: Sequence[int], keep: bool = True) -> None:
         """One holder less for each of `blocks` (a sequence's, in order). Without `keep` the
         content is of no further use, even where it has a key (a private one: what others may
         match is always kept)."""
+        if self._holders is not None:
+            ours = [block for block in blocks if block < self.num_blocks]
+            self._holders[ours] = [self._refs[block] - 1 for block in ours]
+        refs, keys, fleeting, storing = self._refs, self._keys, self._fleeting, self._storing
+        plain: list[int] = []  # next to all of them: the cache takes them as they are
         for block in reversed(blocks):
-            refs = self._refs[block] = self._refs[block] - 1
-            assert refs >= 0, "a block was released twice"
-            if block < self.num_blocks:
-                self._holders[block] = refs
-            if refs:
-                continue
-            if not keep or self._fleeting[block]:
-                self._forget(block)
-            if block >= self.num_blocks:
-                self._let_go.append(block)
-            elif self._keys[block] is not None:
-                self._reusable.add(block, detained=block in self._storing)
-            elif block not in self._storing:
-                self._free.append(block)
+            left = refs[block] = refs[block] - 1
+            if left:
+                assert left > 0, "a block was released twice"
+            elif keep and keys[block] is not None and not fleeting[block] and block not in storing:
+                plain.append(block)
+            else:
+                self._reusable.extend(plain)
+                plain.clear()
+                self._let_go_of(block, keep)
+        self._reusable.extend(plain)
+
+    def _let_go_of(self, block: int, keep: bool) -> None:
+        """It has lost its last holder."""
+        if not keep or self._fleeting[block]:
+            self._forget(block)
+        if block >= self.num_blocks:
+            self._let_go.append(block)
+        elif self._keys[block] is not None:
+            self._reusable.add(block, detained=block in self._storing)
+        elif block not in self._storing:
+            self._free.append(block)
 
     def register(self, block: int, key: bytes, parent: bytes, public: bool) -> int:
         """`block`, held by the caller, now contains what `key` says; `parent` is the key before
@@ -218,6 +252,30 @@ class BlockPool:
         if self._is_told(block):
             self._changes.append(("stored", key))
         return block
+
+    def register_many(
+        self, blocks: Sequence[int], keys: Sequence[bytes], parent: bytes, public: bool
+    ) -> list[int]:
+        """`register` for each, one behind the other; the first one's parent is `parent`."""
+        block_of = self._block_of
+        fleeting = parent != b"" and self._fleeting[block_of[parent]]
+        if (
+            fleeting
+            or not block_of.keys().isdisjoint(keys)
+            or (self.num_windows and max(blocks) >= self.num_blocks)
+        ):
+            parents = (parent, *keys)
+            return [self.register(b, k, p, public) for b, k, p in zip(blocks, keys, parents)]
+        block_of.update(zip(keys, blocks))
+        own_keys, parents_of, is_public = self._keys, self._parents, self._public
+        for block, key in zip(blocks, keys):
+            own_keys[block] = key
+            parents_of[block] = parent
+            is_public[block] = public
+            parent = key
+        if public:
+            self._changes.extend([("stored", key) for key in keys])
+        return list(blocks)
 
     def forget_windows(self, windows: Iterable[int]) -> list[int]:
         """The pages behind these windows are not theirs any more: they, and what stands behind
@@ -292,20 +350,22 @@ class BlockPool:
 
     def take_changes(self) -> list[KvChange]:
         """What happened to public keys since the last call, in order; runs of one kind merged."""
-        merged: list[tuple[KvOp, bytearray]] = []
-        for op, key in self._changes:
-            if not merged or merged[-1][0] != op:
-                merged.append((op, bytearray()))
-            merged[-1][1].extend(key)
-        self._changes.clear()
-        return [KvChange(op, bytes(keys)) for op, keys in merged]
+        if not self._changes:
+            return []
+        changes, self._changes = self._changes, []
+        return [
+            KvChange(op, b"".join([key for _, key in run]))
+            for op, run in groupby(changes, key=itemgetter(0))
+        ]
 
     def check(self, holdings: Iterable[Sequence[int]], let_go: Sequence[int] = ()) -> None:
         """Assert that every block is accounted for once, given what each holder holds, and which
         windows (`let_go`) have been taken but not freed."""
         held = Counter(block for blocks in holdings for block in blocks)
         assert all(refs == held[b] for b, refs in enumerate(self._refs)), "reference counts"
-        assert self._holders.tolist() == self._refs[: self.num_blocks], "counts that others see"
+        if self._holders is not None:
+            told = self._holders.tolist()
+            assert told == self._refs[: self.num_blocks], "counts that others see"
         limbo = [b for b in self._storing if not self._refs[b] and self._keys[b] is None]
         stored = [(b, key) for key, blocks in self._storing_behind.items() for b in blocks]
         assert sorted(stored) == sorted(self._storing.items()), "who is being stored behind whom"

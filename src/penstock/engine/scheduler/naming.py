@@ -16,13 +16,11 @@ def name_blocks(seq: Sequence, pool: BlockPool, claims: Claims, block_tokens: in
     seq.name_up_to(end, block_tokens)
     keys, blocks, public = seq.keys, seq.blocks, seq.public
     parent = keys[first - 1] if first else b""
-    for index in range(first, end):
-        key, own = keys[index], blocks[index]
-        block = pool.register(own, key, parent, public)
-        if block != own:
-            blocks[index] = block
-            seq.stale_maps.append(index)
-        parent = key
+    own = blocks[first:end]
+    stored = pool.register_many(own, keys[first:end], parent, public)
+    if stored != own:
+        blocks[first:end] = stored
+        seq.stale_maps += [i for i in range(first, end) if stored[i - first] != own[i - first]]
     seq.num_keyed_blocks = end
     if public:
         claims.settle(seq, keys[first:end])

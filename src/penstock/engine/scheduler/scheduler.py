@@ -365,9 +365,10 @@ class Scheduler:
                 self._totals.prefix_query_tokens += seq.num_prompt_tokens
 
     def _allocate(self, seq: Sequence, num_blocks: int) -> None:
-        for _ in range(num_blocks):
-            seq.stale_maps.append(len(seq.blocks))
-            seq.blocks.append(self.pool.allocate())
+        if num_blocks > 0:
+            num_held = len(seq.blocks)
+            seq.stale_maps.extend(range(num_held, num_held + num_blocks))
+            seq.blocks += self.pool.allocate_many(num_blocks)
 
     # ---- results --------------------------------------------------------------------------
 
