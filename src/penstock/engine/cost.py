@@ -110,9 +110,11 @@ class CostFitter:
         self._prompt_tokens = 0
         self._num_batches = 0
         self._was_surprised = False
+        self._model: CostModel | None = None
 
     def observe(self, features: Features, seconds: float) -> None:
         """A batch took so long, all of its steps together."""
+        self._model = None
         steps, before = features.steps, self._num_steps
         x, step_s = features.scaled(), seconds / features.steps
         predicted_s = _dot(self._weights, x)
@@ -164,6 +166,12 @@ class CostFitter:
         return self._residual_s
 
     def model(self) -> CostModel:
+        """What is known now; worked out once for all who ask between two batches."""
+        if self._model is None:
+            self._model = self._make_model()
+        return self._model
+
+    def _make_model(self) -> CostModel:
         base, token, row, context, attention = (w * s for w, s in zip(self._weights, _SCALE))
         return CostModel(
             base, token, row, context, attention,

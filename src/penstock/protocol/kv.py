@@ -42,9 +42,9 @@ def block_keys(root: bytes, ids: Sequence[int], block_tokens: int = BLOCK_TOKENS
     """Keys of all whole blocks of `ids`, 16 bytes each, one after the other."""
     words = array("I", ids).tobytes()
     keys: list[bytes] = []
-    parent, step = root, 4 * block_tokens
+    parent, step, sha256 = root, 4 * block_tokens, hashlib.sha256
     for start in range(0, len(words) - step + 1, step):
-        parent = hashlib.sha256(parent + words[start : start + step]).digest()[:KEY_BYTES]
+        parent = sha256(parent + words[start : start + step]).digest()[:KEY_BYTES]
         keys.append(parent)
     return b"".join(keys)
 

@@ -28,13 +28,18 @@ class Digest:
         self._hash = hashlib.sha256()
         self._numbers = array("d")
         self._names: dict[object, int] = {}
+        self._ways: dict[tuple[str, str, type], tuple[int, int, int]] = {}  # of messages
 
     def delivered(
         self, now: float, source: str, target: str, message: Message, frame: bytes
     ) -> None:
         """`frame`: the message as it travelled; where it did not (b""), what it is about."""
         gist = () if frame else _gist(message)
-        names = (self._number(source), self._number(target), self._number(type(message)))
+        kind = type(message)
+        names = self._ways.get((source, target, kind))
+        if names is None:
+            names = self._number(source), self._number(target), self._number(kind)
+            self._ways[source, target, kind] = names
         self._add(_DELIVERED, now, *names, *gist)
         if frame:
             self._take_in()

@@ -196,7 +196,9 @@ class _Notes:
 
     def sample(self) -> None:
         world = self._world
-        stats = [core.scheduler.stats for core in self._instances.values()]
+        schedulers = [core.scheduler for core in self._instances.values()]
+        pools = [scheduler.pool for scheduler in schedulers]
+        num_here = [scheduler.num_here() for scheduler in schedulers]
         busy_s = np.array([world.busy_s(name) for name in self._instances])
         busy = (busy_s - self._busy_s) / (world.now - self._sampled_s)
         self._busy_s, self._sampled_s = busy_s, world.now
@@ -205,8 +207,8 @@ class _Notes:
                 at_s=world.now - WARM_UP_S,
                 roles=self._roles_now,
                 busy=busy.astype(np.float32),
-                running=np.array([sum(s.running.values()) for s in stats], np.int32),
-                waiting=np.array([sum(s.waiting.values()) for s in stats], np.int32),
-                kv_used=np.array([s.kv_blocks_used / s.kv_blocks_total for s in stats], np.float32),
+                running=np.array([running for running, _ in num_here], np.int32),
+                waiting=np.array([waiting for _, waiting in num_here], np.int32),
+                kv_used=np.array([p.num_held / p.num_blocks for p in pools], np.float32),
             )
         )

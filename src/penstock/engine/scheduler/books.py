@@ -56,17 +56,17 @@ def stats_of(
     block_tokens: int,
 ) -> SchedulerStats:
     """Without the last `num_steps` steps of the run `last`."""
-    prefills = [seq for seq in [*waiting, *running] if seq.num_to_compute > 1]
+    prefill_tokens_left = [n for s in (*waiting, *running) if (n := s.num_to_compute) > 1]
     kept = [blocks for _, blocks in surplus(last, num_steps, block_tokens) if blocks is not None]
     surplus_tokens = num_steps * len(kept)
-    decode_context_tokens = sum(s.num_tokens for s in running if s.num_to_compute <= 1)
+    decode_context_tokens = sum([s.num_tokens for s in running if s.num_to_compute <= 1])
     return SchedulerStats(
-        waiting={c: sum(s.request_class == c for s in waiting) for c in CLASSES},
-        running={c: sum(s.request_class == c for s in running) for c in CLASSES},
-        waiting_tokens=sum(len(s.token_ids) for s in waiting),
-        running_tokens=sum(s.num_tokens for s in running) - surplus_tokens,
-        prefills=len(prefills),
-        prefill_tokens_left=sum(s.num_to_compute for s in prefills),
+        waiting=_by_class(waiting),
+        running=_by_class(running),
+        waiting_tokens=sum([len(s.token_ids) for s in waiting]),
+        running_tokens=sum([s.num_tokens for s in running]) - surplus_tokens,
+        prefills=len(prefill_tokens_left),
+        prefill_tokens_left=sum(prefill_tokens_left),
         decode_context_tokens=decode_context_tokens - surplus_tokens,
         kv_blocks_used=pool.num_held - sum(map(len, kept)),
         kv_blocks_cached=pool.num_reusable,
@@ -77,3 +77,10 @@ def stats_of(
         prefix_hit_tokens=totals.prefix_hit_tokens,
         prefix_query_tokens=totals.prefix_query_tokens,
     )
+
+
+def _by_class(sequences: Sequence[Seq]) -> dict[str, int]:
+    counts: dict[str, int] = dict.fromkeys(CLASSES, 0)
+    for seq in sequences:
+        counts[seq.request_class] += 1
+    return counts

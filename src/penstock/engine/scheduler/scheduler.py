@@ -37,12 +37,7 @@ from itertools import chain, islice
 
 from penstock.engine.scheduler.batch import Batch, BatchRow, BlockMap, RowResult, StepResult
 from penstock.engine.scheduler.block_pool import BlockPool, Generations, Holders
-from penstock.engine.scheduler.books import (
-    check_claims,
-    check_sequences,
-    check_slots,
-    stats_of,
-)
+from penstock.engine.scheduler.books import check_claims, check_sequences, check_slots, stats_of
 from penstock.engine.scheduler.config import SchedulerConfig
 from penstock.engine.scheduler.foresight import Foresight
 from penstock.engine.scheduler.imports import Hold, Holds, WindowReturns
@@ -127,7 +122,7 @@ class Scheduler:
         validate(submit, self.max_model_len, self._config.block_tokens)
         if older is not None:
             self._finish(older)
-        elif sum(map(len, self._queues.values())) >= self._config.max_waiting:
+        elif self.num_here()[1] >= self._config.max_waiting:
             raise Overloaded(f"{self._config.max_waiting} sequences are waiting already")
         caching = self._config.enable_prefix_caching
         seq = Sequence.of(submit, self._arrivals, self.max_model_len, caching, hands_over)
@@ -169,6 +164,10 @@ class Scheduler:
     def live(self, service: str | None = None) -> list[Sequence]:
         """Unfinished sequences (of one service), in order of arrival."""
         return [s for s in self._live.values() if service is None or s.service == service]
+
+    def num_here(self) -> tuple[int, int]:
+        """How many run, and how many wait."""
+        return len(self._running), sum(map(len, self._queues.values()))
 
     def has_work(self) -> bool:
         """Is there any unfinished sequence, even if nothing can be scheduled right now?"""
@@ -227,6 +226,7 @@ class Scheduler:
         steps = max(1, self.foresight.stable_steps(max_steps, 1)) if max_steps > 1 else 1
         plan = Plan(self._config.max_num_batched_tokens)
         self.holds.starved = False
+        paced: list[Sequence] = []  # of this class or one before it
         for request_class, queue in self._queues.items():
             decodes: list[Sequence] = []
             prompts: list[Sequence] = []
@@ -235,8 +235,10 @@ class Scheduler:
                     (decodes if seq.num_to_compute <= 1 else prompts).append(seq)
             for seq in decodes:
                 self._continue(seq, plan)
-            if decodes and (prompts or len(queue)):
-                plan.room = min(plan.room, self.pace.room(decodes))
+            # Whoever's last ids are in flight waits for no step.
+            paced += [seq for seq in decodes if seq in plan.tokens]
+            if paced and (prompts or len(queue)):
+                plan.room = min(plan.room, self.pace.room(paced))
             for seq in prompts:
                 self._continue(seq, plan)
             self._admit_waiting(queue, plan)
@@ -414,6 +416,8 @@ class Scheduler:
     def _spoil(self, flight: InFlight, result: StepResult) -> None:
         """Stale rows count for nothing, nor does what has been built on them since; and nobody else
         is to read those windows."""
+        if not result.stale_windows and not any([row.stale for row in result.rows]):
+            return
         for (seq, _, run), row_result in zip(flight.rows, result.rows):
             if row_result.stale and seq.state is not State.FINISHED:
                 seq.spoilt_run = max(seq.spoilt_run, run)

@@ -10,7 +10,7 @@ import msgspec
 from penstock.engine.scheduler.batch import BatchRow, NewSequence, RowResult
 from penstock.engine.scheduler.stopping import Stop, check_stop
 from penstock.protocol.errors import ErrorInfo
-from penstock.protocol.kv import next_key, root_key, split_keys
+from penstock.protocol.kv import block_keys, next_key, root_key, split_keys
 from penstock.protocol.request import RequestClass, SamplingParams, Submit
 from penstock.protocol.tokens import FinishReason, TokenLogprobs
 
@@ -158,8 +158,9 @@ class Sequence:
         if not keys and num_blocks:
             root = root_key("private", salt=str(self.arrival))
             keys.append(next_key(root, ids[:block_tokens]))
-        for start in range(len(keys) * block_tokens, num_blocks * block_tokens, block_tokens):
-            keys.append(next_key(keys[-1], ids[start : start + block_tokens]))
+        named, end = len(keys) * block_tokens, num_blocks * block_tokens
+        if named < end:
+            keys += split_keys(block_keys(keys[-1], ids[named:end], block_tokens))
 
     def take_slot(self, slot: int, hits: list[int], block_tokens: int) -> None:
         """It runs from now on, and begins with cached blocks."""

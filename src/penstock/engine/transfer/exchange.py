@@ -401,5 +401,8 @@ class Exchange:
                     self.tiers.touch(seq.keys)
 
     def _take_effects(self) -> list[Effect]:
-        effects, self._effects = self._receiving.take_effects() + self._effects, []
+        effects = self._receiving.take_effects()
+        if self._effects:
+            effects += self._effects
+            self._effects = []
         return effects

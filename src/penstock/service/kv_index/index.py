@@ -226,7 +226,9 @@ class KvIndex:
     def _store(self, source: _Source, keys: list[bytes], tier: Tier) -> None:
         device, bit = self._device, source.bit
         source.marked = source.marked or bool(keys)
-        if tier == "device":
+        if tier == "device" and device.keys().isdisjoint(keys):
+            device.update(dict.fromkeys(reversed(keys), bit))  # most prompts are nobody else's
+        elif tier == "device":
             for key in reversed(keys):  # of a chain, the end goes first
                 mask = device.get(key)
                 device[key] = bit if mask is None else mask | bit | _USED
