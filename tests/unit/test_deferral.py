@@ -143,6 +143,29 @@ def test_prompts_take_what_those_that_decode_can_bear() -> None:
     scheduler.check()
 
 
+def test_who_only_waits_for_its_last_token_paces_nobody() -> None:
+    config = SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=512, max_model_len=4096)
+    scheduler = Scheduler(config, num_blocks=200)
+    scheduler.pace = _Room()
+    scheduler.add(submit("answered by one token", 40, max_tokens=1))
+    scheduler.schedule()
+    scheduler.add(submit("long", 1000))
+    beside = scheduler.schedule()
+    assert beside is not None and beside.num_tokens == 512
+
+
+def test_those_that_decode_are_spared_by_prompts_of_either_class() -> None:
+    config = SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=512, max_model_len=4096)
+    scheduler = Scheduler(config, num_blocks=200)
+    scheduler.pace = _Room()
+    scheduler.add(submit("online", 40))
+    scheduler.schedule()
+    scheduler.add(submit("offline", 1000, offline=True))
+    beside = scheduler.schedule()
+    assert beside is not None
+    assert [row.num_tokens for row in beside.rows] == [1, 100]
+
+
 def test_the_bound_is_that_of_the_strictest_and_of_the_fitted_costs() -> None:
     class Fitted(CostFitter):
         def model(self) -> CostModel:
