@@ -14,7 +14,7 @@ from penstock.service.cluster.instances import Changes, Instance
 from penstock.service.cluster.view import LiveView
 from penstock.service.policies.view import ROLES, ClusterView
 
-NAMES = tuple("abcdefghijklmnopqrstuvwxyz")
+NAMES = tuple("abcdef")  # few, so that names come back
 
 
 def newcomer(name: str, changes: Changes, turn: int) -> Instance:
@@ -40,27 +40,55 @@ def happens(draw: st.DrawFn, instance: Instance, turn: int) -> None:
 def test_the_kept_view_equals_one_made_anew(data: st.DataObject) -> None:
     kept, changes = LiveView(), Changes()
     known = {name: newcomer(name, changes, 1) for name in NAMES[:3]}
+    gone: list[Instance] = []
     takers = tuple(known.values())
     for turn in range(2, data.draw(st.integers(5, 25))):
-        what = data.draw(st.sampled_from(["happens", "happens", "comes", "goes", "others", "one"]))
+        what = data.draw(
+            st.sampled_from(["happens", "happens", "comes", "goes", "others", "one", "late"])
+        )
         if what == "happens":
             for name in data.draw(st.lists(st.sampled_from(sorted(known)), max_size=4)):
                 happens(data.draw, known[name], turn)
         elif what == "comes" and len(known) < len(NAMES):
-            name = next(n for n in NAMES if n not in known)
+            name = data.draw(st.sampled_from([n for n in NAMES if n not in known]))
             known[name] = newcomer(name, changes, turn)
             takers = tuple(known.values())
         elif what == "goes" and len(known) > 2:
             name = data.draw(st.sampled_from(sorted(known)))
-            del known[name]
+            before = known.pop(name)
+            before.left()
             kept.forget(name)
+            gone.append(before)
             takers = tuple(known.values())
         elif what == "others":
             chosen = data.draw(st.sets(st.sampled_from(sorted(known)), min_size=2))
             takers = tuple(i for i in known.values() if i.name in chosen)
         elif what == "one":
             kept.of([takers[0]], float(turn))
+        elif what == "late" and gone:
+            happens(data.draw, gone[-1], turn)
         same(kept.of(takers, turn + 0.5), LiveView().of(list(takers), turn + 0.5))
+
+
+def test_an_instance_that_is_back_under_its_name_is_another_one() -> None:
+    kept, changes = LiveView(), Changes()
+    one, other = (newcomer(name, changes, 1) for name in "ab")
+    kept.of((one, other), 1.0)
+    one.loaded(load("a", 1, CostModel(base_s=9.0, num_steps=500)), 1.0)
+    one.left()
+    kept.forget("a")
+    back = newcomer("a", changes, 2)
+    one.is_now("prefill", 3)
+    same(kept.of((back, other), 2.0), LiveView().of([back, other], 2.0))
+
+
+def test_one_instance_alone_does_not_pile_up_changes() -> None:
+    kept, changes = LiveView(), Changes()
+    alone = newcomer("a", changes, 1)
+    for turn in range(50):
+        alone.touched = True
+        kept.of((alone,), float(turn))
+    assert len(changes.touched) <= 1
 
 
 def same(one: ClusterView, other: ClusterView) -> None:

@@ -208,7 +208,7 @@ class ServiceCore:
         """`name` is not a part of this cluster any more."""
         instance = self.instances[name]
         effects = self._give_up(instance, now)
-        del self.instances[name]
+        self.instances.pop(name).left()
         self.placement.view.forget(name)
         self.roles.forget(name)
         self.placement.expect(name, False)

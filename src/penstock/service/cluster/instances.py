@@ -48,8 +48,8 @@ class Changes:
 
     #: Grows whenever one begins to take work, or takes no more.
     takers: int = 0
-    #: Instances of which policies see something new.
-    touched: list[Instance] = field(default_factory=list)
+    #: Instances of which policies see something new, by name.
+    touched: dict[str, Instance] = field(default_factory=dict)
 
 
 class _Decides(Generic[T]):
@@ -143,7 +143,7 @@ class Instance:
     @touched.setter
     def touched(self, touched: bool) -> None:
         if touched and not self._touched:
-            self.changes.touched.append(self)
+            self.changes.touched[self.name] = self
         self._touched = touched
 
     @property
@@ -190,6 +190,12 @@ class Instance:
         self.attach_tries = 0
         self.touched = True
         self.heard(now)
+
+    def left(self) -> None:
+        """It is no part of the cluster any more. Another one may come under its name: whatever still
+        happens to this one is not to be taken for that one's."""
+        self.changes.touched.pop(self.name, None)
+        self.changes = Changes()
 
     def drained(self) -> None:
         """Its process has ended: what it said of itself holds no more."""

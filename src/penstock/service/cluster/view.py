@@ -56,6 +56,10 @@ class LiveView:
         table[_AT["step_left_s"]] = np.maximum(table[_AT["step_ends_s"]] - now, 0.0)
         return _view(instances, table, self._codes[:, rows])
 
+    def place_of(self, name: str, view: ClusterView) -> int:
+        """Where `name` stands in `view`. In the view that is kept its row says so."""
+        return self._rows[name] if view is self._view else view.names.index(name)
+
     def forget(self, name: str) -> None:
         """Rows move up, so that the table does not grow with every instance that ever was."""
         self._written.pop(name, None)
@@ -71,7 +75,7 @@ class LiveView:
         """From now on the leading rows are theirs, in this order."""
         rows = [self._row(instance, now) for instance in instances]
         self._seen = self._view = None
-        if len({id(instance.changes) for instance in instances}) > 1:
+        if any(instance.changes is not instances[0].changes for instance in instances):
             return  # no one list says who of them has changed
         among = set(rows)  # membership only
         self._order(rows + [row for row in self._rows.values() if row not in among])
@@ -93,7 +97,7 @@ class LiveView:
 
     def _write_touched(self, now: float) -> None:
         rows, values = [], []
-        for instance in self._changes.touched:
+        for instance in self._changes.touched.values():
             row = self._rows.get(instance.name)
             if row is not None and instance.touched:
                 rows.append(row)
