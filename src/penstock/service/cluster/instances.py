@@ -192,8 +192,8 @@ class Instance:
         self.heard(now)
 
     def left(self) -> None:
-        """It is no part of the cluster any more. Another one may come under its name, and what still
-        happens to this one is not to be taken for that one's."""
+        """It is no part of the cluster any more. Another one may come under its name, and
+        what still happens to this one is not to be taken for that one's."""
         self.changes.touched.pop(self.name, None)
         self.changes = Changes()
 
