@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
 from collections.abc import AsyncIterator, Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import httpx
 import pytest
 
+from penstock.cli.main import main
 from penstock.loadgen.live import Outcome, Shot, distribution, play, request, summary
 
 Answer = Callable[[dict[str, Any]], httpx.Response]
@@ -32,6 +36,16 @@ def events(*bodies: object, broken: bool = False) -> httpx.Response:
 
 def token(text: str = "x") -> dict[str, Any]:
     return {"choices": [{"text": text}]}
+
+
+def usage(prompt_tokens: object, completion_tokens: object) -> dict[str, Any]:
+    counts = {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}
+    return {"choices": [], "usage": counts}
+
+
+def cut(body: object) -> httpx.Response:
+    """The connection ends in good order, but after this."""
+    return httpx.Response(200, content=f"data: {json.dumps(body)}\n\n".encode())
 
 
 USAGE = {
@@ -67,6 +81,14 @@ async def test_what_is_asked_and_what_is_seen() -> None:
         (lambda body: events(), "without a token"),
         (lambda body: events(token(), {"choices": [], "usage": {}, "x": 1}), None),
         (lambda body: events({"choices": [], "usage": {"prompt_tokens": 1}}), "KeyError"),
+        (lambda body: events(token(), usage("x", 1)), "prompt_tokens 'x', no number"),
+        (lambda body: events(token(), usage(1, -5)), "completion_tokens '-5', no number"),
+        (lambda body: events(token(), {"usage": "many"}), "TypeError"),
+        (lambda body: events(token(), {"choices": 5}), "no list of objects"),
+        (lambda body: events({"choices": [None]}), "no list of objects"),
+        (lambda body: events([1, 2]), "list where an object should be"),
+        (lambda body: cut(token()), "broke off"),
+        (lambda body: cut({"choices": [{"text": "x", "finish_reason": "length"}]}), None),
     ],
 )
 async def test_failures_are_outcomes(answer: Answer, error: str | None) -> None:
@@ -81,16 +103,24 @@ async def test_a_server_that_is_not_there() -> None:
     assert found.error.startswith("ConnectError")
 
 
+async def test_a_server_that_goes_silent_fails_its_requests() -> None:
+    async def silence() -> AsyncIterator[bytes]:
+        yield f"data: {json.dumps(token())}\n\n".encode()
+        await asyncio.sleep(60)
+
+    async with client(lambda body: httpx.Response(200, content=silence())) as http:
+        (found,), _ = await play(http, [Shot(0.0, {})], timeout_s=0.05)
+    assert found.error == "no whole answer within 0.05 s"
+
+
 async def test_an_open_loop_waits_for_nobody_and_a_closed_one_does() -> None:
     under_way = [0, 0]  # now, and at most
 
     async def slowly() -> AsyncIterator[bytes]:
-        import asyncio
-
         under_way[0] += 1
         under_way[1] = max(under_way)
         await asyncio.sleep(0.05)
-        yield f"data: {json.dumps(token())}\n\n".encode()
+        yield f"data: {json.dumps(token())}\n\ndata: [DONE]\n\n".encode()
         under_way[0] -= 1
 
     shots = [Shot(0.005 * n, {}) for n in range(8)]
@@ -125,3 +155,22 @@ def test_percentiles_are_measured_values() -> None:
     found = distribution([i / 1000 for i in range(1, 201)], (50.0, 99.5, 100.0))
     assert found == {"mean": pytest.approx(100.5), "p50": 100.0, "p99.5": 199.0, "p100": 200.0}
     assert distribution([]) is None
+
+
+def test_a_server_that_hangs_up_before_the_first_request_is_one_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class HangsUp(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.close_connection = True
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), HangsUp) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        code = main(["bench", "--url", url, "--model", "m", "--num-prompts", "1"])
+        server.shutdown()
+    assert code == 1
+    assert f"penstock: {url} does not answer /tokenize" in capsys.readouterr().err

@@ -17,14 +17,22 @@ from typing import Any
 import httpx
 
 from penstock.cli import client, trace_flags
-from penstock.cli.parser import Parser, count
+from penstock.cli.parser import Parser, count, seconds
 from penstock.cli.serve import KEY_VARIABLES
 from penstock.loadgen.generate import PREFIX, arrivals
-from penstock.loadgen.live import GOODPUT_METRICS, PERCENTILES, Outcome, Shot, play, summary
+from penstock.loadgen.live import (
+    GOODPUT_METRICS,
+    PERCENTILES,
+    TIMEOUT_S,
+    Outcome,
+    Shot,
+    play,
+    summary,
+)
 from penstock.loadgen.prompts import NUM_IDS, prompt_ids
 from penstock.loadgen.sources import open_trace
 from penstock.loadgen.traces import TraceRequest, has_times, read_lengths
-from penstock.protocol.errors import ConfigError
+from penstock.protocol.errors import ConfigError, EngineUnavailable
 
 __all__ = ["Outcome", "make_parser", "run", "summary"]
 
@@ -36,6 +44,7 @@ _WORDS = (
 _CONCURRENCY = 16
 #: Sent later than this, a load is not the one that was asked for.
 _LATE_MS = 100.0
+_CONNECT_S = 10.0
 
 
 def make_parser() -> Parser:
@@ -66,6 +75,8 @@ def make_parser() -> Parser:
     add("--goodput", nargs="+", type=_slo, metavar="NAME:MS",
         help="how many requests keep these times: ttft:500 tpot:50 e2el:9000")  # fmt: skip
     add("--metric-percentiles", type=_percentiles, metavar="P,P", help="50,90,99")
+    add("--timeout", type=seconds, metavar="SECONDS",
+        help=f"a request without its whole answer by then has failed ({TIMEOUT_S:g})")  # fmt: skip
     add("--seed", type=int, help="of prompts and arrivals (0)")
     add("--json", action="store_true", help="the result for programs")
     return parser
@@ -78,7 +89,8 @@ def run(arguments: list[str]) -> int:
     url = client.base_url(options.get("url", "http://127.0.0.1:8000"))
     key = options.get("api_key") or os.environ.get(KEY_VARIABLES[0])
     requests = _requests(options["trace"], options) if "trace" in options else None
-    with client.connect(url, key) as http:
+    timeout_s = options.get("timeout", TIMEOUT_S)
+    with client.connect(url, key, httpx.Timeout(timeout_s, connect=_CONNECT_S)) as http:
         model = options.get("model") or client.first_model(http)
         if requests is None:
             shots = _random(http, model, options)
@@ -88,7 +100,7 @@ def run(arguments: list[str]) -> int:
     concurrency = options.get("max_concurrency", None if timed else _CONCURRENCY)
     body = {"model": model, "ignore_eos": True}
     shots = [Shot(shot.at_s, body | dict(shot.body)) for shot in shots]
-    outcomes, duration_s = asyncio.run(_load(url, key, shots, concurrency))
+    outcomes, duration_s = asyncio.run(_load(url, key, shots, concurrency, timeout_s))
     result = summary(
         outcomes,
         duration_s,
@@ -167,28 +179,44 @@ def _num_ids(http: client.Http, model: str) -> int:
     """Prompts are of ids below this: all but toys have as many."""
     for num_ids in (NUM_IDS, 256, 64):
         body = {"model": model, "tokens": [num_ids - 1]}
-        if http.post("/detokenize", json=body).status_code != 400:
+        if _ask(http, "/detokenize", body).status_code != 400:
             return num_ids  # or it offers no such thing
     return NUM_IDS
 
 
 def _tokens_a_word(http: client.Http, model: str) -> float:
     """By the server's tokenizer, where it offers one."""
-    response = http.post("/tokenize", json={"model": model, "prompt": " ".join(_WORDS)})
+    response = _ask(http, "/tokenize", {"model": model, "prompt": " ".join(_WORDS)})
     try:
-        return float(response.json()["count"]) / len(_WORDS)
-    except (ValueError, KeyError, TypeError):
-        return 1.0
+        number = int(response.json()["count"])
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        number = 0
+    return number / len(_WORDS) if number > 0 else 1.0
+
+
+def _ask(http: client.Http, path: str, body: Mapping[str, Any]) -> httpx.Response:
+    """Whatever it answers. Raises `EngineUnavailable` where it does not."""
+    try:
+        return http.post(path, json=body)
+    except httpx.HTTPError as exc:
+        what = str(exc) or type(exc).__name__
+        raise EngineUnavailable(f"{http.base_url} does not answer {path}: {what}") from None
 
 
 async def _load(
-    url: str, key: str | None, shots: Sequence[Shot], concurrency: int | None
+    url: str, key: str | None, shots: Sequence[Shot], concurrency: int | None, timeout_s: float
 ) -> tuple[list[Outcome], float]:
     limits = httpx.Limits(max_connections=concurrency)
     async with httpx.AsyncClient(
         base_url=url, headers=client.headers(key), timeout=client.TIMEOUT, limits=limits
     ) as http:
-        return await play(http, shots, concurrency=concurrency, ended=_progress(len(shots)))
+        return await play(
+            http,
+            shots,
+            concurrency=concurrency,
+            timeout_s=timeout_s,
+            ended=_progress(len(shots)),
+        )
 
 
 def _progress(total: int) -> Callable[[int], None]:

@@ -36,8 +36,8 @@ def base_url(url: str) -> str:
     return url.rstrip("/").removesuffix("/v1")
 
 
-def connect(url: str, key: str | None) -> Http:
-    return httpx.Client(base_url=base_url(url), headers=headers(key), timeout=TIMEOUT)
+def connect(url: str, key: str | None, timeout: httpx.Timeout = TIMEOUT) -> Http:
+    return httpx.Client(base_url=base_url(url), headers=headers(key), timeout=timeout)
 
 
 def connect_uds(socket: Path) -> Http:
@@ -61,12 +61,17 @@ def first_model(http: Http) -> str:
     """The name that the server prefers. Raises `PenstockError`s that say what to do."""
     try:
         response = http.get("/v1/models")
-    except httpx.TransportError as exc:
+    except httpx.HTTPError as exc:
         raise EngineUnavailable(
             f"no server answers at {http.base_url} ({exc}): start one with `penstock serve MODEL`"
         ) from exc
     raise_for_status(response)
-    return str(response.json()["data"][0]["id"])
+    try:
+        return str(response.json()["data"][0]["id"])
+    except (ValueError, LookupError, TypeError, RecursionError):
+        raise EngineUnavailable(
+            f"{http.base_url} does not list its models as an OpenAI-style server does"
+        ) from None
 
 
 def stream(http: Http, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -3,7 +3,8 @@
 Open loop: requests are sent when they are due, whether or not earlier ones were answered (a closed
 loop with `concurrency` at once where that is given). Names and units are those of `vllm bench
 serve`: TTFT to the first token, TPOT a token after it, ITL between two pieces of the stream, E2EL
-to the last token, all from the moment of sending.
+to the last token, all from the moment of sending. An answer counts as one if its stream says that
+it is over (a `finish_reason`, or [DONE]); a stream that just breaks off is a failure.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ import httpx
 #: Percentiles where none are asked for.
 PERCENTILES = (50.0, 90.0, 99.0)
 _ERRORS_KEPT = 5
+#: A request that is not over after so long has failed.
+TIMEOUT_S = 600.0
 #: What a goodput may be asked of, in ms.
 GOODPUT_METRICS = ("ttft", "tpot", "e2el")
 
@@ -65,6 +68,7 @@ async def play(
     shots: Sequence[Shot],
     *,
     concurrency: int | None = None,
+    timeout_s: float = TIMEOUT_S,
     ended: Callable[[int], None] = lambda count: None,
 ) -> tuple[list[Outcome], float]:
     """What came of each of the shots, and the seconds until the last of them was answered; `ended`
@@ -78,7 +82,7 @@ async def play(
         await asyncio.sleep(start_s + shot.at_s - time.perf_counter())
         async with gate:
             late_s = time.perf_counter() - start_s - shot.at_s
-            outcome = await request(http, shot.body)
+            outcome = await request(http, shot.body, timeout_s)
         outcome.late_s = late_s
         done += 1
         ended(done)
@@ -88,56 +92,97 @@ async def play(
     return list(outcomes), time.perf_counter() - start_s
 
 
-async def request(http: httpx.AsyncClient, body: Mapping[str, Any]) -> Outcome:
-    """One streamed completion."""
-    outcome = Outcome()
-    asked = {**body, "stream": True, "stream_options": {"include_usage": True}}
-    content = json.dumps(asked).encode()
-    times_s: list[float] = []
-    start_s = time.perf_counter()
+async def request(
+    http: httpx.AsyncClient, body: Mapping[str, Any], timeout_s: float = TIMEOUT_S
+) -> Outcome:
+    """One streamed completion, given up after `timeout_s`."""
+    stream = _Stream()
     try:
-        async with http.stream(
-            "POST", "/v1/completions", content=content, headers=_JSON
-        ) as response:
-            if response.is_error:
-                await response.aread()
-                outcome.error = _said(response)
-                return outcome
-            async for line in response.aiter_lines():
-                if not line.startswith("data: {"):
-                    continue
-                event = json.loads(line.removeprefix("data: "))
-                if "error" in event:
-                    outcome.error = str(event["error"]["message"])
-                    return outcome
-                if event.get("choices"):
-                    times_s.append(time.perf_counter() - start_s)
-                if usage := event.get("usage"):
-                    _count(outcome, usage)
-    except (httpx.HTTPError, ValueError, KeyError, TypeError) as exc:
-        outcome.error = f"{type(exc).__name__}: {exc}"
+        async with asyncio.timeout(timeout_s):
+            await _read(http, body, stream)
+    except TimeoutError:
+        return Outcome(f"no whole answer within {timeout_s:g} s")
+    except (httpx.HTTPError, ValueError, KeyError, TypeError, RecursionError) as exc:
+        return Outcome(f"{type(exc).__name__}: {exc}")
+    outcome, times_s = stream.outcome, stream.times_s
+    if outcome.error:
         return outcome
     if not times_s:
-        outcome.error = "the stream ended without a token"
-        return outcome
+        return Outcome("the stream ended without a token")
+    if not stream.is_over:
+        return Outcome("the stream broke off: neither a finish_reason nor [DONE]")
     outcome.ttft_s, outcome.end_s = times_s[0], times_s[-1]
     outcome.itl_s = [later - before for before, later in pairwise(times_s)]
     return outcome
+
+
+async def _read(http: httpx.AsyncClient, body: Mapping[str, Any], stream: _Stream) -> None:
+    asked = {**body, "stream": True, "stream_options": {"include_usage": True}}
+    content = json.dumps(asked).encode()
+    start_s = time.perf_counter()
+    async with http.stream("POST", "/v1/completions", content=content, headers=_JSON) as response:
+        if response.is_error:
+            await response.aread()
+            stream.outcome.error = _said(response)
+            return
+        async for line in response.aiter_lines():
+            if line.startswith("data:"):
+                stream.take(line.removeprefix("data:").strip(), time.perf_counter() - start_s)
+            if stream.outcome.error:
+                return
+
+
+class _Stream:
+    """What came of one answer so far."""
+
+    def __init__(self) -> None:
+        self.outcome = Outcome()
+        self.times_s: list[float] = []
+        self.is_over = False
+
+    def take(self, data: str, at_s: float) -> None:
+        """The data of one event. Raises `ValueError`, `KeyError` and `TypeError` for what is no
+        event of a completion."""
+        if data == "[DONE]":
+            self.is_over = True
+            return
+        event = json.loads(data)
+        if not isinstance(event, dict):
+            raise ValueError(f"the stream has {type(event).__name__} where an object should be")
+        if "error" in event:
+            self.outcome.error = str(event["error"]["message"])
+            return
+        choices = event.get("choices") or []
+        if not isinstance(choices, list) or not all(isinstance(c, dict) for c in choices):
+            raise ValueError("the stream has choices that are no list of objects")
+        if choices:
+            self.times_s.append(at_s)
+        self.is_over |= any(choice.get("finish_reason") is not None for choice in choices)
+        if usage := event.get("usage"):
+            _count(self.outcome, usage)
 
 
 _JSON = {"content-type": "application/json"}
 
 
 def _count(outcome: Outcome, usage: Mapping[str, Any]) -> None:
-    outcome.prompt_tokens = usage["prompt_tokens"]
-    outcome.output_tokens = usage["completion_tokens"]
-    outcome.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+    details = usage.get("prompt_tokens_details") if isinstance(usage, dict) else None
+    cached = details.get("cached_tokens") if isinstance(details, dict) else None
+    outcome.prompt_tokens = _tokens("prompt_tokens", usage["prompt_tokens"])
+    outcome.output_tokens = _tokens("completion_tokens", usage["completion_tokens"])
+    outcome.cached_tokens = _tokens("cached_tokens", cached or 0)
+
+
+def _tokens(name: str, value: object) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"the server's usage has {name} {str(value)[:40]!r}, no number of tokens")
+    return value
 
 
 def _said(response: httpx.Response) -> str:
     try:
         return str(response.json()["error"]["message"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return f"{response.url} answered {response.status_code}: is this an OpenAI-style server?"
 
 
