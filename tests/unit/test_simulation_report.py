@@ -95,6 +95,22 @@ def test_utilisation_is_by_pool_and_by_role() -> None:
     assert by_role["decode"]["busy"] == pytest.approx((15 * 1.0 - 5 * 0.5) / 15)
 
 
+def test_a_cluster_that_falls_behind_is_paid_until_its_last_answer() -> None:
+    late = outcome()
+    late.end_s[3] = 40.0
+    late.samples += [
+        Sample(t, late.samples[-1].roles, np.zeros(3), *[np.zeros(3)] * 3) for t in range(14, 41)
+    ]
+    usual, found = metrics(outcome()), metrics(late)
+    assert (found["seconds"], found["span_s"]) == (10, 40)
+    assert found["rate_per_s"] == usual["rate_per_s"]  # what is offered stays that
+    for name in ("output_tokens_per_s", "goodput_per_s", "goodput_tokens_per_s"):
+        assert found[name] == pytest.approx(usual[name] / 4)
+    for name in ("usd_per_million_output_tokens", "usd_per_million_tokens"):
+        assert found["cost"][name] == pytest.approx(usual["cost"][name] * 4)
+    assert found["utilisation"]["mean"] == pytest.approx(0.5 * 13 / 40)
+
+
 def test_tokens_have_a_price_where_gpus_have_one() -> None:
     cluster = spec()
     assert usd_per_hour(cluster) == 2 * 2.0 + 4 * 3.0

@@ -80,6 +80,14 @@ class Outcome:
         return found
 
     @property
+    def span_s(self) -> float:
+        """From the first arrival to the last answer, or to the last arrival where that is later;
+        1 where all is over at once."""
+        ends = self.end_s[~np.isnan(self.end_s)]
+        span_s = max(float(self.arrival_s[-1]), float(ends.max()) if len(ends) else 0.0)
+        return span_s if span_s > 0 else 1.0
+
+    @property
     def utilisation(self) -> Floats:
         """The share of the run that each instance computed."""
         found: Floats = self.busy_s / self.end_of_run_s

@@ -85,7 +85,7 @@ class Measure:
     def __call__(self, outcome: Outcome, task: Task) -> Measured:
         spec = outcome.spec
         assert spec.ttft_slo_s is not None and spec.tpot_slo_s is not None
-        span_s = max(float(outcome.arrival_s[-1]), 1.0)
+        span_s = outcome.span_s
         busy = [float(np.mean(s.busy)) for s in outcome.samples if 0 < s.at_s <= span_s + 1]
         return Measured(
             float(outcome.attained(spec.ttft_slo_s, spec.tpot_slo_s).mean()),

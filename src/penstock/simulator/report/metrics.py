@@ -1,15 +1,16 @@
 """What came of a run, in numbers: `Outcome` to plain data that JSON can hold.
 
-Formulas, for N requests of which the last one arrives at T seconds (T is at least 1):
+Formulas, for N requests of which the last one arrives at T seconds (T is at least 1). Spans go from
+the first arrival to the last answer: what is answered late, after the arrivals, takes time as well.
 
 * attainment: requests that were answered with TTFT and TPOT within the SLO, over N. Whoever was
   refused or failed has missed it. TPOT is the mean over a request's tokens after the first.
-* rate: N / T. Goodput: requests (or their output tokens) within the SLO, over T; so it is
-  attainment times rate.
-* utilisation: seconds that instances computed between 0 and T, over T and their number; by pool,
+* rate: N / T, what is offered. Tokens a second: output tokens of answered requests, over the span.
+  Goodput: requests (or their output tokens) within the SLO, over the span.
+* utilisation: seconds that instances computed in the span, over the span and their number; by pool,
   and by the role that they had at the time.
 * KV hit rate: prompt tokens found in a cache, over prompt tokens, of answered requests.
-* cost: price of all GPUs for T, over the tokens of answered requests.
+* cost: price of all GPUs for the span, over the tokens of answered requests.
 
 What does not exist (a percentile of nothing, an SLO that was not set) is None.
 """
@@ -39,6 +40,7 @@ def metrics(outcome: Outcome, speed: float = 1.0) -> dict[str, Any]:
     answered = np.array([f in ("stop", "length") for f in outcome.finish], dtype=bool)
     refused = sum(f == "refused" for f in outcome.finish)
     seconds = max(float(outcome.arrival_s[-1]), 1.0)
+    span_s = outcome.span_s
     tokens = float(outcome.output_tokens[answered].sum())
     within = _within(outcome)
     return {
@@ -52,18 +54,19 @@ def metrics(outcome: Outcome, speed: float = 1.0) -> dict[str, Any]:
         "refused": int(refused),
         "failed": int(len(answered) - answered.sum() - refused),
         "seconds": seconds,
+        "span_s": span_s,
         "rate_per_s": len(answered) / seconds,
-        "output_tokens_per_s": tokens / seconds,
+        "output_tokens_per_s": tokens / span_s,
         "attainment": None if within is None else float(within.mean()),
-        "goodput_per_s": None if within is None else float(within.sum()) / seconds,
+        "goodput_per_s": None if within is None else float(within.sum()) / span_s,
         "goodput_tokens_per_s": None
         if within is None
-        else float(outcome.output_tokens[within].sum()) / seconds,
+        else float(outcome.output_tokens[within].sum()) / span_s,
         "ttft_s": _percentiles(outcome.ttft_s[answered]),
         "tpot_s": _percentiles(outcome.tpot_s[answered]),
         "e2e_s": _percentiles((outcome.end_s - outcome.arrival_s)[answered]),
         "gap_p99_s": outcome.gaps.quantile(0.99),
-        "utilisation": _utilisation(outcome, seconds),
+        "utilisation": _utilisation(outcome, span_s),
         "kv_hit_rate": _hit_rate(outcome, answered),
         "handovers": outcome.handovers,
         "resumed": outcome.resumed,
@@ -74,7 +77,7 @@ def metrics(outcome: Outcome, speed: float = 1.0) -> dict[str, Any]:
             for c in outcome.role_changes
             if c.at_s >= 0  # before the first arrival roles are only set up
         ],
-        "cost": _cost(spec, seconds, outcome, answered),
+        "cost": _cost(spec, span_s, outcome, answered),
         "simulated": {
             "events": outcome.events,
             "wall_s": outcome.wall_s,
@@ -199,12 +202,12 @@ def _utilisation(outcome: Outcome, until_s: float) -> dict[str, Any]:
 
 
 def _cost(
-    spec: ClusterSpec, seconds: float, outcome: Outcome, answered: np.ndarray
+    spec: ClusterSpec, span_s: float, outcome: Outcome, answered: np.ndarray
 ) -> dict[str, float | None] | None:
     hourly = usd_per_hour(spec)
     if hourly is None:
         return None
-    total = hourly * seconds / 3600
+    total = hourly * span_s / 3600
     output = float(outcome.output_tokens[answered].sum())
     prompts = float(outcome.input_tokens[answered].sum())
 
