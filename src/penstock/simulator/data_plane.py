@@ -68,6 +68,7 @@ class SimulatedDataPlane:
         self._block_bytes = block_bytes
         #: What slower tiers hold, by key.
         self.tiers: dict[Tier, dict[bytes, list[int]]] = {}
+        self._receives_until_s = 0.0
         self.closed = False
 
     def start(self, job: Job, done: Callable[[Moved], None]) -> None:
@@ -79,9 +80,9 @@ class SimulatedDataPlane:
             return  # here every job begins at once
         began_s = self._clock()
         fails = self._draw.random() < self.faults.fails
-        seconds = self._seconds(job)
+        end_s = self._end_s(job)
         if self._draw.random() < self.faults.hangs:
-            seconds += self.faults.hang_s
+            end_s += self.faults.hang_s
         for block in _filled_by(job):
             self._memory.spoil(block)
 
@@ -96,7 +97,7 @@ class SimulatedDataPlane:
             reason = "" if all(ok) else "the simulated data plane says so"
             done(Moved(job.number, ok, num_bytes, self._clock() - began_s, reason, demoted))
 
-        self._at(began_s + seconds, end)
+        self._at(end_s, end)
 
     def spoil_tiers(self) -> None:
         """What slower tiers hold now is spoilt, which its checksum tells whoever loads it."""
@@ -107,9 +108,23 @@ class SimulatedDataPlane:
     def close(self) -> None:
         self.closed = True
 
-    def _seconds(self, job: Import | Load | Store) -> float:
-        a_block_s = self.faults.map_block_s if _is_map(job) else self.faults.block_s
-        return self.faults.latency_s + a_block_s * len(job.blocks)
+    def _end_s(self, job: Import | Load | Store) -> float:
+        """Copies share a link: whoever sends to several, or receives from several, does so one
+        after the other, at the link's rate."""
+        now = self._clock()
+        if _is_map(job):
+            return now + self.faults.latency_s + self.faults.map_block_s * len(job.blocks)
+        seconds = self.faults.block_s * len(job.blocks)
+        if not isinstance(job, Import):
+            return now + self.faults.latency_s + seconds
+        begins_s = now
+        owner = self._find(job.peer.endpoint)
+        if owner is not None:
+            begins_s = max(now, owner.sends_until_s)
+            owner.sends_until_s = begins_s + seconds
+        begins_s = max(begins_s, self._receives_until_s)
+        self._receives_until_s = begins_s + seconds
+        return self._receives_until_s + self.faults.latency_s
 
     def _carry_out(self, job: Import | Load | Store) -> tuple[bool, ...]:
         match job:

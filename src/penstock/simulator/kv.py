@@ -38,6 +38,8 @@ class KvMemory:
     block_tokens: int
     generations: npt.NDArray[np.uint64] = field(init=False)
     windows: dict[int, Page] = field(default_factory=dict)
+    #: Until when its host is busy sending copies of it.
+    sends_until_s: float = 0.0
     _cells: dict[int, list[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
