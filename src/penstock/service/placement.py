@@ -375,7 +375,7 @@ class Placement:
         decision = self._policy(view, request)
         if request.tier_hits is None:
             return None, decision
-        hits = int(request.tier_hits[view.names.index(decision.instance)])
+        hits = int(request.tier_hits[self.view.place_of(decision.instance, view)])
         # The last token is always computed, and with it its block.
         return min(hits, (entry.num_tokens - 1) // BLOCK_TOKENS * BLOCK_TOKENS), decision
 

@@ -461,8 +461,12 @@ class World:
 
     def _deliver(self, sender: Node, receiver: Node, what: Any) -> None:
         # What was on its way to (or from) a process that has died does not reach its successor.
-        if receiver.alive and (sender.alive or sender.left):
-            receiver.when_running(partial(self._take, sender.name, receiver, what))
+        if not (receiver.alive and (sender.alive or sender.left)):
+            return
+        if receiver.stopped:
+            receiver.missed.append(partial(self._take, sender.name, receiver, what))
+        else:
+            self._take(sender.name, receiver, what)
 
     def _take(self, source: str, receiver: Node, what: Any) -> None:
         message, frame = (what, b"") if self._counting else (decode(what), what)

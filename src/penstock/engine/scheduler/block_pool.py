@@ -80,6 +80,7 @@ class BlockPool:
         self._block_of: dict[bytes, int] = {}
         # A stack, so that the block that was written last (and is in the CPU's caches) goes first.
         self._free = list(_descending(num_blocks))
+        self._ids = _descending(num_blocks)  # one object for each number, wherever it is kept
         self._reusable = Reusable(num_blocks)
         self._changes: list[tuple[KvOp, bytes]] = []
 
@@ -401,7 +402,7 @@ class BlockPool:
     def _evict(self) -> int:
         """Forget the oldest reusable block. What is being stored behind it goes with it: everything
         else behind it was older, and is gone."""
-        evicted = self._reusable.take_oldest()
+        evicted = self._ids[~self._reusable.take_oldest()]
         gone = [evicted]
         for block in gone:  # it grows
             key = self._keys[block]

@@ -153,6 +153,8 @@ class TierIndex:
         self._shelves = [_Shelf(t, TierStats(n)) for t, n in capacities.items() if n]
         self._by_tier = {shelf.tier: shelf for shelf in self._shelves}
         self._store = TierStats(0) if sizes.store else None
+        #: Is there anything to load from or store to? If not, every method does nothing.
+        self.enabled = bool(self._shelves) or self._store is not None
         #: Keys the device has; only asked, never iterated.
         self._device: set[bytes] = set()
         self._in_store: OrderedDict[bytes, None] = OrderedDict()
@@ -162,11 +164,6 @@ class TierIndex:
         for tier, keys in (recovered or {}).items():
             shelf = self._by_tier[tier]
             shelf.own.update(dict.fromkeys(keys[-shelf.stats.capacity :]))
-
-    @property
-    def enabled(self) -> bool:
-        """Is there anything to load from or store to? If not, every method does nothing."""
-        return bool(self._shelves) or self._store is not None
 
     # ---- finding and loading --------------------------------------------------------------
 
