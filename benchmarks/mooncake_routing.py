@@ -23,7 +23,13 @@ from typing import Any
 import numpy as np
 import yaml
 
-from penstock.loadgen.traces import HASH_BLOCK_TOKENS, TraceRequest, read_trace, spread_ticks
+from penstock.loadgen.traces import (
+    HASH_BLOCK_TOKENS,
+    TraceRequest,
+    read_trace,
+    spread_ticks,
+    tick_of,
+)
 from penstock.simulator.experiment import run
 from penstock.simulator.spec import ClusterSpec, LinkSpec, PoolSpec
 
@@ -70,7 +76,8 @@ def requests_of(experiment: dict[str, Any], case: Case, traces: Path) -> list[Tr
         return hot_prefix(experiment["hot_prefix"], case.pace, experiment["seed"])
     known = experiment["mooncake"]
     start_s, end_s = known["window_s"]
-    spread = spread_ticks(read_trace(traces / known["file"]))
+    requests = read_trace(traces / known["file"])
+    spread = spread_ticks(requests, tick_of(traces / known["file"], requests) or 0.0)
     window = [r for r in spread if start_s <= r.arrival_s < end_s]
     return [replace(r, arrival_s=(r.arrival_s - start_s) / case.pace) for r in window]
 

@@ -10,7 +10,8 @@ import pytest
 
 from penstock.cli.advise import run
 from penstock.loadgen.costs import from_file, hardware, known_hardware
-from penstock.loadgen.traces import TraceRequest, read_trace, spread_ticks
+from penstock.loadgen.sources import open_trace
+from penstock.loadgen.traces import TraceRequest, read_trace, spread_ticks, tick_of
 from penstock.protocol.errors import ConfigError
 from penstock.simulator.advice import Question, advise
 
@@ -54,10 +55,35 @@ def test_mooncakes_lines_and_its_clock(tmp_path: Path) -> None:
         )
         for n, ms in enumerate(times)
     ]
-    requests = read_trace(write(tmp_path / "m.jsonl.gz", "\n".join(lines)))
+    path = write(tmp_path / "m.jsonl.gz", "\n".join(lines))
+    requests = read_trace(path)
     assert [r.arrival_s for r in requests] == [0, 0, 0, 3, 6, 6]
     assert requests[1].hash_ids == (0, 1)
-    assert [r.arrival_s for r in spread_ticks(requests)] == [0, 1, 2, 3, 6, 7.5]
+    assert tick_of(path, requests) == 3.0
+    assert [r.arrival_s for r in spread_ticks(requests, 3.0)] == [0, 1, 2, 3, 6, 7.5]
+
+
+@pytest.mark.parametrize(
+    ("columns", "times", "expected"),
+    [
+        ("arrival_s,input_tokens,output_tokens", ("0", "0", "5"), [0, 0, 5]),
+        ("TIMESTAMP,ContextTokens,GeneratedTokens",
+         ("2023-11-16 18:17:03", "2023-11-16 18:17:03", "2023-11-16 18:17:08"), [0, 0.5, 5]),
+        ("TIMESTAMP,ContextTokens,GeneratedTokens",
+         ("2023-11-16 18:17:03", "2023-11-16 18:17:03", "2023-11-16 18:17:08.5"), [0, 0, 5.5]),
+        ("timestamp,input_length,output_length", ("0", "0", "60000"), [0, 1.5, 60]),
+    ],
+)  # fmt: skip
+def test_only_coarse_clocks_are_spread_and_that_is_said(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    columns: str,
+    times: tuple[str, ...],
+    expected: list[float],
+) -> None:
+    path = write(tmp_path / "t.csv", "\n".join([columns, *(f"{t},9,9" for t in times)]))
+    assert [r.arrival_s for r in open_trace(str(path))] == expected
+    assert ("clock is coarse" in caplog.text) == (len(set(expected)) == 3)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,8 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from penstock.loadgen.generate import PREFIX, generate, parse
-from penstock.loadgen.traces import TraceRequest, read_trace, spread_ticks
+from penstock.loadgen.traces import TraceRequest, read_trace, spread_ticks, tick_of
 from penstock.protocol.errors import ConfigError
+
+_log = logging.getLogger(__name__)
 
 
 def open_trace(
@@ -23,7 +26,8 @@ def open_trace(
     """The requests of a file or of `generate:...` (see `loadgen.generate`), `speed` times as fast.
     Of these the busiest stretch of `window_s`, and of that the first `limit`.
 
-    Arrivals that share a tick of the trace's clock are spread over it. Raises `ConfigError`.
+    Arrivals that share a tick of a clock that is known to be coarse are spread over it, which is
+    logged as a warning. Raises `ConfigError`.
     """
     if not 0 < speed < float("inf"):
         raise ConfigError(f"a trace cannot come {speed:g} times as fast")
@@ -32,10 +36,19 @@ def open_trace(
     if source.startswith(PREFIX):
         requests = generate(parse(source))
     else:
-        requests = spread_ticks(
-            read_trace(Path(source).expanduser(), limit if window_s is None else None)
-        )
+        requests = _read(Path(source).expanduser(), limit if window_s is None else None)
     return busiest(faster(requests, speed), window_s)[:limit]
+
+
+def _read(path: Path, limit: int | None) -> list[TraceRequest]:
+    requests = read_trace(path, limit)
+    tick_s = tick_of(path, requests)
+    if tick_s is None:
+        return requests
+    _log.warning(
+        "%s: its clock is coarse; requests at one time are spread evenly over %g s", path, tick_s
+    )
+    return spread_ticks(requests, tick_s)
 
 
 def faster(requests: Sequence[TraceRequest], speed: float) -> list[TraceRequest]:

@@ -16,7 +16,7 @@ Read from CSV or JSON lines, compressed with gzip or not, by what the columns ar
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice, pairwise
 from pathlib import Path
@@ -60,6 +60,10 @@ class _Format:
     #: Rows without an output are requests that failed.
     leaves_out_failed: bool = False
     session: str = ""
+    #: What is known of the clock: seconds that its tick has at most; 0: times are what they say.
+    tick_s: float = 0.0
+    #: Only where all times are in whole seconds: as published, or as someone has rounded them.
+    ticks_if_whole: bool = False
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -73,10 +77,14 @@ def _milliseconds(row: Row, column: str, where: str) -> float:
 _OURS = _Format("arrival_s", ("input_tokens",), "output_tokens", number)
 _FORMATS = (
     _OURS,
-    _Format("TIMESTAMP", ("ContextTokens",), "GeneratedTokens", date),
-    _Format("timestamp", ("input_length",), "output_length", _milliseconds),
+    _Format(
+        "TIMESTAMP", ("ContextTokens",), "GeneratedTokens", date, tick_s=1.0, ticks_if_whole=True
+    ),
+    _Format("timestamp", ("input_length",), "output_length", _milliseconds, tick_s=3.0),
     _Format("arrival_s", ("text_tokens", "image_tokens"), "output_tokens", number),
-    _Format("Timestamp", ("Request tokens",), "Response tokens", number, True, "Session ID"),
+    _Format(
+        "Timestamp", ("Request tokens",), "Response tokens", number, True, "Session ID", 1.0, True
+    ),
 )
 _KNOWN = (
     "A trace has arrival_s, input_tokens and output_tokens, or the columns of Azure's, Mooncake's, "
@@ -157,13 +165,23 @@ def write_trace(path: Path, requests: Iterable[TraceRequest]) -> None:
         raise ConfigError(f"{path} cannot be written: {exc}") from None
 
 
-def spread_ticks(requests: list[TraceRequest]) -> list[TraceRequest]:
-    """Arrivals that share a time spread evenly over the tick of the trace's clock: the shortest
-    time between two different arrivals (Mooncake's clock ticks every 3 s)."""
+def tick_of(path: Path, requests: Sequence[TraceRequest]) -> float | None:
+    """Seconds that a tick of the clock of the trace has, where its format is known for a coarse one
+    (Mooncake's ticks every 3 s; dates in whole seconds). None: requests at one time came at one
+    time, as they always do in arrival_s. Raises `ConfigError`."""
+    _, row = next(read_rows(path), (0, {}))
+    known = _format_of(row, path)
     times = sorted({r.arrival_s for r in requests})
-    if len(times) == len(requests):
-        return requests
-    tick_s = min((later - t for t, later in pairwise(times)), default=1.0)
+    if not known.tick_s or len(times) == len(requests):
+        return None
+    if known.ticks_if_whole:
+        return known.tick_s if all(t == int(t) for t in times) else None
+    shortest_s = min((later - t for t, later in pairwise(times)), default=known.tick_s)
+    return min(shortest_s, known.tick_s)
+
+
+def spread_ticks(requests: list[TraceRequest], tick_s: float) -> list[TraceRequest]:
+    """Arrivals that share a time spread evenly over the tick of the trace's clock."""
     sharing: dict[float, int] = {}
     for r in requests:
         sharing[r.arrival_s] = sharing.get(r.arrival_s, 0) + 1
