@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from tests.helpers.checkpoints import make_checkpoint
 from penstock.checkpoint import Checkpoint
 from penstock.engine.loading import sources
 from penstock.engine.loading.loader import load_model
-from penstock.engine.loading.shared_weights import _HEADER_BYTES, Publishing, Segment
+from penstock.engine.loading.shared_weights import _HEADER_BYTES, Segment, Sharing
+from penstock.engine.memory.shared_pages import SharedPages
 from penstock.engine.models.base import Model
 from penstock.engine.platforms.cpu import linear
 from penstock.engine.platforms.cpu.platform import CpuPlatform
@@ -231,7 +232,70 @@ def test_several_at_once_publish_once(fd: int, folder: Path) -> None:
     assert len({words[-1] for words in said}) == 1
 
 
+def big(platform: CpuPlatform) -> torch.Tensor:
+    return platform.keeper.keep((1 << 20,), torch.float32, lambda out: out.fill_(3.0))
+
+
+def shared(fd: int, read: Callable[[CpuPlatform], Any], digest: str, most_bytes: int) -> Any:
+    platform = CpuPlatform()
+    return Sharing(Segment(fd), lambda: digest).load(
+        platform, lambda: read(platform), lambda: read(platform), most_bytes
+    )
+
+
+def used_bytes(fd: int) -> int:
+    return os.fstat(fd).st_blocks * 512
+
+
 def test_room_that_is_too_small_costs_sharing_and_nothing_else(fd: int) -> None:
-    keeper = Publishing(Segment(fd), 4096)
-    big = keeper.keep((4096,), torch.float32, lambda out: out.fill_(3.0))
-    assert float(big.sum()) == 3.0 * 4096
+    assert float(shared(fd, big, "same", 4096).sum()) == 3.0 * (1 << 20)
+    assert used_bytes(fd) < 1 << 20
+
+
+def test_what_nobody_can_share_holds_no_memory(fd: int) -> None:
+    def half_ours(platform: CpuPlatform) -> torch.Tensor:
+        embedding = big(platform)
+        platform.keeper.leaves_out("linears are of another form")
+        return embedding
+
+    for _ in range(2):
+        assert float(shared(fd, half_ours, "same", 8 << 20).sum()) == 3.0 * (1 << 20)
+        assert used_bytes(fd) < 1 << 20
+
+
+def test_other_weights_take_the_place_of_those_that_nobody_uses(fd: int) -> None:
+    code = (
+        "import sys; from tests.unit.test_shared_weights import big, shared\n"
+        "shared(int(sys.argv[1]), big, 'old', 8 << 20)\n"
+    )
+    assert started(code, str(fd), fd=fd).wait(timeout=120) == 0
+    held = used_bytes(fd)
+    assert held >= 4 << 20
+    new = shared(fd, big, "new", 8 << 20)
+    header = Segment(fd).header()
+    assert header is not None and used_bytes(fd) <= held
+    assert float(shared(fd, big, "old", 8 << 20).sum()) == float(new.sum())
+    assert Segment(fd).header() == header, "somebody uses it"
+
+
+def test_a_system_that_refuses_costs_sharing_and_nothing_else(fd: int) -> None:
+    code = (
+        "import resource, sys; from tests.unit.test_shared_weights import big, shared\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n"
+        "print(float(shared(int(sys.argv[1]), big, 'same', 8 << 20).sum()))\n"
+    )
+    alone = started(code, str(fd), fd=fd)
+    assert alone.communicate(timeout=120)[0].split() == [str(3.0 * (1 << 20))]
+
+
+def test_half_a_mapping_is_none() -> None:
+    def num_mappings() -> int:
+        return len(Path("/proc/self/maps").read_text().splitlines())
+
+    with pytest.raises(OSError):
+        SharedPages(-1, 1 << 20)
+    before = num_mappings()
+    for _ in range(8):
+        with pytest.raises(OSError):
+            SharedPages(-1, 1 << 20)
+    assert num_mappings() <= before + 2

@@ -9,8 +9,9 @@ leaves none, and the next one begins anew; a file lock, which goes with the proc
 publish at a time while the others wait. What is mapped is verified against its digest first. A
 segment that is damaged is written again by whoever finds it so: the same weights give the same
 bytes at the same places, so whoever has it mapped only gets right what was wrong. One of other
-weights (the checkpoint has changed under a server that runs) is left alone, and the engine keeps
-its own copy.
+weights (the checkpoint has changed under a server that runs) is left alone while anybody uses it,
+and the engine keeps its own copy; once nobody does, the memory is given back. Who uses it says so
+with a lock on its first byte. Where a system call refuses, an engine has its own copy, too.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import logging
 import math
 import mmap
 import os
+import struct
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -55,6 +57,14 @@ class CannotShare(Exception):
     """Why a segment is not used; the message is for the log."""
 
 
+@contextlib.contextmanager
+def _system_calls() -> Iterator[None]:
+    try:
+        yield
+    except OSError as exc:
+        raise CannotShare(f"the system refuses: {exc.strerror}") from None
+
+
 @dataclass(frozen=True, slots=True)
 class _Header:
     key: str
@@ -78,6 +88,7 @@ class Segment:
     def __init__(self, fd: int) -> None:
         # A description of our own: locks of siblings that inherited `fd` would be one lock.
         self._fd = os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
+        self._uses = False
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -96,6 +107,36 @@ class Segment:
         finally:
             fcntl.flock(self._fd, fcntl.LOCK_UN)
 
+    def use(self) -> None:
+        """From now on, and for as long as this process lives."""
+        self._lock_first_byte(fcntl.F_RDLCK)
+
+    def is_used(self) -> bool:
+        """By anybody, ourselves included. Asked by who has it `locked`, it stays as it is."""
+        if self._uses:
+            return True
+        try:
+            self._lock_first_byte(fcntl.F_WRLCK)
+        except BlockingIOError:
+            return True
+        self._lock_first_byte(fcntl.F_UNLCK)
+        return False
+
+    def _lock_first_byte(self, kind: int) -> None:
+        # A lock of the open file description (fcntl(2)), which has nothing to do with `flock`.
+        flock = struct.pack("hhqqi4x", kind, os.SEEK_SET, 0, 1, 0)
+        fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, flock)
+        self._uses = kind == fcntl.F_RDLCK
+
+    @_system_calls()
+    def clear(self) -> None:
+        """Give its memory back. Whoever has it mapped reads zeros."""
+        num_bytes = os.fstat(self._fd).st_size
+        if num_bytes:
+            with mmap.mmap(self._fd, num_bytes) as pages:
+                pages.madvise(mmap.MADV_REMOVE)
+
+    @_system_calls()
     def header(self) -> _Header | None:
         """None: nothing has been published, or what describes it is damaged."""
         first = os.pread(self._fd, _HEADER_BYTES, 0)
@@ -111,9 +152,11 @@ class Segment:
         text = os.pread(self._fd, length, at)
         return _Header.decode(text) if xxhash.xxh3_128_digest(text) == digest else None
 
+    @_system_calls()
     def declare_absent(self) -> None:
         os.pwrite(self._fd, bytes(_HEADER_BYTES), 0)
 
+    @_system_calls()
     def complete(self, header: _Header) -> None:
         """Behind the data comes what describes it, and last, in one write, that it is there."""
         text = header.encode()
@@ -124,17 +167,20 @@ class Segment:
         first = _MAGIC + numbers + xxhash.xxh3_128_digest(text)
         os.pwrite(self._fd, first.ljust(_HEADER_BYTES, b"\0"), 0)
 
+    @_system_calls()
     def resize(self, num_bytes: int) -> None:
         """Never shorter: a sibling that has it mapped would die of what is missing."""
         if os.fstat(self._fd).st_size < num_bytes:
             os.ftruncate(self._fd, num_bytes)
 
+    @_system_calls()
     def map(self, num_bytes: int) -> SharedPages:
         return SharedPages(self._fd, num_bytes)
 
 
 class Publishing(Keeper):
-    """Fills tensors in the segment and notes down where they are."""
+    """Fills tensors in the segment and notes down where they are. Raises `CannotShare` as soon as
+    something of the model is not to be in it, so that little is read twice."""
 
     def __init__(self, segment: Segment, most_bytes: int) -> None:
         segment.declare_absent()
@@ -144,13 +190,11 @@ class Publishing(Keeper):
         self._end = 0
         self._most = most_bytes
         self._records: list[Any] = []
-        self._left_out = ""
 
     def keep(self, shape: tuple[int, ...], dtype: torch.dtype, fill: Fill) -> torch.Tensor:
         start = -(-self._end // _ALIGN_BYTES) * _ALIGN_BYTES
         if start + math.prod(shape) * dtype.itemsize > self._most:
-            self._left_out = self._left_out or "they take more room than was reckoned"
-            return super().keep(shape, dtype, fill)
+            raise CannotShare("they take more room than was reckoned")
         out = _tensor(self._pages, shape, dtype, start)
         fill(out)
         self._end = start + out.nbytes
@@ -163,15 +207,11 @@ class Publishing(Keeper):
         return noted
 
     def leaves_out(self, what: str) -> None:
-        self._left_out = self._left_out or what
+        raise CannotShare(what)
 
     def publish(self, key: str) -> None:
-        """Raises `CannotShare` where something of the model is not in the segment. What there is
-        stays ours: nobody may write over it."""
-        self._pages.read_only()
-        if self._left_out:
-            self._segment.complete(_Header("", self._most, "", []))
-            raise CannotShare(self._left_out)
+        with _system_calls():
+            self._pages.read_only()
         data_bytes = -(-self._end // mmap.PAGESIZE) * mmap.PAGESIZE
         digest = _digest(self._pages, data_bytes)
         self._segment.complete(_Header(key, data_bytes, digest, self._records))
@@ -183,7 +223,8 @@ class Mapped(Keeper):
 
     def __init__(self, segment: Segment, header: _Header) -> None:
         self._pages = segment.map(_HEADER_BYTES + header.data_bytes)
-        self._pages.read_only()
+        with _system_calls():
+            self._pages.read_only()
         self._header = header
         self._next = 0
 
@@ -237,10 +278,9 @@ class Sharing:
             return self._load(platform, read, adopt, most_bytes)
         except CannotShare as exc:
             log.info("the weights are not shared: %s", exc)
-            platform.keeper = PRIVATE
-            return read()
         finally:
             platform.keeper = PRIVATE
+        return read()  # here the half of a model is gone that the exception knew of
 
     def _load(
         self, platform: Platform, read: Callable[[], T], adopt: Callable[[], T], most_bytes: int
@@ -248,12 +288,16 @@ class Sharing:
         segment = self.segment
         with segment.locked():
             header = segment.header()
+            if header is not None and not header.key:
+                raise CannotShare("another engine could not share all of them")
+            if header is not None and header.key != self._key(platform):
+                if segment.is_used():
+                    raise CannotShare("they are others than those that the first engine read")
+                segment.clear()
+                header = None
             if header is None:
                 return self._publish(platform, read, most_bytes)
-        if not header.key:
-            raise CannotShare("another engine could not share all of them")
-        if header.key != self._key(platform):
-            raise CannotShare("they are others than those that the first engine read")
+            segment.use()
         mapped = Mapped(segment, header)
         if not mapped.intact:
             log.warning("the shared weights are damaged: they are read and written again")
@@ -268,13 +312,24 @@ class Sharing:
         return model
 
     def _publish(self, platform: Platform, read: Callable[[], T], most_bytes: int) -> T:
-        platform.keeper = publishing = Publishing(self.segment, most_bytes)
-        model = read()
+        """To be called by who has the segment locked."""
         try:
+            platform.keeper = publishing = Publishing(self.segment, most_bytes)
+            model = read()
             publishing.publish(self._key(platform))
-        except CannotShare as exc:
-            log.info("the weights are not shared: %s", exc)
-        return model
+            self.segment.use()
+            return model
+        except CannotShare:
+            self._withdraw(most_bytes)
+            raise
+
+    def _withdraw(self, most_bytes: int) -> None:
+        """Nobody else is to try. What siblings have mapped stays theirs."""
+        with contextlib.suppress(CannotShare):
+            is_used = self.segment.is_used()
+            if not is_used:
+                self.segment.clear()
+            self.segment.complete(_Header("", most_bytes if is_used else 0, "", []))
 
     def _key(self, platform: Platform) -> str:
         """Equal where the same weights are packed in the same way."""

@@ -178,7 +178,8 @@ class FromCheckpoint(_Modules):
     def _advance(self, num_bytes: int) -> None:
         self._read_bytes += num_bytes
         if self._progress is not None:
-            self._progress(self._read_bytes / self._total_bytes)
+            # More than once where sharing was given up on the way.
+            self._progress(min(1.0, self._read_bytes / self._total_bytes))
 
 
 class Dummy(Weights):

@@ -28,7 +28,7 @@ _MAP_FAILED = ctypes.c_void_p(-1).value
 
 class SharedPages:
     """The first `num_bytes` of `fd`, which has at least as many, shared and writable. `buffer` is
-    what to make tensors of; the mapping goes with the last of them."""
+    what to make tensors of; the mapping goes with the last of them. Raises `OSError`."""
 
     def __init__(self, fd: int, num_bytes: int) -> None:
         whole = num_bytes + HUGE_PAGE_BYTES
@@ -37,13 +37,18 @@ class SharedPages:
         # A huge page of the file fits a place whose address is a multiple of its size only.
         self._address = -(-base // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
         both = mmap.PROT_READ | mmap.PROT_WRITE
-        _map(self._address, num_bytes, both, mmap.MAP_SHARED | _MAP_FIXED, fd)
+        try:
+            _map(self._address, num_bytes, both, mmap.MAP_SHARED | _MAP_FIXED, fd)
+        except OSError:
+            _libc.munmap(base, whole)
+            raise
         self._num_bytes = num_bytes
         self.buffer = (ctypes.c_char * num_bytes).from_address(self._address)
         weakref.finalize(self.buffer, _libc.munmap, base, whole).atexit = False
 
     def read_only(self) -> None:
-        """A stray write ends its process from now on, and changes nothing for others."""
+        """A stray write ends its process from now on, and changes nothing for others. Raises
+        `OSError`."""
         if _libc.mprotect(self._address, self._num_bytes, mmap.PROT_READ) != 0:
             raise OSError(ctypes.get_errno(), "mprotect")
 
