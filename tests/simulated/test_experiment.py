@@ -13,7 +13,7 @@ from penstock.protocol.errors import ConfigError
 from penstock.simulator.build import Deployment
 from penstock.simulator.experiment import run
 from penstock.simulator.outcome import Outcome
-from penstock.simulator.spec import ClusterSpec, PoolSpec
+from penstock.simulator.spec import ClusterSpec, FaultSpec, PoolSpec
 
 GPU = PoolSpec(count=2, hardware="h100:llama3.1-8b:bf16:tp1", kv_tokens=60_000, max_num_seqs=64)
 TWO = ClusterSpec(pools=(GPU,), pd="off")
@@ -109,6 +109,22 @@ def test_too_little_kv_preempts_and_says_what_was_computed_again() -> None:
     assert outcome.preemptions > 0 and outcome.recomputed_tokens > 0
     roomy = run(replace(TWO, pools=(replace(GPU, count=1),)), requests)
     assert (roomy.preemptions, roomy.recomputed_tokens) == (0, 0)
+
+
+@pytest.mark.parametrize("mode", ["exact", "scale"])
+def test_what_an_instance_did_before_it_crashed_counts(mode: str) -> None:
+    """Also where it comes back as another process, whose own books begin at nothing."""
+    requests = trace(60, 10.0, input_tokens=600, output=200)
+    crash = FaultSpec(at_s=4.0, kind="crash", instance="gpu-0", for_s=2.0)
+    outcome = run(replace(TWO, faults=(crash,)), requests, mode=mode)
+    calm = run(TWO, requests, mode=mode)
+    assert outcome.finish == calm.finish and outcome.resumed > 0
+    busy = np.array([sample.busy for sample in outcome.samples])
+    assert busy.min() >= 0.0 and busy.max() < 1.05  # a step counts where it ends
+    assert calm.recomputed_tokens == 0
+    assert outcome.computed_tokens > calm.computed_tokens and outcome.recomputed_tokens > 0
+    by_samples = np.diff([0.0, *(s.at_s for s in outcome.samples)]) @ busy
+    assert by_samples[0] == pytest.approx(outcome.busy_s[0], rel=0.3)
 
 
 def test_changes_of_roles_are_noted_when_they_happen() -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from penstock.engine.core import CoreConfig, InstanceCore
 from penstock.engine.memory.tiers.index import TierSizes
 from penstock.engine.scheduler.config import SchedulerConfig
+from penstock.engine.scheduler.step import SchedulerStats
 from penstock.loadgen.costs import InstanceModel, hardware_or_file
 from penstock.protocol.errors import ConfigError
 from penstock.protocol.kv import BLOCK_TOKENS
@@ -40,10 +41,24 @@ class Deployment:
     service: ServiceCore
     instances: dict[str, InstanceCore]
     _starts: dict[str, Callable[[], InstanceCore]]
+    #: Incarnations that have died and been replaced, and what they computed, in seconds.
+    _ended: list[InstanceCore] = field(default_factory=list)
+    _ended_busy_s: dict[str, float] = field(default_factory=dict)
 
     def start_again(self, name: str) -> None:
         """A new process of the instance, which has died."""
+        self.world.node(name).end()
+        self._ended_busy_s[name] = self.busy_s(name)
+        self._ended.append(self.instances[name])
         self.instances[name] = self._starts[name]()
+
+    def busy_s(self, name: str) -> float:
+        """Seconds that all incarnations of the instance have computed."""
+        return self._ended_busy_s.get(name, 0.0) + self.world.busy_s(name)
+
+    def stats(self) -> list[SchedulerStats]:
+        """Of every incarnation of every instance."""
+        return [c.scheduler.stats for c in (*self._ended, *self.instances.values())]
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,7 +73,7 @@ def run(
     waiting = _Arrivals(world, records, arrivals)
     with _few_collections():
         _to_the_end(deployment, waiting, records, notes, len(whole or ()), progress)
-    stats = [core.scheduler.stats for core in deployment.instances.values()]
+    stats = deployment.stats()
     return Outcome(
         spec=spec,
         seed=seed,
@@ -86,7 +86,7 @@ def run(
         resumed=service.placement.num_resumed,
         preemptions=sum(s.preemptions for s in stats),
         computed_tokens=sum(s.scheduled_tokens for s in stats),
-        busy_s=np.array([world.busy_s(name) for name in deployment.instances]),
+        busy_s=np.array([deployment.busy_s(name) for name in deployment.instances]),
         end_of_run_s=world.now - WARM_UP_S,
         gaps=records.gaps,
         events=world.events.num_done,
@@ -180,6 +180,7 @@ class _Notes:
     def __init__(self, deployment: Deployment) -> None:
         self.samples: list[Sample] = []
         self.role_changes: list[RoleChange] = []
+        self._deployment = deployment
         self._world, self._instances = deployment.world, deployment.instances
         self._roles = {name: str(core.role) for name, core in self._instances.items()}
         self._roles_now = tuple(self._roles.values())
@@ -199,7 +200,8 @@ class _Notes:
         schedulers = [core.scheduler for core in self._instances.values()]
         pools = [scheduler.pool for scheduler in schedulers]
         num_here = [scheduler.num_here() for scheduler in schedulers]
-        busy_s = np.array([world.busy_s(name) for name in self._instances])
+        busy_s = np.array([self._deployment.busy_s(name) for name in self._instances])
+        assert (busy_s >= self._busy_s).all(), "an instance has computed less than before"
         busy = (busy_s - self._busy_s) / (world.now - self._sampled_s)
         self._busy_s, self._sampled_s = busy_s, world.now
         self.samples.append(

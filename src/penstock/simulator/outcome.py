@@ -104,7 +104,7 @@ class Outcome:
         """Tokens computed beyond what it takes to compute each once: after preemptions, for
         placements that were lost, and where blocks could not be fetched."""
         once = self._answered(self.input_tokens - self.cached_tokens + self.output_tokens - 1)
-        return max(0, self.computed_tokens - round(once))
+        return self.computed_tokens - round(once)
 
     def _answered(self, tokens: Floats) -> float:
         """Summed over requests with at least one token."""

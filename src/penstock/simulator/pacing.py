@@ -109,6 +109,9 @@ class PacedRunner(ABC):
         return self._busy_s + first.times.end_s(ended)
 
     def close(self) -> None:
+        """What has not ended never does; steps that had ended count."""
+        self._busy_s = self.busy_s
+        self._launched.clear()
         self.closed = True
 
     def _wait_for(self, launched: _Launched) -> None:
