@@ -18,6 +18,7 @@ from penstock.service.policies.view import (
     Speeds,
     Way,
     WayKind,
+    some,
 )
 
 
@@ -121,13 +122,13 @@ def _ways(
     hits, fetch = [device], [np.zeros_like(device)]
     if tiers is not None:
         missing = tiers - device
-        if missing.any():
+        if some(missing):
             ways.append("restore")
             hits.append(tiers)
             fetch.append(t.tier_s + missing * t.tier_token_s)
     name, held, near = _most(view, device, request)
     missing = np.maximum(held - device, 0.0)
-    if missing.any():
+    if some(missing):
         cost_s = t.copy_s + missing * t.copy_token_s
         ways.append("fetch")
         hits.append(np.maximum(device, held))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from penstock.protocol.instance import Role
-from penstock.service.policies.view import ROLES, Bools, ClusterView, Floats
+from penstock.service.policies.view import ROLES, Bools, ClusterView, Floats, some
 
 
 def mask(*roles: Role) -> Bools:
@@ -25,14 +25,14 @@ def why_not_split(view: ClusterView) -> str:
     """Why prefill and decode cannot be apart; "" if they can."""
     if len(view.names) < 2:
         return "there is one instance only"
-    if not SPLIT[view.roles].any():
+    if not some(SPLIT[view.roles]):
         return "no instance has a role"
     return ""
 
 
 def least(score: Floats, members: Bools) -> int:
     """The place of the least score among the members, or among all if there are none."""
-    return int(np.where(members, score, np.inf).argmin() if members.any() else score.argmin())
+    return int(np.where(members, score, np.inf).argmin() if some(members) else score.argmin())
 
 
 def first_pool(view: ClusterView, *pools: Bools, besides: int | None = None) -> Bools:
@@ -43,6 +43,6 @@ def first_pool(view: ClusterView, *pools: Bools, besides: int | None = None) -> 
         others[besides] = False
     for pool in pools:
         members: Bools = pool[view.roles] & others
-        if members.any():
+        if some(members):
             return members
     return others

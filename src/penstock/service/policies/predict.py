@@ -25,7 +25,7 @@ import numpy as np
 
 from penstock.protocol.instance import PACED_CONTEXT, PACED_TOKENS
 from penstock.protocol.kv import BLOCK_TOKENS
-from penstock.service.policies.view import ClusterView, Floats, Speeds
+from penstock.service.policies.view import ClusterView, Floats, Speeds, every, some
 
 #: Steps that a fit must have seen, its mean error as a share of a full step, and the mean relative
 #: error of TTFT predictions: beyond these an instance is compared by its tokens.
@@ -52,9 +52,9 @@ def speeds(view: ClusterView) -> Speeds:
     if view.ttft_error is not None:
         believed &= view.ttft_error <= MAX_TTFT_ERROR
     ratio = view.ttft_ratio
-    if not believed.all():
-        fleet = believed if believed.any() else view.num_steps > 0
-        known = bool(fleet.any())
+    if not every(believed):
+        fleet = believed if some(believed) else view.num_steps > 0
+        known = some(fleet)
         token_s, base_s, row_s, context_s, attention_s = (
             np.where(believed, own, own[fleet].mean() if known else 0.0)
             for own in (token_s, base_s, row_s, context_s, attention_s)
@@ -62,7 +62,7 @@ def speeds(view: ClusterView) -> Speeds:
         ratio = np.where(believed, ratio, 1.0)
     if view.prompt_tokens is not None:
         knows = view.prompt_tokens >= MIN_PROMPT_TOKENS
-        if not knows.all() and knows.any():
+        if not every(knows) and some(knows):
             # In steps without prompts, rows and tokens are one number: only their sum is known.
             decode_s = row_s + token_s
             token_s, attention_s = (
@@ -124,7 +124,7 @@ def queues(
     # A step is under way wherever there is work. Where nobody knows how far it is, it is half done.
     queue_s += np.maximum(view.step_left_s, 0.5 * step_s * (running + queued > 0.0))
     slots = running + queued
-    full = bool((slots >= view.max_running).any())
+    full = some(slots >= view.max_running)
     if full or float((view.free_blocks - tokens / BLOCK_TOKENS).min()) * BLOCK_TOKENS < num_tokens:
         ends_s = step_s * max(output_tokens, 1) / np.maximum(running, 1.0)
         queue_s += _departures(view, num_tokens) * ends_s

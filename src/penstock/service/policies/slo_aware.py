@@ -40,6 +40,7 @@ from penstock.service.policies.view import (
     Floats,
     RouteRequest,
     best_few,
+    some,
 )
 
 
@@ -104,7 +105,7 @@ def _has_room(k: _Stakes) -> bool:
     """Whether those who prefill have time to spare."""
     view = k.look.view
     members = PREFILL[view.roles]
-    if view.prefill_share is None or not members.any():
+    if view.prefill_share is None or not some(members):
         return False
     return float(view.prefill_share[members].mean()) < _LIGHT
 
@@ -113,7 +114,7 @@ def _when_it_decodes(o: Outlook, request: RouteRequest) -> Outlook:
     """Who is still to come is not there all at once: by Little's law as much of them as the time
     that they decode is of the time until they have come and gone."""
     view, s = o.view, o.speeds
-    if view.coming is None or view.coming_tokens is None or not view.coming.any():
+    if view.coming is None or view.coming_tokens is None or not some(view.coming):
         return o
     decodes_s = max(request.expected_output_tokens, 1) * o.tpot_s
     away = 1.0 - decodes_s / np.maximum(decodes_s + float(o.ttft_s.min()), 1e-9)
@@ -290,9 +291,9 @@ def _decode_place(k: _Stakes, *, besides: int | None) -> int:
     pool = (DECODE | TURNING_TO_DECODE)[view.roles] & others
     for members in (DECODE, TURNING_TO_DECODE):
         holding = members[view.roles] & others & ~k.over
-        if holding.any():
+        if some(holding):
             return least(view.running_tokens, holding)
-    return least(k.look.tpot_s, pool if pool.any() else others)
+    return least(k.look.tpot_s, pool if some(pool) else others)
 
 
 def _after_prefill(k: _Stakes, prefilled_on: str, may_stay: bool) -> Decision:
