@@ -5,8 +5,11 @@ from __future__ import annotations
 import inspect
 import logging
 import os
+import struct
 import subprocess
 import sys
+import zlib
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -257,6 +260,47 @@ def test_the_service_goes_on_where_the_recorder_breaks(
         "TypeError: no such effect: nothing more is recorded",
     ]
     assert len(replayed(tape.path)[1]) == 2
+
+
+@pytest.mark.parametrize(
+    "stored", [zlib.compress(bytes(1 << 20)), zlib.compress(b"0123456789")[:-1], b"nonsense"]
+)
+def test_a_piece_that_is_not_what_it_says(tmp_path: Path, stored: bytes) -> None:
+    path = tmp_path / "forged"
+    head = struct.pack("<2sIII", b"PR", len(stored), 10, zlib.crc32(stored))
+    path.write_bytes(MAGIC + head + stored)
+    with pytest.raises(ConfigError, match="it is damaged"):
+        open_recording(path)
+
+
+def test_after_its_end_it_writes_to_nobody_elses_file(tmp_path: Path) -> None:
+    tape = FileTape(tmp_path / "record")
+    tape.header(RECIPE)
+    tape.close()
+    size = tape.path.stat().st_size
+    others = os.open(tmp_path / "other", os.O_CREAT | os.O_WRONLY)  # gets the number that is free
+    try:
+        tape.add(Step("", 0, 0))
+        tape.flush()
+        tape.close()
+        assert os.fstat(others).st_size == 0 and tape.path.stat().st_size == size
+    finally:
+        os.close(others)
+
+
+def test_it_may_stop_while_it_takes(tmp_path: Path) -> None:
+    class Stops(deque[bytes]):
+        """The core's thread is faster."""
+
+        def popleft(self) -> bytes:
+            tape.stop("enough")
+            return super().popleft()
+
+    tape = FileTape(tmp_path / "record")
+    tape._waiting = Stops([b"\x90", b"\x90"])
+    tape.flush()
+    tape.close()
+    assert tape.stopped == "enough" and not tape._waiting
 
 
 def test_where_nothing_can_be_written(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ one whose core breaks does not.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import platform
@@ -88,6 +89,7 @@ class FileTape(Tape):
         self._added_bytes = self._taken_bytes = 0
         self.stopped = ""
         self._lock = threading.Lock()  # held while writing
+        self._closed = False
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
 
@@ -106,6 +108,8 @@ class FileTape(Tape):
         self._thread.start()
 
     def add(self, step: Step) -> None:
+        if self._closing.is_set():
+            return  # nobody would write it
         data = encode_step(step)
         self._waiting.append(data)
         self._added_bytes += len(data)
@@ -114,8 +118,8 @@ class FileTape(Tape):
 
     def flush(self) -> None:
         with self._lock:
-            while self._waiting and not self.stopped:
-                self._write(piece(array_of(self._take())))
+            while not self.stopped and not self._closed and (taken := self._take()):
+                self._write(piece(array_of(taken)))
 
     def close(self) -> None:
         if self._closing.is_set():
@@ -124,7 +128,9 @@ class FileTape(Tape):
         if self._thread.is_alive():
             self._thread.join()
         self.flush()
-        os.close(self._fd)
+        with self._lock:  # the number may be another file's from now on
+            self._closed = True
+            os.close(self._fd)
 
     def _run(self) -> None:
         while not self._closing.wait(_FLUSH_EVERY_S):
@@ -132,9 +138,10 @@ class FileTape(Tape):
 
     def _take(self) -> list[bytes]:
         taken, size = [], 0
-        while self._waiting and size < _PIECE_BYTES:
-            taken.append(self._waiting.popleft())
-            size += len(taken[-1])
+        with contextlib.suppress(IndexError):  # no more; `stop` may clear it at any moment
+            while size < _PIECE_BYTES:
+                taken.append(self._waiting.popleft())
+                size += len(taken[-1])
         self._taken_bytes += size
         return taken
 

@@ -285,4 +285,11 @@ def _read_piece(file: typing.BinaryIO) -> tuple[bytes | None, str]:
         return None, "it ends within a piece"
     if zlib.crc32(stored) != checksum:
         return None, "it is damaged"
-    return zlib.decompress(stored), ""
+    inflate = zlib.decompressobj()
+    try:
+        body = inflate.decompress(stored, inflated_bytes + 1)
+    except zlib.error:
+        return None, "it is damaged"
+    if len(body) != inflated_bytes or not inflate.eof or inflate.unused_data:
+        return None, "it is damaged"
+    return body, ""
