@@ -92,7 +92,7 @@ class Prospects:
         if found is None or not keys:
             return found or (None, None)
         device, tiers = found
-        if soon := self.waiting.soon_there(keys, self.model_digest):
+        if soon := self.waiting.soon_there(keys):
             there = np.array([soon.get(name, 0) for name in names])
             device = np.maximum(device, there)
         return device, np.maximum(tiers, device)

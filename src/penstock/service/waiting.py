@@ -3,7 +3,7 @@ to compute for one, it will have for another."""
 
 from __future__ import annotations
 
-from collections import Counter
+from itertools import islice
 
 from penstock.protocol.kv import BLOCK_TOKENS, KEY_BYTES
 from penstock.service.journal import Entry
@@ -14,36 +14,40 @@ _LOOKED_AT = 8
 
 class Waiting:
     def __init__(self) -> None:
-        self._by_first: dict[bytes, dict[str, Entry]] = {}
-        self._first: dict[str, bytes] = {}
+        #: Keys of those who wait, by their first block, instance and sequence.
+        self._by_first: dict[bytes, dict[str, dict[str, bytes]]] = {}
+        self._places: dict[str, tuple[bytes, str]] = {}
 
     def add(self, entry: Entry, keys: bytes) -> None:
         """It has been placed; `keys` are those of its blocks."""
+        assert entry.instance is not None, "who waits has been placed"
         if first := keys[:KEY_BYTES]:
-            self._first[entry.key] = first
-            self._by_first.setdefault(first, {})[entry.key] = entry
+            self._places[entry.key] = first, entry.instance
+            alike = self._by_first.setdefault(first, {})
+            alike.setdefault(entry.instance, {})[entry.key] = keys
 
     def remove(self, entry: Entry) -> None:
         """It has begun, or waits there no more. (Nothing happens if that is known.)"""
-        first = self._first.pop(entry.key, b"")
-        if first:
+        if entry.key in self._places:
+            first, instance = self._places.pop(entry.key)
             alike = self._by_first[first]
-            del alike[entry.key]
+            del alike[instance][entry.key]
+            if not alike[instance]:
+                del alike[instance]
             if not alike:
                 del self._by_first[first]
 
-    def soon_there(self, keys: bytes, digest: str) -> dict[str, int]:
+    def soon_there(self, keys: bytes) -> dict[str, int]:
         """By instance: leading tokens of a prompt with these keys that it is about to compute for
         others, where there are any."""
         found: dict[str, int] = {}
-        looked_at: Counter[str] = Counter()
-        for entry in reversed(self._by_first.get(keys[:KEY_BYTES], {}).values()):
-            name = entry.instance
-            assert name is not None, "who waits has been placed"
-            looked_at[name] += 1
-            if looked_at[name] <= _LOOKED_AT:
-                same = BLOCK_TOKENS * _same_blocks(keys, entry.block_keys(digest))
-                found[name] = max(found.get(name, 0), same)
+        for instance, waiting in self._by_first.get(keys[:KEY_BYTES], {}).items():
+            same = 0
+            for others in islice(reversed(waiting.values()), _LOOKED_AT):
+                next_key = slice(same * KEY_BYTES, (same + 1) * KEY_BYTES)
+                if len(keys) > next_key.start and others[next_key] == keys[next_key]:
+                    same = _same_blocks(keys, others)
+            found[instance] = BLOCK_TOKENS * same
         return found
 
 
