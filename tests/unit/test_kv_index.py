@@ -103,6 +103,17 @@ class IndexMachine(RuleBasedStateMachine):
         assert self.index.stats().num_unsynced == 1
         self._snapshot(name)
 
+    @rule(name=st.sampled_from(NAMES), keys=key_lists, in_a_snapshot=st.booleans())
+    def keys_are_cut_short(self, name: str, keys: list[bytes], in_a_snapshot: bool) -> None:
+        torn = b"".join(keys)[:-1] or b"torn"
+        if in_a_snapshot:
+            self.index.replace(name, self.incarnations[name], self.numbers[name], {"device": torn})
+        else:
+            changes = [KvChange("stored", KEYS[0]), KvChange("stored", torn)]
+            assert not self.index.apply(name, self._next(name, changes))
+        assert not self.index.apply(name, self._next(name, [])), "not before a snapshot"
+        self._snapshot(name)
+
     @rule(name=st.sampled_from(NAMES))
     def restarted(self, name: str) -> None:
         old = self._next(name, [KvChange("stored", b"".join(KEYS))])

@@ -89,8 +89,8 @@ class KvIndex:
     # --- what instances say --------------------------------------------------------------------
 
     def apply(self, instance: str, events: KvEvents) -> bool:
-        """Take in what changed. False: events are missing, or it is another incarnation than we
-        know; ask for a snapshot and hand it to `replace`."""
+        """Take in what changed. False: events are missing or make no sense, or it is another
+        incarnation than we know; ask for a snapshot and hand it to `replace`."""
         source = self._sources.get(instance)
         if source is None:
             return False
@@ -103,7 +103,7 @@ class KvIndex:
             return False
         if events.number <= source.number:
             return True
-        if events.number != source.number + 1:
+        if events.number != source.number + 1 or not all(_is_whole(c.keys) for c in events.changes):
             source.synced = False
             self._num_gaps += 1
             return False
@@ -117,15 +117,19 @@ class KvIndex:
     def replace(
         self, instance: str, incarnation: int, number: int, keys: Mapping[Tier, bytes]
     ) -> None:
-        """What `instance` holds after event `number` is exactly this."""
+        """What `instance` holds after event `number` is exactly this. Nothing is believed of one
+        that makes no sense: `apply` will ask again."""
         source = self._sources.get(instance)
         if source is None:
             source = self._sources[instance] = _Source(self._columns.take(), incarnation, number)
         else:
             self._renew(source)
         self._version += 1
-        source.incarnation, source.number, source.synced = incarnation, number, True
+        source.incarnation, source.number = incarnation, number
+        source.synced = all(map(_is_whole, keys.values()))
         self._num_snapshots += 1
+        if not source.synced:
+            return
         for tier, packed in keys.items():
             self._store(source, _split(packed), tier)
 
@@ -311,8 +315,12 @@ class KvIndex:
             self._sweeping = 0
 
 
+def _is_whole(packed: bytes) -> bool:
+    return len(packed) % KEY_BYTES == 0
+
+
 def _split(packed: bytes) -> list[bytes]:
-    assert len(packed) % KEY_BYTES == 0, "keys are 16 bytes each"
+    assert _is_whole(packed), "keys are 16 bytes each"
     found: list[bytes] = np.frombuffer(packed, "V16").tolist()
     return found
 
