@@ -26,9 +26,9 @@ from penstock.service.core import ServiceCore, ServiceCoreConfig
 from penstock.service.generation import GenerationSpec
 from penstock.service.placement import PlacementConfig
 from penstock.service.policies.roles import RolesConfig
-from penstock.service.policies.routing import kv_aware, slo_aware
+from penstock.service.policies.routing import kv_aware, policy_named, slo_aware
 from penstock.service.policies.view import Candidate, ClusterView, Decision, Policy, RouteRequest
-from penstock.simulator.world import VOCAB_SIZE, NetworkFaults, World
+from penstock.simulator.world import SMALL_SCHEDULER, VOCAB_SIZE, NetworkFaults, World
 from tests.simulated.test_smoke import check_outcomes, specs
 
 NAMES = ("a", "b", "c", "d", "e")
@@ -435,3 +435,33 @@ def test_one_seed_one_history_with_everything_on() -> None:
         return c.world.history
 
     assert history() == history()
+
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_a_hand_over_takes_the_prompt_along_also_where_prefixes_are_not_shared(
+    caching: bool,
+) -> None:
+    """The runner finds wrong blocks out; two requests with one prompt show whether it is shared."""
+    world = World(1)
+    scheduler = replace(SMALL_SCHEDULER, enable_prefix_caching=caching)
+    engines = [world.add_instance(name, scheduler=scheduler) for name in ("a", "b")]
+    roles = RoleKeeperConfig(policy=RolesConfig(static=(1, 1)))
+    service = world.add_service(
+        "s", ["a", "b"], policy=policy_named("split"), config=ServiceCoreConfig(roles=roles)
+    )
+    world.tell("s", lambda now: service.lead(1, now))
+    world.run(3.0)
+    sampling = SamplingParams(max_tokens=40)
+    specs = [GenerationSpec(f"r{n}", list(range(1, 401)), sampling) for n in range(2)]
+    for n, spec in enumerate(specs):
+        world.submit("s", spec, 3.1 + 2 * n)
+    world.run(9.0)
+    check_outcomes(world, specs)
+    prefill, decode = (engine.scheduler.stats.scheduled_tokens for engine in engines)
+    assert service.placement.num_handovers == 2
+    assert prefill == (400 + 16 if caching else 2 * 400)
+    assert decode <= 2 * (39 + BLOCK_TOKENS)
+    assert engines[1].scheduler.stats.prefix_hit_tokens >= 2 * 384
+    for engine in engines:
+        engine.scheduler.check()
+        engine.exchange.check()

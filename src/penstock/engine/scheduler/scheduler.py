@@ -46,7 +46,14 @@ from penstock.engine.scheduler.pacing import UNPACED, Pace
 from penstock.engine.scheduler.queue import WaitingQueue
 from penstock.engine.scheduler.room import Room
 from penstock.engine.scheduler.runs import shorten
-from penstock.engine.scheduler.sequence import CLASSES, Key, Sequence, SequenceUpdate, State
+from penstock.engine.scheduler.sequence import (
+    CLASSES,
+    Key,
+    Sequence,
+    SequenceUpdate,
+    State,
+    sealed_keys,
+)
 from penstock.engine.scheduler.step import Claims, InFlight, Plan, SchedulerStats, Slots, Totals
 from penstock.engine.scheduler.validation import DuplicateSubmit, validate
 from penstock.protocol.errors import EngineFailed, ErrorInfo, Overloaded
@@ -131,6 +138,10 @@ class Scheduler:
         self._queues[seq.request_class].enter(seq)
         self.num_changes += 1
         return seq
+
+    def keys_of(self, owner: Key, keys: list[bytes]) -> list[bytes]:
+        """What blocks of the request `owner`, which moves between instances, are called here."""
+        return keys if self._config.enable_prefix_caching else sealed_keys(owner, keys)
 
     def cancel(self, key: Key, attempt: int | None = None) -> SequenceUpdate | None:
         """End a sequence at once, wherever it stands; its results in flight will be ignored.

@@ -21,6 +21,13 @@ Flow = tuple[str, str]  # (service, cache_salt): between whom tokens are shared 
 CLASSES: tuple[RequestClass, ...] = ("online", "offline")
 
 
+def sealed_keys(owner: Key, keys: list[bytes]) -> list[bytes]:
+    """What stands for `keys` where prefixes are not shared: each instance that has to do with the
+    request `owner` arrives at them, and no other request does."""
+    service, request_id = owner
+    return [root_key("sealed", service, request_id, [key]) for key in keys]
+
+
 class State(Enum):
     WAITING = "waiting"
     RUNNING = "running"  # has a slot
@@ -48,7 +55,7 @@ class Sequence:
     submit: Submit
     arrival: int
     max_total_tokens: int  # prompt + output may not grow beyond
-    public: bool  # its keys are the service's: others may match them
+    public: bool  # its keys follow from the service's: others may match or ask for them
     keys: list[bytes]  # of the whole blocks, as far as they have been named
     token_ids: list[int]
     num_prompt_logprobs_sent: int | None  # prompt positions 1 ... n are out; None: not wanted
@@ -69,6 +76,7 @@ class Sequence:
     cached_tokens: int = 0  # prompt tokens found in the cache at the first admission
     cached_tokens_told: bool = False
     hands_over: bool = False  # after its first new token it goes on elsewhere
+    unsealed_key: bytes = b""  # the service's key of the block named last, if keys are sealed
     # Marks of whoever drives the scheduler and has a clock; None until set.
     arrived_s: float | None = None
     started_s: float | None = None
@@ -102,22 +110,28 @@ class Sequence:
         cls, submit: Submit, arrival: int, max_len: int, caching: bool, hands_over: bool = False
     ) -> Sequence:
         """`max_len`: total tokens one sequence may reach here; `caching`: may KV be shared;
-        `hands_over`: prefill only."""
+        `hands_over`: prefill only. Without caching only what moves between instances has keys of
+        the service's, and those are sealed."""
         num_prompt = len(submit.prompt_ids)
         wants_prompt_logprobs = submit.sampling.prompt_logprobs is not None
-        public = caching and bool(submit.block_keys)
+        moves = hands_over or submit.kv_source is not None
+        keys = split_keys(submit.block_keys) if caching or moves else []
+        unsealed_key = b"" if caching or not keys else keys[-1]
+        if unsealed_key:
+            keys = sealed_keys((submit.service, submit.request_id), keys)
         return cls(
             submit=submit,
             arrival=arrival,
             max_total_tokens=min(num_prompt + submit.sampling.max_tokens, max_len),
-            public=public,
-            keys=split_keys(submit.block_keys) if public else [],
+            public=bool(keys),
+            keys=keys,
             token_ids=submit.prompt_ids + submit.resumed_ids,
             # Who resumes with output has had the prompt's logprobs from an earlier attempt.
             num_prompt_logprobs_sent=(
                 0 if wants_prompt_logprobs and not submit.resumed_ids else None
             ),
             hands_over=hands_over,
+            unsealed_key=unsealed_key,
         )
 
     @property
@@ -160,7 +174,12 @@ class Sequence:
             keys.append(next_key(root, ids[:block_tokens]))
         named, end = len(keys) * block_tokens, num_blocks * block_tokens
         if named < end:
-            keys += split_keys(block_keys(keys[-1], ids[named:end], block_tokens))
+            parent = self.unsealed_key or keys[-1]
+            new = split_keys(block_keys(parent, ids[named:end], block_tokens))
+            if self.unsealed_key and new:
+                self.unsealed_key = new[-1]
+                new = sealed_keys(self.key, new)
+            keys += new
 
     def take_slot(self, slot: int, hits: list[int], block_tokens: int) -> None:
         """It runs from now on, and begins with cached blocks."""

@@ -126,7 +126,7 @@ class Exchange:
             return [
                 Send(peer, Refused("fetch", reason, key[1], fetch.attempt, code="protocol_error"))
             ]
-        keys = split_keys(fetch.keys)
+        keys = self._scheduler.keys_of(key, split_keys(fetch.keys))
         num_blocks = -(-fetch.num_tokens // self._card.layout.block_tokens)
         num_missing = max(0, num_blocks - len(self._scheduler.pool.match(keys)))
         room = self._scheduler.room.spare() - self._holds.promised(key)
