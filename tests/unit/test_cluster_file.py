@@ -52,7 +52,7 @@ def test_slos() -> None:
 
 # --- files ----------------------------------------------------------------------------------------
 
-NAMES = sorted(known_hardware())
+NAMES = sorted(n for n in known_hardware() if ":llama3.1-8b:" in n)
 COUNTS = st.integers(1, 10**6)
 POOLS = st.builds(
     PoolSpec,
@@ -208,6 +208,13 @@ def test_pools_may_have_roles_of_their_own() -> None:
         (SMALL + "pd: 2:6", r'pd is 126, to YAML: write splits in quotes, "2:6"'),
         (SMALL + "pd: '2:6'", "there are 2 instances"),
         (SMALL + "pd: sometimes", "write off, auto"),
+        (SMALL.replace("2", "1000000000", 1), r"pools\[0\].count is more than 100000"),
+        (SMALL.replace("tp: 1", "tp: 1, slowdown: 1.0e+30"), r"slowdown is 1e\+30, not from 0.001"),
+        (SMALL.replace("tp: 1", "tp: 1, kv-tokens: 10000000000"), "kv-tokens is more than 1000000"),
+        (SMALL + "link: {latency: 9h}", "latency is 9h, more than an hour"),
+        ("pools: [{count: 1, hardware: /dev/zero}]", "/dev/zero is no file"),
+        ("pools: [{name: a, count: 1, hardware: 'h100:llama3.1-8b:bf16:tp1'}, "
+         "{name: b, count: 1, hardware: 'h100:llama3.1-70b:fp8:tp2'}]", "are of different models"),
         (SMALL + "pd: pools", "one pool's role is prefill"),
         (SMALL + "policy: best", "--policy best is not a policy: choose one of"),
         (SMALL + "slo: {ttft: 1}", "slo.ttft is 1: write a time|slo.ttft is '?1'?: write a time"),

@@ -38,7 +38,10 @@ EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _run(arguments)
+        code = _run(arguments)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where what goes wrong can be said
+        return code
     except PenstockError as exc:
         if "debug" in arguments:  # --log-level debug
             traceback.print_exc()
@@ -51,12 +54,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout = None  # type: ignore[assignment]
         return EXIT_FAILURE
     except (MemoryError, OSError, ImportError, RuntimeError) as exc:
+        if isinstance(exc, OSError) and exc.errno in _NO_ROOM:
+            sys.stdout = None  # type: ignore[assignment]
+            print(f"{PROJECT}: cannot write: {exc.strerror}", file=sys.stderr)
+            return EXIT_FAILURE
         if not _is_out_of_memory(exc):
             raise
         print(f"{PROJECT}: there is not enough memory, or none allowed: {exc}", file=sys.stderr)
         return EXIT_FAILURE
 
 
+#: A full disk, a quota, a device that fails: nothing that a traceback would explain.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 #: Only torch, the loader of libraries and the threads say it in words.
 _NO_MEMORY_WORDS = (
     "can't allocate memory",

@@ -9,7 +9,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from penstock.cli import process
 from penstock.cli.parser import Parser, count
 from penstock.loadgen import costs
+from penstock.loadgen.files import write_whole
 from penstock.loadgen.sources import open_trace
 from penstock.loadgen.traces import TraceRequest
 from penstock.protocol.errors import ConfigError
@@ -83,8 +84,8 @@ def run(arguments: Sequence[str]) -> int:
             progress=tell,
         )
     if writes:
-        _write(out / "report.json", to_json(report) + "\n")
-        _write(out / "report.html", render(report))
+        write_whole(out / "report.json", to_json(report) + "\n")
+        write_whole(out / "report.html", render(report))
     if for_programs:
         print(to_json(report))
         return 0
@@ -188,10 +189,3 @@ def _make_folder(out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as exc:
         raise ConfigError(f"--out {out} cannot be made: {exc.strerror}") from None
-
-
-def _write(path: Path, text: str) -> Any:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as exc:
-        raise ConfigError(f"{path} cannot be written: {exc.strerror}") from None

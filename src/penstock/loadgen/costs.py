@@ -9,10 +9,14 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from penstock.loadgen.files import read_small
 from penstock.protocol.errors import ConfigError
 from penstock.protocol.instance import CostModel
 
 _TERMS = ("base_s", "per_token_s", "per_row_s", "per_context_token_s", "per_attention_s")
+#: More than the largest instances hold many times over: books of it would fill the memory.
+MOST_KV_TOKENS = 10**8
+_LONGEST_S, _MOST = 3600.0, 10**9
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +76,11 @@ def hardware(name: str, step_tokens: int = 2048, max_running: int = 256) -> Inst
 def from_file(path: Path, step_tokens: int = 2048, max_running: int = 256) -> InstanceModel:
     """A JSON object with the coefficients (those of an instance's heartbeats or card will do),
     kv_tokens and kv_bytes_per_token."""
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"--model-cost {path} is no file")
     try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError) as exc:
+        found = json.loads(read_small(path))
+    except (ValueError, RecursionError) as exc:
         raise ConfigError(f"--model-cost {path} cannot be read as JSON: {exc}") from None
     if not isinstance(found, dict):
         raise ConfigError(f"--model-cost {path} is not a JSON object")
@@ -97,6 +103,9 @@ def _model(name: str, found: dict[str, Any], step_tokens: int, max_running: int)
         if not numeric or not math.isfinite(value) or value < 0:
             raise ConfigError(f"{name}: {term} is {value!r}, not a number of at least 0")
         values[term] = float(value)
+        most = {"kv_tokens": MOST_KV_TOKENS, "kv_bytes_per_token": _MOST}.get(term, _LONGEST_S)
+        if value > most:
+            raise ConfigError(f"{name}: {term} is {value:g}, more than {most:g}")
     if not values["base_s"] + values["per_token_s"] + values["per_row_s"]:
         raise ConfigError(f"{name} lacks base_s and per_token_s: a step of one token takes no time")
     if not values["kv_tokens"]:
@@ -113,8 +122,14 @@ def _model(name: str, found: dict[str, Any], step_tokens: int, max_running: int)
         cost,
         int(values["kv_tokens"]),
         int(values["kv_bytes_per_token"]),
-        int(found.get("step_tokens", step_tokens)),
-        int(found.get("max_running", max_running)),
-        int(found.get("gpus", 1)),
+        _count(name, "step_tokens", found.get("step_tokens", step_tokens)),
+        _count(name, "max_running", found.get("max_running", max_running)),
+        _count(name, "gpus", found.get("gpus", 1)),
         float(found.get("median_error", 0.0)),
     )
+
+
+def _count(name: str, field: str, value: object) -> int:
+    if type(value) is not int or not 1 <= value <= _MOST:
+        raise ConfigError(f"{name}: {field} is {value!r}, not a whole number of at least 1")
+    return value

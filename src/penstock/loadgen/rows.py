@@ -26,10 +26,15 @@ def read_rows(path: Path) -> Iterator[tuple[int, Row]]:
             while start.isspace():
                 start = file.read(1)
             file.seek(0)
-            if start == "{":
+            # A list is no row, but JSON, and said to be so.
+            if start in ("{", "["):
                 yield from _json_rows(path, file)
             else:
-                yield from enumerate(csv.DictReader(file), start=2)
+                rows = csv.DictReader(file)
+                columns = rows.fieldnames or []
+                if twice := [c for c in dict.fromkeys(columns) if columns.count(c) > 1]:
+                    raise ConfigError(f"{path} has the column {twice[0]} twice")
+                yield from enumerate(rows, start=2)
     except (OSError, EOFError, zlib.error) as exc:
         raise ConfigError(f"{path} cannot be read: {exc}") from None
     except (UnicodeDecodeError, csv.Error) as exc:

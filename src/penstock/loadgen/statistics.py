@@ -18,7 +18,7 @@ def describe(requests: Sequence[TraceRequest]) -> dict[str, Any]:
     times = np.array([r.arrival_s for r in requests])
     gaps = np.diff(times)
     seconds = float(times[-1] - times[0])
-    counts = np.bincount((times / _PEAK_S).astype(int))
+    _, counts = np.unique(times // _PEAK_S, return_counts=True)
     mean_count = len(requests) / max(seconds / _PEAK_S, 1.0)
     return {
         "requests": len(requests),

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from itertools import islice, pairwise
 from pathlib import Path
 
+from penstock.loadgen.files import write_whole
 from penstock.loadgen.rows import Row, date, number, read_rows
 from penstock.protocol.errors import ConfigError
 
@@ -28,6 +29,8 @@ from penstock.protocol.errors import ConfigError
 HASH_BLOCK_TOKENS = 512
 #: More tokens than this in one prompt are a mistake in the file.
 MAX_TOKENS = 1 << 24
+#: So is a trace that lasts longer: ten years.
+_LONGEST_S = 10 * 366 * 86400.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,10 +162,7 @@ def write_trace(path: Path, requests: Iterable[TraceRequest]) -> None:
         lines += [f"{r.arrival_s:.6f},{r.input_tokens},{r.output_tokens}" for r in requests]
     else:
         lines = [json.dumps(_as_row(r), separators=(",", ":")) for r in requests]
-    try:
-        path.write_text("\n".join(lines) + "\n")
-    except OSError as exc:
-        raise ConfigError(f"{path} cannot be written: {exc}") from None
+    write_whole(path, "\n".join(lines) + "\n")
 
 
 def tick_of(path: Path, requests: Sequence[TraceRequest]) -> float | None:
@@ -200,7 +200,7 @@ def spread_ticks(requests: list[TraceRequest], tick_s: float) -> list[TraceReque
 def _requests(path: Path) -> Iterator[TraceRequest]:
     known: _Format | None = None
     sessions = _Sessions()
-    before_s = 0.0
+    first_s, before_s = -1.0, 0.0
     for line, row in read_rows(path):
         where = f"{path}, line {line}"
         known = known or _format_of(row, path)
@@ -211,6 +211,12 @@ def _requests(path: Path) -> Iterator[TraceRequest]:
             raise ConfigError(
                 f"{where}: arrives at {arrival_s:g} s, before the one above ({before_s:g} s): sort "
                 "the trace by time"
+            )
+        first_s = arrival_s if first_s < 0 else first_s
+        if arrival_s - first_s > _LONGEST_S:
+            raise ConfigError(
+                f"{where}: {known.arrival} is {row[known.arrival]}, more than ten years after the "
+                "first one"
             )
         before_s = arrival_s
         tokens = _tokens(row, known, where)

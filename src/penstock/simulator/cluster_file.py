@@ -14,7 +14,13 @@ from typing import Any
 
 import yaml
 
-from penstock.loadgen.costs import InstanceModel, hardware_or_file, known_hardware
+from penstock.loadgen.costs import (
+    MOST_KV_TOKENS,
+    InstanceModel,
+    hardware_or_file,
+    known_hardware,
+)
+from penstock.loadgen.files import read_yaml
 from penstock.loadgen.traces import TraceRequest
 from penstock.protocol.errors import ConfigError
 from penstock.protocol.kv import BLOCK_TOKENS
@@ -24,17 +30,14 @@ from penstock.simulator.spec import ClusterSpec, FaultSpec, LinkSpec, PoolSpec
 
 #: Reads a value, given what to call it in an error.
 _Reader = Callable[[Any, str], Any]
+#: More than this is a mistake, and would only use up the memory.
+_MOST_INSTANCES, _MOST_TIER_TOKENS, _MOST = 100_000, 10**12, 10**9
+_LONGEST_S = 3600.0
 
 
 def read_cluster(path: Path) -> ClusterSpec:
     """Raises `ConfigError` that names the file, and the field at fault."""
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as exc:
-        reason = exc.strerror if isinstance(exc, OSError) else "it is not UTF-8"
-        raise ConfigError(f"{path} cannot be read: {reason}") from None
-    except yaml.YAMLError as exc:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(exc).split())}") from None
+    found = read_yaml(path)
     try:
         return parse_cluster(found, path.parent)
     except ConfigError as exc:
@@ -51,10 +54,24 @@ def parse_cluster(found: Any, folder: Path = Path()) -> ClusterSpec:
         _pool(pool, f"pools[{place}]", folder) for place, pool in enumerate(pools)
     )
     values |= values.pop("slo", {})
+    _check_pools(values["pools"])
     spec = ClusterSpec(**values)
     policy_named(spec.policy)
     _ = spec.static_split  # raises where `pd` is none of those that there are
     return spec
+
+
+def _check_pools(pools: Sequence[PoolSpec]) -> None:
+    if (total := sum(pool.count for pool in pools)) > _MOST_INSTANCES:
+        raise ConfigError(f"pools have {total} instances in all, more than {_MOST_INSTANCES}")
+    # A file with a cost model does not say of which model it is.
+    names = [p.hardware for p in pools if "/" not in p.hardware and ":" in p.hardware]
+    models = list(dict.fromkeys(name.split(":")[1] for name in names))
+    if len(models) > 1:
+        raise ConfigError(
+            f"pools are of different models ({', '.join(models)}): one service serves one, so that "
+            "any of its instances can answer; simulate them one by one"
+        )
 
 
 def write_cluster(spec: ClusterSpec) -> str:
@@ -223,20 +240,34 @@ def _flag(value: Any, what: str) -> bool:
     return value
 
 
-def _whole(least: int) -> _Reader:
+def _whole(least: int, most: int = _MOST) -> _Reader:
     def read(value: Any, what: str) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ConfigError(f"{what} is {value!r}, not a whole number of at least {least}")
+        if value > most:
+            raise ConfigError(f"{what} is more than {most}")
         return value
 
     return read
 
 
-def _positive(value: Any, what: str) -> float:
-    numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not numeric or not math.isfinite(value) or value <= 0:
-        raise ConfigError(f"{what} is {value!r}, not a number of more than 0")
-    return float(value)
+def _number(least: float, most: float) -> _Reader:
+    def read(value: Any, what: str) -> float:
+        numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not numeric or math.isnan(value) or value <= 0:
+            raise ConfigError(f"{what} is {value!r}, not a number of more than 0")
+        if not least <= value <= most:
+            raise ConfigError(f"{what} is {value:g}, not from {least:g} to {most:g}")
+        return float(value)
+
+    return read
+
+
+def _delay(value: Any, what: str) -> float:
+    found = seconds_of(value, what)
+    if found > _LONGEST_S:
+        raise ConfigError(f"{what} is {value}, more than an hour")
+    return found
 
 
 def _split(value: Any, what: str) -> str:
@@ -292,20 +323,20 @@ def _slo(value: Any, what: str) -> dict[str, float]:
 
 _POOL: dict[str, _Reader] = {
     "name": _text,
-    "count": _whole(1),
+    "count": _whole(1, _MOST_INSTANCES),
     "hardware": _text,
     "role": _one_of("any", "prefill", "decode"),
     "max_num_batched_tokens": _whole(1),
     "max_num_seqs": _whole(1),
     "max_model_len": _whole(1),
     "enable_prefix_caching": _flag,
-    "kv_tokens": _whole(BLOCK_TOKENS),
-    "host_kv_tokens": _whole(0),
-    "disk_kv_tokens": _whole(0),
-    "slowdown": _positive,
-    "gpu_hour_usd": _positive,
+    "kv_tokens": _whole(BLOCK_TOKENS, MOST_KV_TOKENS),
+    "host_kv_tokens": _whole(0, _MOST_TIER_TOKENS),
+    "disk_kv_tokens": _whole(0, _MOST_TIER_TOKENS),
+    "slowdown": _number(1e-3, 1e3),
+    "gpu_hour_usd": _number(0.0, 1e6),
 }
-_LINK: dict[str, _Reader] = {"latency": seconds_of, "jitter": seconds_of, "kv_gbit": _positive}
+_LINK: dict[str, _Reader] = {"latency": _delay, "jitter": _delay, "kv_gbit": _number(1e-3, 1e6)}
 _LINK_FIELDS = {"latency": "latency_s", "jitter": "jitter_s", "kv_gbit": "kv_gbit"}
 _FAULT: dict[str, _Reader] = {
     "at": seconds_of,
@@ -313,7 +344,7 @@ _FAULT: dict[str, _Reader] = {
     "freeze": _text,
     "slow": _text,
     "for": seconds_of,
-    "times": _positive,
+    "times": _number(1e-3, 1e3),
 }
 _CLUSTER: dict[str, _Reader] = {
     "name": _text,

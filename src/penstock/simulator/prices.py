@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from penstock.loadgen.files import read_yaml
 from penstock.protocol.errors import ConfigError
 
 #: US dollars, SXM, on demand: RunPod's list as quoted by deploybase.ai on 2026-03-10 (the H100's
@@ -40,13 +39,7 @@ def _pairs(text: str) -> dict[str, Any]:
 
 
 def _file(path: Path) -> dict[str, Any]:
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as exc:
-        reason = exc.strerror if isinstance(exc, OSError) else "it is not UTF-8"
-        raise ConfigError(f"--prices {path} cannot be read: {reason}") from None
-    except yaml.YAMLError as exc:
-        raise ConfigError(f"--prices {path}: {' '.join(str(exc).split())}") from None
+    found = read_yaml(path)
     if not isinstance(found, dict) or not found:
         raise ConfigError(f"--prices {path} has to hold GPUs and prices, such as `h100: 2.5`")
     return found
