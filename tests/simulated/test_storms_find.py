@@ -11,6 +11,7 @@ import pytest
 
 from penstock.engine.core import InstanceCore
 from penstock.protocol.effects import Effect, Reply, SetTimer
+from penstock.protocol.errors import Overloaded
 from penstock.protocol.instance import Assign
 from penstock.protocol.tokens import Tokens
 from penstock.service.core import ServiceCore
@@ -109,6 +110,33 @@ def a_resumed_request_ends_twice(core: Core) -> None:
     _wrap(core, "on_message", make)
 
 
+def everybody_is_refused(core: Core) -> None:
+    if not isinstance(core, ServiceCore):
+        return
+
+    def refuse(spec: Any, now: float) -> list[Effect]:
+        raise Overloaded("nobody comes in")
+
+    core.submit = refuse  # type: ignore[method-assign]
+
+
+def answers_end_where_a_queue_is_full(core: Core) -> None:
+    """Also those that have begun, after a hand-over or a crash."""
+    if not isinstance(core, InstanceCore):
+        return
+    scheduler = core.scheduler
+
+    def make(add: Callable[..., Any]) -> Callable[..., Any]:
+        def bounded(submit: Any, hands_over: bool = False) -> Any:
+            if submit.resumed_ids and scheduler.num_here()[1] >= 1:
+                raise Overloaded("no room")
+            return add(submit, hands_over)
+
+        return bounded
+
+    _wrap(scheduler, "add", make)
+
+
 def one_of_the_interrupted_is_forgotten(core: Core) -> None:
     if not isinstance(core, ServiceCore):
         return
@@ -205,6 +233,8 @@ PLANTS = (
     incarnations_are_not_compared,
     a_counter_is_not_taken_back,
     a_resumed_request_ends_twice,
+    everybody_is_refused,
+    answers_end_where_a_queue_is_full,
     one_of_the_interrupted_is_forgotten,
     older_leaders_are_believed,
     a_block_is_freed_twice,

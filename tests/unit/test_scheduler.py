@@ -75,6 +75,16 @@ def test_a_full_queue_refuses_but_lets_a_newer_attempt_in() -> None:
     harness.scheduler.add(submit("c"))
 
 
+def test_an_answer_that_has_begun_elsewhere_goes_on_however_many_wait() -> None:
+    harness = Harness(max_waiting=1)
+    harness.scheduler.add(submit("a"))
+    harness.scheduler.add(submit("b", 5, resumed=range(3), max_tokens=9))
+    with pytest.raises(Overloaded):
+        harness.scheduler.add(submit("c"))
+    harness.run()
+    assert harness.finish("b") == "length"
+
+
 def test_a_newer_attempt_replaces_the_older_and_a_duplicate_does_not() -> None:
     harness = Harness(depth=2)
     harness.scheduler.add(submit("r", attempt=1))

@@ -118,8 +118,9 @@ class Scheduler:
         """Queue a sequence; if it `hands_over`, it ends with its first new token.
 
         A newer attempt replaces an older one, of which nothing more is heard. Raises
-        `ContextLengthExceeded` or `InvalidRequest` for what can never run here, `Overloaded` when
-        the queue is full, `DuplicateSubmit` for an attempt that is not newer than the live one.
+        `ContextLengthExceeded` or `InvalidRequest` for what can never run here, `Overloaded` for a
+        new answer when the queue is full (one that has begun goes on), `DuplicateSubmit` for an
+        attempt that is not newer than the live one.
         """
         older = self._live.get((submit.service, submit.request_id))
         if older is not None and older.attempt >= submit.attempt:
@@ -129,7 +130,7 @@ class Scheduler:
         validate(submit, self.max_model_len, self._config.block_tokens)
         if older is not None:
             self._finish(older)
-        elif self.num_here()[1] >= self._config.max_waiting:
+        elif not submit.resumed_ids and self.num_here()[1] >= self._config.max_waiting:
             raise Overloaded(f"{self._config.max_waiting} sequences are waiting already")
         caching = self._config.enable_prefix_caching
         seq = Sequence.of(submit, self._arrivals, self.max_model_len, caching, hands_over)

@@ -71,6 +71,8 @@ class Caller:
     began: bool = False
     #: "" while it waits; "refused", "cancelled", "reset": nothing more is to come.
     over: str = ""
+    refusal: ErrorInfo | None = None
+    refused_s: float = 0.0
 
     def __post_init__(self) -> None:
         self.choices = [_Choice() for _ in range(self.ask.n)]
@@ -105,7 +107,7 @@ class Caller:
             )
 
     def refused(self, error: PenstockError) -> None:
-        self.over = "refused"
+        self.over, self.refusal, self.refused_s = "refused", error.info(), self.clock()
 
     def goes_away(self) -> None:
         if self.waits:

@@ -1,5 +1,5 @@
-"""When a request may end with an error: only if, at some moment of its life, no instance could
-be counted on. Any single failure ends in tokens."""
+"""When a request may be refused, and when it may end with an error: only if, at some moment of its
+life, no instance could be counted on. Any single failure ends in tokens."""
 
 from __future__ import annotations
 
@@ -27,9 +27,39 @@ from penstock.simulator.storms.storm import (
 )
 
 #: Until all have noticed that a fault is over.
-_AFTERWARDS_S = 8.0
+_AFTERWARDS_S = 3.0
 #: From so many lost frames on nothing can be promised.
 _LOUD = 0.05
+
+
+#: Two clocks may tell a deadline so differently.
+_SAME_TIME_S = 0.01
+
+
+def num_sequences(storm: Storm) -> int:
+    return sum(ask.n for ask in storm.asks)
+
+
+def may_refuse(storm: Storm, ask: Ask, code: str, refused_s: float) -> bool:
+    """Its service is down, or has a bound: on its queue, or on the time to a first token."""
+    if code == "overloaded":
+        shape = storm.shape
+        return shape.ttft_slo_s is not None or shape.max_queue < num_sequences(storm)
+    return code == "engine_unavailable" and any(
+        fault.at_s <= refused_s
+        and (refused_s <= fault.over_s or fault.again_after_s is None)
+        and ask.service == (fault.node if isinstance(fault, Crash) else fault.service)
+        for fault in storm.faults
+        if isinstance(fault, Crash | Leave)
+    )
+
+
+def is_over_budget(storm: Storm, ask: Ask, ended_s: float) -> bool:
+    """A clock that is wrong may find so too early."""
+    if ask.budget_s is None:
+        return False
+    skewed = any(isinstance(fault, Skew) for fault in storm.faults)
+    return skewed or ended_s >= ask.at_s + ask.budget_s - _SAME_TIME_S
 
 
 def may_fail(storm: Storm, ask: Ask, ended_s: float) -> bool:
@@ -59,7 +89,7 @@ def _span(storm: Storm, fault: Fault, service: str) -> tuple[tuple[str, ...], fl
             return (node,), fault.at_s, _found_again_s(storm, until_s)
         case Leave(service=name):
             return (everybody, fault.at_s, until_s) if name == service else None
-        case Slow(node=node) | Hang(node=node):
+        case Hang(node=node):
             return (node,), fault.at_s, until_s
         case Cut(these=these, those=those):
             if service in these:
@@ -71,7 +101,14 @@ def _span(storm: Storm, fault: Fault, service: str) -> tuple[tuple[str, ...], fl
         case Drain(node=node):
             return (node,), fault.at_s, float("inf")
         case (
-            Assignment() | Lead() | Raise() | RegistryLoss() | ScaleUp() | SpoilTiers() | TakeBack()
+            Assignment()
+            | Lead()
+            | Raise()
+            | RegistryLoss()
+            | ScaleUp()
+            | Slow()
+            | SpoilTiers()
+            | TakeBack()
         ):
             return None
 

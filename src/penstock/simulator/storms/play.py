@@ -14,7 +14,12 @@ from penstock.simulator.storms.checks import (
     nothing_left_in_service,
 )
 from penstock.simulator.storms.cluster import Cluster, Plant
-from penstock.simulator.storms.excuses import may_fail
+from penstock.simulator.storms.excuses import (
+    is_over_budget,
+    may_fail,
+    may_refuse,
+    num_sequences,
+)
 from penstock.simulator.storms.faults import Strikes
 from penstock.simulator.storms.storm import Cut, Halt, Noise, Raise, Skew, Storm
 
@@ -125,21 +130,30 @@ def _to_the_end(cluster: Cluster) -> None:
 
 def _check_end(storm: Storm, caller: Caller) -> None:
     ask = caller.ask
+    _check_refusal(storm, caller)
     _check_budget(storm, caller)
     num_raised = sum(fault.count for fault in storm.faults if isinstance(fault, Raise))
     for number, choice in enumerate(caller.choices):
         if choice.end != "error":
             continue
         assert choice.error is not None
-        excused = ask.budget_s is not None or may_fail(storm, ask, choice.ended_s)
+        excused = is_over_budget(storm, ask, choice.ended_s)
+        excused = excused or may_fail(storm, ask, choice.ended_s)
         error = f"r{ask.number}/{number} ends with {choice.error.code}"
         if choice.error.code == "engine_failed":
             excused = num_raised > MAX_FAILED_STEPS
         elif choice.error.code == "overloaded":
-            excused = storm.shape.max_waiting < len(storm.asks) * 3
+            excused = not choice.num_tokens and storm.shape.max_waiting < num_sequences(storm)
         else:
             hold(choice.error.code == "engine_unavailable", f"{error}: {choice.error.message}")
         hold(excused, f"{error} though an instance was well: {choice.error.message}")
+
+
+def _check_refusal(storm: Storm, caller: Caller) -> None:
+    refusal = caller.refusal
+    if refusal is not None:
+        said = f"r{caller.ask.number} is refused with {refusal.code}: {refusal.message}"
+        hold(may_refuse(storm, caller.ask, refusal.code, caller.refused_s), said)
 
 
 def _check_budget(storm: Storm, caller: Caller) -> None:
