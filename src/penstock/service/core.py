@@ -46,9 +46,6 @@ from penstock.service.placement import Placement, PlacementConfig
 from penstock.service.policies.routing import Policy, least_load
 from penstock.service.prospects import Prospects
 
-#: Nothing runs there for us, but it may attach.
-_GONE = ("lost", "refused")
-
 
 @dataclass(frozen=True, slots=True)
 class ServiceCoreConfig:
@@ -146,7 +143,10 @@ class ServiceCore:
         """A connection to `name` exists: attach to it. If it was known by another address, what ran
         there goes on elsewhere."""
         old = self.instances.get(name)
-        effects = [] if old is None else self._give_up(old, now)
+        effects: list[Effect] = []
+        if old is not None:
+            effects = self._give_up(old, now)
+            old.left()
         instance = self.instances[name] = Instance(name, self.placement.changes, heard_s=now)
         if self._next_tick_s is None:  # else the next one stays as it is, however many come
             self._next_tick_s = now + self.config.tick_s
@@ -271,7 +271,7 @@ class ServiceCore:
             if entry is None or row.attempt != entry.attempt:
                 if row.finish is None:  # cancelled or given up, and it does not know that
                     effects.append(Send(instance.name, Cancel(row.request_id, row.attempt)))
-            elif row.ids and not self._follows(entry, row):
+            elif row.ids and not entry.is_next(row):
                 if row.start >= len(entry.emitted):
                     effects += self.placement.move(entry, now, "tokens were lost")
             elif row.error is not None:
@@ -281,13 +281,6 @@ class ServiceCore:
         if instance.tokens_seen - instance.tokens_credited >= self.config.credit_every:
             effects.append(self._credit(instance, now))
         return effects
-
-    @staticmethod
-    def _follows(entry: Entry, row: TokenRow) -> bool:
-        """Nothing is missing before the row, and nothing of it is known."""
-        return row.start == len(entry.emitted) and not (
-            entry.lacks_prompt_logprobs and not entry.emitted
-        )
 
     def _accept(self, entry: Entry, row: TokenRow, now: float) -> list[Effect]:
         if row.ids:
@@ -323,16 +316,14 @@ class ServiceCore:
         entry = instance.entries.get(message.request_id)
         if entry is None or message.attempt != entry.attempt:
             return []
-        known = entry.prompt_logprobs_done - message.start
-        fresh = message.entries[max(0, known) :]
-        if known < 0 or not fresh:
-            return []  # known already; or a gap, which the first tokens will find
-        entry.prompt_logprobs_done += len(fresh)
+        fresh = entry.take_prompt_logprobs(message)
+        if not fresh:
+            return []
         return [Reply(entry.request_id, TokenDelta(entry.choice, [], prompt_logprobs=fresh))]
 
     def _attached(self, instance: Instance, message: Attached, now: float) -> list[Effect]:
         effects: list[Effect] = []
-        if message.card.incarnation < instance.incarnation and instance.state not in _GONE:
+        if message.card.incarnation < instance.incarnation and not instance.is_gone:
             return []  # of the past; once the newer one is silent, its host's clock was put back
         if reason := self._why_not(instance, message.card):
             return self._give_up(instance, now, refusal=reason)
@@ -380,7 +371,7 @@ class ServiceCore:
         instance.loaded(load, now)
         instance.draining = load.draining
         instance.is_now(load.role, load.epoch)
-        if instance.state in _GONE:
+        if instance.is_gone:
             # It was only stopped. It must attach anew, and be rid of what runs elsewhere by now.
             return self._resync(instance, now)
         return self.placement.house(now)
@@ -451,7 +442,7 @@ class ServiceCore:
 
     def _look_after(self, instance: Instance, now: float) -> list[Effect]:
         config = self.config
-        if instance.state == "connecting" or instance.state in _GONE:
+        if instance.state == "connecting" or instance.is_gone:
             return self._attach(instance, now)
         silent_s = now - instance.heard_s
         if silent_s > config.lost_after_s:
@@ -463,18 +454,9 @@ class ServiceCore:
         # What has come since is acknowledged with that: a window is many times `credit_every`.
         if now - instance.credit_sent_s >= config.speak_every_s:
             effects.append(self._credit(instance, now))
-        if self._is_unsure(instance, now) or instance.snapshot_wanted:
+        if instance.is_unsure(now, config.resync_after_s) or instance.snapshot_wanted:
             effects += self._resync(instance, now)
         return effects
-
-    def _is_unsure(self, instance: Instance, now: float) -> bool:
-        """Whether a sequence there has been without news for too long. News only become newer, so
-        that nobody needs to be looked at before the oldest of the last look are old enough."""
-        if now <= instance.sure_until_s:
-            return False
-        oldest_s = min((e.news_s for e in instance.entries.values()), default=now)
-        instance.sure_until_s = min(oldest_s, now) + self.config.resync_after_s
-        return now > instance.sure_until_s
 
     def _empty(self, instance: Instance, now: float) -> list[Effect]:
         """What should run elsewhere moves; an instance that has been emptied may go."""
@@ -489,12 +471,8 @@ class ServiceCore:
         return effects
 
     def _attach(self, instance: Instance, now: float) -> list[Effect]:
-        if now < instance.next_attach_s:
+        if not instance.may_attach(now, self.config.attach_every_s, self.config.attach_at_most_s):
             return []
-        pause_s = self.config.attach_every_s * 2**instance.attach_tries
-        instance.next_attach_s = now + min(pause_s, self.config.attach_at_most_s)
-        # A refusal stands until somebody changes something; until then there is no hurry.
-        instance.attach_tries = min(instance.attach_tries + 1, 8) if instance.refusal else 0
         listens = self.prospects.finder.listens
         attach = Attach(self.config.name, self.config.incarnation, PROTOCOL_VERSION, listens)
         return [Send(instance.name, attach)]

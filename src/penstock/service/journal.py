@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from penstock.protocol.kv import BLOCK_TOKENS, KEY_BYTES, block_keys, next_key, root_key
 from penstock.protocol.request import Constraint, RequestClass, SamplingParams
+from penstock.protocol.tokens import PromptLogprobs, TokenLogprobs, TokenRow
 from penstock.service.explain import Record
 from penstock.service.generation import GenerationSpec
 from penstock.service.policies.routing import Decision
@@ -122,6 +123,19 @@ class Entry:
         return self.sampling.prompt_logprobs is not None and self.prompt_logprobs_done < len(
             self.prompt_ids
         )
+
+    def is_next(self, row: TokenRow) -> bool:
+        """Nothing is missing before the row, and nothing of it is known."""
+        return row.start == len(self.emitted) and not (
+            self.lacks_prompt_logprobs and not self.emitted
+        )
+
+    def take_prompt_logprobs(self, message: PromptLogprobs) -> list[TokenLogprobs]:
+        """Those that are new. Behind a gap, which the first tokens will find, none are."""
+        known = self.prompt_logprobs_done - message.start
+        fresh = message.entries[known:] if known >= 0 else []
+        self.prompt_logprobs_done += len(fresh)
+        return fresh
 
     @property
     def num_tokens(self) -> int:

@@ -151,6 +151,11 @@ class Instance:
         return self.card.incarnation if self.card else 0
 
     @property
+    def is_gone(self) -> bool:
+        """Nothing of ours runs there, but it may attach."""
+        return self.state in ("lost", "refused")
+
+    @property
     def takes_work(self) -> bool:
         return self.state == "active" and not self.draining and self.leaving_since_s is None
 
@@ -190,6 +195,24 @@ class Instance:
         self.attach_tries = 0
         self.touched = True
         self.heard(now)
+
+    def may_attach(self, now: float, every_s: float, at_most_s: float) -> bool:
+        """Is it time for another try? Then the next one has to wait."""
+        if now < self.next_attach_s:
+            return False
+        self.next_attach_s = now + min(every_s * 2**self.attach_tries, at_most_s)
+        # A refusal stands until somebody changes something; until then there is no hurry.
+        self.attach_tries = min(self.attach_tries + 1, 8) if self.refusal else 0
+        return True
+
+    def is_unsure(self, now: float, after_s: float) -> bool:
+        """Whether a sequence here has been without news for too long. News only become newer, so
+        that nobody needs to be looked at before the oldest of the last look are old enough."""
+        if now <= self.sure_until_s:
+            return False
+        oldest_s = min((entry.news_s for entry in self.entries.values()), default=now)
+        self.sure_until_s = min(oldest_s, now) + after_s
+        return now > self.sure_until_s
 
     def left(self) -> None:
         """It is no part of the cluster any more. Another one may come under its name, and
