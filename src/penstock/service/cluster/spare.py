@@ -35,10 +35,11 @@ class Spare(NoSpare):
     def __init__(self, inherited: tuple[int, ...] = ()) -> None:
         self._inherited = inherited
         self._process: subprocess.Popen[bytes] | None = None
+        self._closed = False
 
     def prepare(self) -> None:
         """Have one, if the machine has a process to give."""
-        if self._process is not None and self._process.poll() is None:
+        if self._closed or (self._process is not None and self._process.poll() is None):
             return
         try:
             self._process = subprocess.Popen(
@@ -67,6 +68,8 @@ class Spare(NoSpare):
         return process
 
     def close(self) -> None:
+        """There is none from now on: an engine may still say that it is ready when all end."""
+        self._closed = True
         process, self._process = self._process, None
         if process is not None:
             process.kill()
