@@ -35,8 +35,8 @@ FLAGS = ("--served-model-name", "m", "--kv-cache-memory-bytes", "256M", "--max-m
 MIB = 1 << 20
 MODES = {
     "private": ("--share-weights=off",),
-    "shared": ("--share-weights=on",),
-    "shared, spare": ("--share-weights=on", "--spare-engine"),
+    "shared": (),
+    "shared, spare": ("--spare-engine",),
 }
 
 

@@ -54,7 +54,7 @@ def add_cluster_flags(parser: Parser) -> None:
         "--share-weights",
         choices=SHARE_WEIGHTS,
         help="engines on this machine, and those that replace them, have one copy of the weights "
-        "in memory (auto)",
+        "in memory, where they can be shared (auto)",
     )
     add(
         "--spare-engine",

@@ -9,7 +9,7 @@ from penstock.protocol.errors import ConfigError
 from penstock.service.cluster.fit import ANYTHING, Wanted
 
 MIB = 1 << 20
-SHARE_WEIGHTS = ("auto", "on", "off")
+SHARE_WEIGHTS = ("auto", "off")
 #: Policies under which a request stays where its prompt is computed.
 _NEVER_SPLIT = ("kv-aware",)
 
