@@ -10,10 +10,16 @@ from typing import Any
 from penstock.loadgen.files import read_yaml
 from penstock.protocol.errors import ConfigError
 
-#: US dollars, SXM, on demand: RunPod's list as quoted by deploybase.ai on 2026-03-10 (the H100's
-#: again by spheron.network on 2026-05-22). Prices move: give your own with --prices.
+#: US dollars an hour, SXM: RunPod's as others quote them in 2026, who do not agree on what kind of
+#: price that is. deploybase.ai/articles/runpod-gpu-pricing (10 March) has these as spot, and 2.45,
+#: 4.76 and 6.35 on demand; deploybase.ai/articles/spot-gpu-pricing (March) has the same figures as
+#: on demand; spheron.network (22 May) has the H100's as RunPod's Secure Cloud. RunPod's own list
+#: was not read. So take them for the cheap end, and give your own with --prices.
 DEFAULT_USD: Mapping[str, float] = {"a100": 1.39, "h100": 2.69, "h200": 3.59}
-SOURCE = "RunPod's list, quoted in March 2026 (deploybase.ai); --prices takes yours"
+SOURCE = (
+    "RunPod's, quoted in March 2026 as spot by one page and as on demand by another "
+    "(deploybase.ai); --prices takes yours"
+)
 
 
 def prices_of(text: str | None) -> dict[str, float]:
@@ -39,7 +45,10 @@ def _pairs(text: str) -> dict[str, Any]:
 
 
 def _file(path: Path) -> dict[str, Any]:
-    found = read_yaml(path)
+    try:
+        found = read_yaml(path)
+    except ConfigError as exc:
+        raise ConfigError(f"--prices {exc.message}") from None
     if not isinstance(found, dict) or not found:
         raise ConfigError(f"--prices {path} has to hold GPUs and prices, such as `h100: 2.5`")
     return found
