@@ -205,6 +205,7 @@ def test_a_spoilt_piece_ends_it(tmp_path: Path) -> None:
         (MAGIC + piece(b"\x81\xa6format\x63"), "has format 99 and this release reads 1"),
         (MAGIC + piece(b"\x81\xa6format\x01"), "its header cannot be read"),
         (MAGIC + piece(b"\x93"), "its header cannot be read"),
+        (MAGIC + piece(b"\x81\xa1\xff\x01"), "its header cannot be read"),
     ],
 )
 def test_what_is_no_recording(tmp_path: Path, data: bytes, message: str) -> None:
@@ -213,6 +214,16 @@ def test_what_is_no_recording(tmp_path: Path, data: bytes, message: str) -> None
         open_recording(tmp_path / "x")
     with pytest.raises(ConfigError, match="cannot be read"):
         open_recording(tmp_path / "nowhere")
+
+
+def test_names_that_are_no_utf8(tmp_path: Path) -> None:
+    path = short_recording(tmp_path / "r")
+    whole = len(replayed(path)[1])
+    spoilt = encode_step(Step(["unheard_of", 1.0], 0, 0)).replace(b"unheard", b"unhe\xffrd")
+    with path.open("ab") as file:
+        file.write(piece(array_of([spoilt])))
+    replay, moments = replayed(path)
+    assert len(moments) == whole and "it is damaged at byte" in replay.recording.problem
 
 
 def test_steps_of_another_release(tmp_path: Path) -> None:

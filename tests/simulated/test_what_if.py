@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 
 from penstock.cli import replay
@@ -19,7 +21,7 @@ from penstock.service.recorder import FileTape, make_core
 from penstock.service.recording import open_recording
 from penstock.simulator.incident import Replay
 from penstock.simulator.recorded_run import RecordedRun, collect
-from penstock.simulator.what_if import Case, case_of, change, what_if
+from penstock.simulator.what_if import Case, _median_error, case_of, change, what_if
 from tests.helpers.recorded import RECIPE, eventful, record_services, small_world, submit_many
 
 
@@ -240,8 +242,28 @@ def test_a_change_and_a_trace_by_command(
     assert main(["replay", str(busy), "--change", "policy=least-load", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["changed"]["answered"] == 45 and found["faults"][0]["name"] == "engine-1-crash"
-    assert main(["replay", str(busy), "--change", "without=?"]) == 2
+    assert main(["replay", str(busy), "--change", "without=?"]) == 0
+    assert "engine-1-crash at 3.0 s" in capsys.readouterr().out
+    assert main(["replay", str(busy), "--change", "without=nobody"]) == 2
     assert "there is engine-1-crash at 3.0 s" in capsys.readouterr().err
+
+
+def test_a_torn_recording_is_not_called_whole(
+    busy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torn = tmp_path / "torn"
+    torn.write_bytes(busy.read_bytes() + b"PR")
+    assert main(["replay", str(torn), "--json"]) == 3
+    found = json.loads(capsys.readouterr().out)
+    assert found["identical"] and not found["complete"] and "ends within" in found["problem"]
+    assert main(["replay", str(torn), "--until", "1s"]) == 0
+
+
+def test_times_of_nothing_have_no_error() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = _median_error(np.array([1.0, 2.2, np.nan, 1]), np.array([0.0, 2.0, 1, np.nan]))
+    assert found == pytest.approx(0.1)
 
 
 def test_what_it_was_meant_for_is_found_where_it_differs(

@@ -48,8 +48,13 @@ def make_parser() -> Parser:
     return parser
 
 
+#: The exit code where the recording is damaged or torn: what there is of it came out as recorded.
+INCOMPLETE = 3
+
+
 def run(arguments: Sequence[str]) -> int:
-    """0 if everything came out as it was recorded, else 1."""
+    """0 if everything came out as it was recorded, 1 if something did not, `INCOMPLETE` if that was
+    not all of it (unless --until asked for no more)."""
     said = vars(make_parser().parse(arguments))
     recording = open_recording(Path(said["incident"]))
     if "change" in said or "export_trace" in said:
@@ -109,8 +114,8 @@ class _Shown:
 
     def end(self, replay: Replay, last: Moment | None) -> int:
         if last is None:
-            print("it holds no steps")
-            return 0
+            print(f"it holds no steps ({replay.recording.problem or 'nothing happened'})")
+            return self._code(replay)
         if replay.recording.problem:
             print(f"the recording: {replay.recording.problem}")
         if last.difference:
@@ -121,7 +126,10 @@ class _Shown:
             f"{last.number + 1} steps in {last.at_s:.1f} s: all that came of them came again, "
             "effect by effect"
         )
-        return 0
+        return self._code(replay)
+
+    def _code(self, replay: Replay) -> int:
+        return INCOMPLETE if replay.recording.problem and "until_s" not in self._said else 0
 
 
 class _ForPrograms(_Shown):
@@ -150,6 +158,7 @@ class _ForPrograms(_Shown):
             "steps": 0 if last is None else last.number + 1,
             "seconds": 0.0 if last is None else last.at_s,
             "identical": not differs,
+            "complete": not differs and not replay.recording.problem,
             "difference": None
             if last is None or not differs
             else {"step": last.number, "at_s": last.at_s, "what": last.difference},
@@ -157,7 +166,7 @@ class _ForPrograms(_Shown):
             "timeline": self._found,
         }
         print(json.dumps(result, indent=1))
-        return int(differs)
+        return 1 if differs else self._code(replay)
 
 
 def _goes_on() -> bool:

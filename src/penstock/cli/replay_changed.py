@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -12,32 +13,51 @@ from penstock.loadgen.traces import write_trace
 from penstock.service.explain_text import duration
 from penstock.service.recording import Recording
 from penstock.simulator.incident import Replay
-from penstock.simulator.recorded_run import Fault, collect
+from penstock.simulator.recorded_run import Fault, RecordedRun, collect
 from penstock.simulator.what_if import Told, WhatIf, what_if
 
 #: Off by less than this in the median, the simulation is worth something.
 _CLOSE = 0.25
+#: Asks which failures there are.
+_LIST = "without=?"
+#: As of `penstock replay` without a change.
+INCOMPLETE = 3
 
 
 def run(recording: Recording, said: Mapping[str, Any]) -> int:
-    """Raises `ConfigError`."""
+    """0, or `INCOMPLETE` where the recording is damaged. Raises `ConfigError`."""
     recorded = collect(Replay(recording))
+    if recording.problem:
+        print(f"penstock: {recording.path}: {recording.problem}", file=sys.stderr)
+    _tell(recorded, said)
+    return INCOMPLETE if recording.problem else 0
+
+
+def _tell(recorded: RecordedRun, said: Mapping[str, Any]) -> None:
     if "export_trace" in said:
         write_trace(Path(said["export_trace"]), recorded.trace())
     if "change" not in said:
         found = {"requests": len(recorded.sequences), "written_to": said["export_trace"]}
         text = f"{found['requests']} requests written to {found['written_to']}"
         print(json.dumps(found, indent=1) if "json" in said else text)
-        return 0
+        return
+    if _LIST in said["change"]:
+        faults = [_plain(fault) for fault in recorded.faults]
+        text = "\n".join(_failure(fault) for fault in recorded.faults) or "no failures"
+        print(json.dumps({"faults": faults}, indent=1) if "json" in said else text)
+        return
     result = what_if(recorded, said["change"], said.get("seed", 0))
     print(json.dumps(_for_programs(result), indent=1) if "json" in said else _text(result))
-    return 0
 
 
 def _for_programs(result: WhatIf) -> dict[str, Any]:
-    found = asdict(result)
-    for fault in found["faults"]:  # JSON has no infinity
-        fault["until_s"] = None if fault["until_s"] == float("inf") else fault["until_s"]
+    return asdict(result) | {"faults": [_plain(fault) for fault in result.faults]}
+
+
+def _plain(fault: Fault) -> dict[str, Any]:
+    found = asdict(fault)
+    if fault.until_s == float("inf"):  # JSON has no infinity
+        found["until_s"] = None
     return found
 
 

@@ -233,16 +233,23 @@ class Recording:
                 body, self.problem = _read_piece(file)
                 if body is None:
                     if self.problem:
-                        self.problem += f" at byte {at}: what follows cannot be replayed"
+                        self.problem = _lost(self.problem, at)
                     return
                 try:
                     steps = _steps.decode(body)
+                except UnicodeDecodeError:
+                    self.problem = _lost("it is damaged", at)
+                    return
                 except (msgspec.DecodeError, msgspec.ValidationError) as exc:
                     raise ConfigError(
                         f"{self.path} was recorded by release {self.header.version} and this one "
                         f"reads it differently ({exc}): replay it with that release"
                     ) from None
                 yield from steps
+
+
+def _lost(problem: str, at: int) -> str:
+    return f"{problem} at byte {at}: what follows cannot be replayed"
 
 
 def open_recording(path: Path) -> Recording:
@@ -265,7 +272,7 @@ def open_recording(path: Path) -> Recording:
         if found != FORMAT:
             raise ConfigError(f"{path} has format {found} and this release reads {FORMAT}")
         header = msgspec.msgpack.decode(body, type=Header)
-    except (msgspec.DecodeError, KeyError, TypeError) as exc:
+    except (msgspec.DecodeError, UnicodeDecodeError, KeyError, TypeError) as exc:
         raise ConfigError(f"{path}: its header cannot be read ({exc})") from None
     return Recording(path, header, "", after)
 

@@ -335,6 +335,7 @@ def _attained(
 
 
 def _median_error(simulated: np.ndarray, recorded: np.ndarray) -> float | None:
-    errors = np.abs(simulated - recorded) / recorded
-    errors = errors[np.isfinite(errors)]
+    # What took no time at all (one tick of a recorded clock) has no relative error.
+    told = np.isfinite(simulated) & np.isfinite(recorded) & (recorded > 0)
+    errors = np.abs(simulated[told] - recorded[told]) / recorded[told]
     return float(np.median(errors)) if len(errors) else None
