@@ -92,6 +92,8 @@ class Holds:
         self._holds: dict[int, Hold] = {}
         #: How many holds each block is in; not of windows, which are other people's memory.
         self._num_holds: dict[int, int] = {}
+        #: And in how many soft ones, of which there are few.
+        self._num_soft: Counter[int] = Counter()
         self._promises: dict[Key, int] = {}
         self._number = 0
         #: Somebody cannot be let in although nothing runs: holds of peers are in the way.
@@ -148,6 +150,11 @@ class Holds:
         hold.released = True
         del self._holds[hold.number]
         self._discount(hold.blocks)
+        if hold.soft:
+            for block in hold.blocks:
+                self._num_soft[block] -= 1
+                if not self._num_soft[block]:
+                    del self._num_soft[block]
         self._pool.release(hold.blocks)
         hold.blocks = []
 
@@ -221,16 +228,19 @@ class Holds:
     def make_room(self) -> bool:
         """Give up the youngest soft hold that has a block which soft holds alone have: it is freed
         with the last of them. False if there is none."""
-        holds = [hold for hold in self._holds.values() if hold.soft]
-        held = Counter(block for hold in holds for block in hold.blocks)
-        for hold in reversed(holds):
-            if any(self._has_no_other(block, held) for block in hold.blocks):
+        if not self._num_soft:
+            return False
+        for hold in reversed(self._holds.values()):
+            # What a chain shares with others is its beginning.
+            if hold.soft and any(map(self._is_softly_held, reversed(hold.blocks))):
                 self.release(hold)
                 return True
         return False
 
-    def _has_no_other(self, block: int, held: Counter[int]) -> bool:
-        return not self._pool.is_window(block) and self._pool.num_holders(block) == held[block]
+    def _is_softly_held(self, block: int) -> bool:
+        """And by nobody else."""
+        num_soft = self._num_soft[block]
+        return not self._pool.is_window(block) and self._pool.num_holders(block) == num_soft
 
     def promise(self, key: Key, num_blocks: int) -> bool:
         """Set room aside for the sequence `key`, unless too much is set aside already."""
@@ -268,6 +278,8 @@ class Holds:
         held = Counter(b for h in self._holds.values() for b in h.blocks)
         blocks = {b: n for b, n in held.items() if not self._pool.is_window(b)}
         assert blocks == self._num_holds, "how many holds a block is in"
+        soft = Counter(b for h in self._holds.values() if h.soft for b in h.blocks)
+        assert soft == self._num_soft, "and how many soft ones"
         for hold in self._holds.values():
             assert not hold.released and len(hold.blocks) <= len(hold.keys)
             if isinstance(hold, Import):
@@ -288,6 +300,8 @@ class Holds:
     def _share(self, hold: Hold, block: int) -> None:
         self._pool.share(block)
         hold.blocks.append(block)
+        if hold.soft:
+            self._num_soft[block] += 1
         self._count((block,))
 
     def _count(self, blocks: Sequence[int]) -> None:
