@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from penstock.engine.transfer.jobs import Import, Incoming, Moved, Peer
-from penstock.protocol.kv import BlockHandle
+from penstock.engine.transfer.jobs import Import, Incoming, Moved, Peer, Store
+from penstock.protocol.kv import BlockHandle, Tier
 from penstock.simulator.data_plane import DataFaults, SimulatedDataPlane
 from penstock.simulator.events import Events
 from penstock.simulator.kv import KvMemory
@@ -51,3 +51,23 @@ def test_copies_to_one_receiver_and_from_one_sender_come_one_after_the_other() -
 
 def test_others_do_not_wait() -> None:
     assert ends([("a", "b", 20), ("c", "d", 20)]) == [pytest.approx(0.02 + LATENCY_S)] * 2
+
+
+def test_each_tier_has_a_rate_of_its_own_and_its_jobs_share_it() -> None:
+    events, memory, found = Events(), KvMemory(64, 16), dict[int, float]()
+    faults = DataFaults(LATENCY_S, BLOCK_S, host_block_s=BLOCK_S / 2, disk_block_s=4 * BLOCK_S)
+    plane = SimulatedDataPlane(
+        memory, faults, random.Random(1), events.at, lambda: events.now, lambda _: None, 1
+    )
+
+    def done(moved: Moved) -> None:
+        assert all(moved.ok)
+        found[moved.number] = events.now
+
+    tiers: list[Tier] = ["host", "disk", "store", "disk"]
+    for number, tier in enumerate(tiers):
+        blocks = tuple((bytes([number, i] * 8), i) for i in range(10))
+        plane.start(Store(number, tier, blocks), done)
+    events.run(10.0)
+    wanted_s = [0.005, 0.04, 0.01, 0.08]
+    assert [found[n] for n in range(4)] == [pytest.approx(s + LATENCY_S) for s in wanted_s]

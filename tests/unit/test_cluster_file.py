@@ -103,7 +103,11 @@ def clusters(draw: st.DrawFn) -> ClusterSpec:
         kv_index=draw(st.booleans()),
         max_queue=draw(COUNTS),
         link=LinkSpec(
-            latency_s=draw(MILLISECONDS), jitter_s=draw(MILLISECONDS), kv_gbit=draw(st.floats(1, 9))
+            latency_s=draw(MILLISECONDS),
+            jitter_s=draw(MILLISECONDS),
+            kv_gbit=draw(st.floats(1, 9)),
+            host_kv_gbit=draw(st.floats(1, 9)),
+            disk_kv_gbit=draw(st.floats(1, 9)),
         ),
         faults=tuple(
             replace(fault, instance=f"{names[0]}-0") for fault in draw(st.lists(FAULTS, max_size=2))

@@ -29,7 +29,7 @@ from penstock.simulator.calibration import calibrate
 from penstock.simulator.data_plane import DataFaults
 from penstock.simulator.network import NetworkFaults
 from penstock.simulator.pacing import StepCost
-from penstock.simulator.spec import GPUS_PER_HOST, ClusterSpec, PoolSpec
+from penstock.simulator.spec import ClusterSpec, PoolSpec
 from penstock.simulator.world import World
 
 SERVICE = "service"
@@ -102,19 +102,24 @@ def build(spec: ClusterSpec, seed: int, engine: CoreConfig = CoreConfig()) -> De
     limits(spec)
     models = {pool.name: _model(pool) for pool in spec.pools}
     kv_bytes_per_token = max(model.kv_bytes_per_token for model in models.values())
-    block_s = BLOCK_TOKENS * kv_bytes_per_token / (spec.link.kv_gbit * 1e9 / 8)
+    block_gbit = BLOCK_TOKENS * kv_bytes_per_token * 8 / 1e9
+    link = spec.link
     world = World(
         seed,
-        NetworkFaults(spec.link.latency_s, spec.link.jitter_s),
-        DataFaults(block_s=block_s),
+        NetworkFaults(link.latency_s, link.jitter_s),
+        DataFaults(
+            block_s=block_gbit / link.kv_gbit,
+            host_block_s=block_gbit / link.host_kv_gbit,
+            disk_block_s=block_gbit / link.disk_kv_gbit,
+        ),
         counting=True,
     )
     instances: dict[str, InstanceCore] = {}
     starts: dict[str, Callable[[], InstanceCore]] = {}
     for pool in spec.pools:
         for number in range(pool.count):
-            name, host = f"{pool.name}-{number}", f"{pool.name}-host-{number // GPUS_PER_HOST}"
-            starts[name] = partial(_add, world, pool, models[pool.name], name, host, engine)
+            name = f"{pool.name}-{number}"
+            starts[name] = partial(_add, world, pool, models[pool.name], name, engine)
             instances[name] = starts[name]()
     service = world.add_service(
         SERVICE,
@@ -129,7 +134,7 @@ def build(spec: ClusterSpec, seed: int, engine: CoreConfig = CoreConfig()) -> De
 
 
 def _add(
-    world: World, pool: PoolSpec, model: InstanceModel, name: str, host: str, engine: CoreConfig
+    world: World, pool: PoolSpec, model: InstanceModel, name: str, engine: CoreConfig
 ) -> InstanceCore:
     c = model.cost
     cost = StepCost(
@@ -145,7 +150,7 @@ def _add(
             max_model_len=pool.max_model_len,
             enable_prefix_caching=pool.enable_prefix_caching,
         ),
-        host=host,
+        host=name,  # blocks are copied, nothing is mapped
         means=("tcp",),
         num_windows=0,
         core=engine,

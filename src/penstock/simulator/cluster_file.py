@@ -83,6 +83,8 @@ def write_cluster(spec: ClusterSpec) -> str:
             "latency": text_of(link.latency_s),
             "jitter": text_of(link.jitter_s),
             "kv-gbit": link.kv_gbit,
+            "host-kv-gbit": link.host_kv_gbit,
+            "disk-kv-gbit": link.disk_kv_gbit,
         }
     if spec.faults:
         found["faults"] = [_fault_plain(fault) for fault in spec.faults]
@@ -287,7 +289,7 @@ def _pools(value: Any, what: str) -> list[Any]:
 
 def _link(value: Any, what: str) -> LinkSpec:
     found = _record(value, what, _LINK)
-    return LinkSpec(**{_LINK_FIELDS[name]: number for name, number in found.items()})
+    return LinkSpec(**{_LINK_FIELDS.get(name, name): number for name, number in found.items()})
 
 
 def _faults(value: Any, what: str) -> tuple[FaultSpec, ...]:
@@ -336,8 +338,14 @@ _POOL: dict[str, _Reader] = {
     "slowdown": _number(1e-3, 1e3),
     "gpu_hour_usd": _number(0.0, 1e6),
 }
-_LINK: dict[str, _Reader] = {"latency": _delay, "jitter": _delay, "kv_gbit": _number(1e-3, 1e6)}
-_LINK_FIELDS = {"latency": "latency_s", "jitter": "jitter_s", "kv_gbit": "kv_gbit"}
+_LINK: dict[str, _Reader] = {
+    "latency": _delay,
+    "jitter": _delay,
+    "kv_gbit": _number(1e-3, 1e6),
+    "host_kv_gbit": _number(1e-3, 1e6),
+    "disk_kv_gbit": _number(1e-3, 1e6),
+}
+_LINK_FIELDS = {"latency": "latency_s", "jitter": "jitter_s"}
 _FAULT: dict[str, _Reader] = {
     "at": seconds_of,
     "crash": _text,

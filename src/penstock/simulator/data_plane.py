@@ -33,6 +33,9 @@ _SPOILT: list[int] = []
 class DataFaults:
     """Times of jobs in seconds, and of each job the probability that ...
 
+    `block_s`: of a block over the network (also to and from a store), `map_block_s`: of one that is
+    mapped, `host_block_s` and `disk_block_s`: of one to or from the instance's own memory and disk.
+
     `fails`: nothing comes of it. `hangs`: it ends (well) only after `hang_s`. `corrupt`: of each
     copied block, that it arrives spoilt, which its checksum tells.
     """
@@ -40,6 +43,8 @@ class DataFaults:
     latency_s: float = 0.0005
     block_s: float = 0.00005
     map_block_s: float = 0.000002
+    host_block_s: float = 0.00002
+    disk_block_s: float = 0.0001
     fails: float = 0.0
     hangs: float = 0.0
     hang_s: float = 4.0
@@ -69,6 +74,8 @@ class SimulatedDataPlane:
         #: What slower tiers hold, by key.
         self.tiers: dict[Tier, dict[bytes, list[int]]] = {}
         self._receives_until_s = 0.0
+        #: By the kind of job and the tier: until when those that have begun take the way there.
+        self._tier_until_s: dict[tuple[type[Load | Store], Tier], float] = {}
         self.closed = False
 
     def start(self, job: Job, done: Callable[[Moved], None]) -> None:
@@ -110,13 +117,16 @@ class SimulatedDataPlane:
 
     def _end_s(self, job: Import | Load | Store) -> float:
         """Copies share a link: whoever sends to several, or receives from several, does so one
-        after the other, at the link's rate."""
+        after the other, at the link's rate. So do loads from a tier, and stores to it."""
         now = self._clock()
         if _is_map(job):
             return now + self.faults.latency_s + self.faults.map_block_s * len(job.blocks)
-        seconds = self.faults.block_s * len(job.blocks)
         if not isinstance(job, Import):
-            return now + self.faults.latency_s + seconds
+            way = type(job), job.tier
+            begins_s = max(now, self._tier_until_s.get(way, 0.0))
+            self._tier_until_s[way] = begins_s + self._tier_block_s(job.tier) * len(job.blocks)
+            return self._tier_until_s[way] + self.faults.latency_s
+        seconds = self.faults.block_s * len(job.blocks)
         begins_s = now
         owner = self._find(job.peer.endpoint)
         if owner is not None:
@@ -125,6 +135,10 @@ class SimulatedDataPlane:
         begins_s = max(begins_s, self._receives_until_s)
         self._receives_until_s = begins_s + seconds
         return self._receives_until_s + self.faults.latency_s
+
+    def _tier_block_s(self, tier: Tier) -> float:
+        rates = {"host": self.faults.host_block_s, "disk": self.faults.disk_block_s}
+        return rates.get(tier, self.faults.block_s)
 
     def _carry_out(self, job: Import | Load | Store) -> tuple[bool, ...]:
         match job:

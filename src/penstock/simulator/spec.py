@@ -11,9 +11,6 @@ from typing import Literal
 from penstock.protocol.errors import ConfigError
 from penstock.protocol.instance import Role
 
-#: GPUs in one machine; instances of one machine can map each other's KV.
-GPUS_PER_HOST = 8
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolSpec:
@@ -41,11 +38,15 @@ class PoolSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinkSpec:
-    """Between two processes: messages, and KV on its way from one host to another."""
+    """Between two processes: messages, and KV on its way from one instance to another. Between an
+    instance and its slower tiers, each way: host memory over PCIe 4.0 x16 (25 GB/s), and a disk on
+    NVMe (5 GB/s)."""
 
     latency_s: float = 0.0002
     jitter_s: float = 0.0003
     kv_gbit: float = 100.0
+    host_kv_gbit: float = 200.0
+    disk_kv_gbit: float = 40.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
