@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 import penstock.simulator.report as package
+from penstock.simulator.crew import Task
 from penstock.simulator.gaps import GapHistogram
 from penstock.simulator.outcome import Outcome, RoleChange, Sample
+from penstock.simulator.planner import Measure
 from penstock.simulator.report import table
 from penstock.simulator.report.comparison import sweep
 from penstock.simulator.report.html import NO_PLOTS, render, to_json
@@ -109,6 +111,9 @@ def test_a_cluster_that_falls_behind_is_paid_until_its_last_answer() -> None:
     for name in ("usd_per_million_output_tokens", "usd_per_million_tokens"):
         assert found["cost"][name] == pytest.approx(usual["cost"][name] * 4)
     assert found["utilisation"]["mean"] == pytest.approx(0.5 * 13 / 40)
+    # A plan's price for a million tokens goes by the same span.
+    measured = [Measure(0.9)(o, Task(spec=o.spec)).output_tokens_per_s for o in (outcome(), late)]
+    assert measured[1] == pytest.approx(measured[0] / 4)
 
 
 def test_tokens_have_a_price_where_gpus_have_one() -> None:
