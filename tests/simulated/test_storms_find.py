@@ -18,9 +18,9 @@ from penstock.service.core import ServiceCore
 from penstock.service.journal import Entry
 from penstock.simulator.storms import storm as storm_module
 from penstock.simulator.storms.draw import storm_of
-from penstock.simulator.storms.play import Verdict, play
+from penstock.simulator.storms.play import Verdict, play, words_of
 from penstock.simulator.storms.shrink import Shrinker
-from penstock.simulator.storms.storm import Ask, Assignment, Lead, Shape, Storm
+from penstock.simulator.storms.storm import Ask, Assignment, Lead, Noise, Raise, Shape, Slow, Storm
 
 logging.getLogger("penstock.registry").setLevel(logging.CRITICAL)
 Core = InstanceCore | ServiceCore
@@ -287,3 +287,40 @@ def test_what_fails_is_made_small_and_can_be_pasted() -> None:
     assert pasted == storm
     assert planted(pasted).failure == smallest.failure
     assert play(pasted).ok
+
+
+def test_settings_go_back_to_what_they_usually_are() -> None:
+    shape = Shape(
+        max_waiting=3, max_queue=6, max_run_steps=8, latency_s=0.05, enable_prefix_caching=False,
+        max_chunk_tokens=32, ttft_slo_s=0.5, policy="least-load",
+    )  # fmt: skip
+    faults = (
+        Slow(at_s=1.0, node="a", factor=100.0, for_s=1.0),
+        Raise(at_s=2.0, node="a", count=3),
+        Noise(at_s=3.0, for_s=1.0, late_s=2.0),
+    )
+
+    def fails(storm: Storm) -> Verdict:
+        return Verdict(storm, "as before" if len(storm.faults) == 3 else "")
+
+    storm = Shrinker(fails).shrink(fails(Storm(seed=1, shape=shape, faults=faults))).storm
+    assert storm.shape == Shape(num_instances=1, means=())
+    assert storm.faults == (
+        Slow(at_s=1.0, node="a", factor=2.0, for_s=1.0),
+        Raise(at_s=2.0, node="a"),
+        Noise(at_s=3.0, for_s=1.0),
+    )
+
+
+def test_another_failure_at_the_same_check_is_another_one() -> None:
+    """Both are told by one function; the smaller storm would have been the wrong one."""
+
+    def fails(storm: Storm) -> Verdict:
+        waits = f"r{len(storm.asks)} has not ended {len(storm.asks)}.5 s after all was well"
+        what = waits if len(storm.asks) >= 2 else "r0 gets another word"
+        return Verdict(storm, what, "play.py:_check", words=words_of(what))
+
+    asks = tuple(Ask(number=n, at_s=1.0) for n in range(7))
+    smallest = Shrinker(fails).shrink(fails(Storm(seed=1, asks=asks)))
+    assert len(smallest.storm.asks) == 2
+    assert smallest.words == "has not ended after all was well"

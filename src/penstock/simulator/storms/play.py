@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import traceback
 from dataclasses import dataclass
 
@@ -45,6 +46,8 @@ class Verdict:
     storm: Storm
     failure: str = ""
     where: str = ""
+    #: What the failure says, without the names and numbers that differ from storm to storm.
+    words: str = ""
     failed_at_s: float = 0.0
     trace: str = ""
     digest: str = ""
@@ -93,8 +96,14 @@ def _tell(verdict: Verdict, exc: Exception, now_s: float) -> None:
     frames = [f for f in traceback.extract_tb(exc.__traceback__) if f.name != "hold"]
     verdict.failure = f"{type(exc).__name__}: {exc}" if str(exc) else type(exc).__name__
     verdict.where = f"{frames[-1].filename.rsplit('/', 1)[-1]}:{frames[-1].name}"
+    verdict.words = words_of(verdict.failure)
     verdict.failed_at_s = now_s
     verdict.trace = "".join(traceback.format_exception(exc))
+
+
+def words_of(failure: str) -> str:
+    """Without numbers, and names of requests and nodes."""
+    return " ".join(re.sub(r"\w*\d\w*|\b[a-z]\b|[^\w\s]", " ", failure).split())
 
 
 def _count(verdict: Verdict, cluster: Cluster) -> None:

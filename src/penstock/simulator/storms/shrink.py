@@ -46,7 +46,8 @@ class Shrinker:
             return None
         self.num_plays += 1
         verdict = self.play(storm)
-        return verdict if verdict.failure and verdict.where == best.where else None
+        same = verdict.where == best.where and verdict.words == best.words
+        return verdict if verdict.failure and same else None
 
     def _fewer(self, best: Verdict, what: str) -> Verdict:
         """Delta debugging over one list."""
@@ -130,7 +131,8 @@ def _plainer_shapes(shape: Shape) -> Iterator[Shape]:
     for name in (
         "pd", "registry", "policy", "host_blocks", "disk_blocks", "num_windows", "means",
         "num_hosts", "job_fails", "job_hangs", "block_spoilt", "credit_window", "num_blocks",
-        "max_num_seqs", "max_num_batched_tokens",
+        "max_num_seqs", "max_num_batched_tokens", "max_waiting", "max_queue", "max_run_steps",
+        "latency_s", "enable_prefix_caching", "max_chunk_tokens", "ttft_slo_s",
     ):  # fmt: skip
         if getattr(shape, name) != getattr(plain, name):
             yield _replaced(shape, name, getattr(plain, name))
@@ -160,6 +162,13 @@ def _plainer_faults(fault: Fault) -> Iterator[Fault]:
         value = getattr(fault, field.name)
         if field.name in ("loss", "duplicate", "jitter_s", "reorder", "jump_s", "drift") and value:
             yield _replaced(fault, field.name, 0.0)
+        elif field.name == "factor" and value > 2.0:
+            yield _replaced(fault, field.name, 2.0)
+        elif field.name == "count" and value > 1:
+            yield _replaced(fault, field.name, value - 1)
+            yield _replaced(fault, field.name, 1)
+        elif field.name == "late_s" and value != field.default:
+            yield _replaced(fault, field.name, field.default)
         elif field.name in ("noticed", "words_arrive", "one_way", "out") and value:
             yield _replaced(fault, field.name, False)
         elif field.name in ("at_s", "for_s", "again_after_s") and value is not None:
