@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from penstock.loadgen.costs import known_hardware
 from penstock.loadgen.traces import TraceRequest
 from penstock.protocol.errors import ConfigError
-from penstock.simulator.cluster_file import check_fits, parse_cluster, read_cluster, write_cluster
+from penstock.simulator.build import check_fits
+from penstock.simulator.cluster_file import parse_cluster, read_cluster, write_cluster
 from penstock.simulator.quantities import seconds_of, slos_of, text_of
 from penstock.simulator.spec import ClusterSpec, FaultSpec, LinkSpec, PoolSpec
 

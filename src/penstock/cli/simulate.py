@@ -22,7 +22,8 @@ from penstock.loadgen.sources import open_trace
 from penstock.loadgen.traces import TraceRequest
 from penstock.protocol.errors import ConfigError
 from penstock.service.policies.routing import POLICIES
-from penstock.simulator.cluster_file import check_fits, read_cluster
+from penstock.simulator.build import check_fits
+from penstock.simulator.cluster_file import read_cluster
 from penstock.simulator.experiment import MODES
 from penstock.simulator.quantities import seconds_of
 from penstock.simulator.report import comparison, table

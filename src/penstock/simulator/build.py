@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -10,7 +10,8 @@ from penstock.engine.core import CoreConfig, InstanceCore
 from penstock.engine.memory.tiers.index import TierSizes
 from penstock.engine.scheduler.config import SchedulerConfig
 from penstock.engine.scheduler.step import SchedulerStats
-from penstock.loadgen.costs import InstanceModel, hardware_or_file
+from penstock.loadgen.costs import InstanceModel, hardware_or_file, known_hardware
+from penstock.loadgen.traces import TraceRequest
 from penstock.protocol.errors import ConfigError
 from penstock.protocol.kv import BLOCK_TOKENS
 from penstock.service.cluster.finder import IndexFinder, NoFinder
@@ -63,28 +64,40 @@ class Deployment:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What every instance of a cluster can hold of one request, prompt and answer together."""
+    """What every instance of a pool can hold of one request, prompt and answer together."""
 
-    pool: str
+    pool: PoolSpec
+    model: InstanceModel
     kv_tokens: int
-    max_model_len: int
 
     def check(self, number: int, input_tokens: int, output_tokens: int) -> None:
         """Raises `ConfigError` for a request that no room could be made for."""
-        tokens = input_tokens + output_tokens
-        if tokens <= min(self.kv_tokens, self.max_model_len):
-            return
+        pool, tokens = self.pool, input_tokens + output_tokens
+        said = f"request {number} of the trace has {input_tokens} + {output_tokens} tokens"
+        if tokens > pool.max_model_len:
+            raise ConfigError(
+                f"{said}, and the pool {pool.name} has max-model-len {pool.max_model_len}: raise "
+                f"it to {tokens} or more"
+            )
         if tokens > self.kv_tokens:
-            limit, remedy = f"{self.kv_tokens} tokens of KV", f"kv_tokens of at least {tokens}"
-            remedy += " (larger hardware, or a larger tensor-parallel size)"
-        else:
-            limit = f"a max_model_len of {self.max_model_len}"
-            remedy = f"max_model_len of at least {tokens}"
-        raise ConfigError(
-            f"request {number} of the trace has {input_tokens} + {output_tokens} tokens and an "
-            f"instance of pool {self.pool!r} has {limit}: give it {remedy}, or leave out of the "
-            "trace what is longer"
-        )
+            raise ConfigError(
+                f"{said}, and an instance of the pool {pool.name} ({pool.hardware}) has room for "
+                f"{self.kv_tokens} tokens of KV: {self._what_holds(tokens)}"
+            )
+
+    def _what_holds(self, tokens: int) -> str:
+        room = self.model.kv_tokens
+        if self.pool.kv_tokens is not None and room >= tokens:
+            return f"its hardware has room for {room}: raise kv-tokens, or leave it out"
+        kind = self.pool.hardware.split(":")[1:2]
+        able = [
+            name
+            for name, values in known_hardware().items()
+            if kind == name.split(":")[1:2] and values["kv_tokens"] >= tokens
+        ]
+        if able:
+            return f"more GPUs (TP), larger ones or fewer bits would hold it: {', '.join(able)}"
+        return "no hardware that is known here holds it: leave such requests out of the trace"
 
 
 def limits(spec: ClusterSpec) -> list[Limits]:
@@ -92,9 +105,21 @@ def limits(spec: ClusterSpec) -> list[Limits]:
     Raises `ConfigError` for hardware without room for KV."""
     found = []
     for pool in spec.pools:
-        kv_tokens = _kv_tokens(pool, _model(pool))
-        found.append(Limits(pool.name, kv_tokens, pool.max_model_len))
+        model = _model(pool)
+        kv_tokens = _kv_tokens(pool, model)
+        found.append(Limits(pool, model, kv_tokens - kv_tokens % BLOCK_TOKENS))
     return found
+
+
+def check_fits(spec: ClusterSpec, requests: Sequence[TraceRequest]) -> None:
+    """Raises `ConfigError` where an instance cannot hold the longest request, saying what could."""
+
+    def num_tokens(number: int) -> int:
+        return requests[number].input_tokens + requests[number].output_tokens
+
+    longest = max(range(len(requests)), key=num_tokens)
+    for bound in limits(spec):
+        bound.check(longest, requests[longest].input_tokens, requests[longest].output_tokens)
 
 
 def build(spec: ClusterSpec, seed: int, engine: CoreConfig = CoreConfig()) -> Deployment:  # noqa: B008 (frozen)

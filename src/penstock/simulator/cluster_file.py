@@ -16,12 +16,10 @@ import yaml
 
 from penstock.loadgen.costs import (
     MOST_KV_TOKENS,
-    InstanceModel,
     hardware_or_file,
     known_hardware,
 )
 from penstock.loadgen.files import read_yaml
-from penstock.loadgen.traces import TraceRequest
 from penstock.protocol.errors import ConfigError
 from penstock.protocol.kv import BLOCK_TOKENS
 from penstock.service.policies.routing import policy_named
@@ -113,44 +111,6 @@ def _fault_plain(fault: FaultSpec) -> dict[str, Any]:
     if fault.kind == "slow":
         found["times"] = fault.times
     return found
-
-
-def check_fits(spec: ClusterSpec, requests: Sequence[TraceRequest]) -> None:
-    """Raises `ConfigError` where an instance cannot hold the longest request, saying what could."""
-    longest = max(requests, key=lambda r: r.input_tokens + r.output_tokens)
-    tokens = longest.input_tokens + longest.output_tokens
-    for pool in spec.pools:
-        model = hardware_or_file(pool.hardware)
-        said = (
-            f"the longest request of the trace has {longest.input_tokens} + "
-            f"{longest.output_tokens} tokens"
-        )
-        if tokens > pool.max_model_len:
-            raise ConfigError(
-                f"{said}, and the pool {pool.name} has max-model-len {pool.max_model_len}: raise "
-                f"it to {tokens} or more"
-            )
-        room = model.kv_tokens if pool.kv_tokens is None else pool.kv_tokens
-        room -= room % BLOCK_TOKENS
-        if tokens > room:
-            raise ConfigError(
-                f"{said}, and an instance of the pool {pool.name} ({pool.hardware}) has room for "
-                f"{room} tokens of KV: {_what_holds(model, pool, tokens)}"
-            )
-
-
-def _what_holds(model: InstanceModel, pool: PoolSpec, tokens: int) -> str:
-    if pool.kv_tokens is not None and model.kv_tokens >= tokens:
-        return f"its hardware has room for {model.kv_tokens}: raise kv-tokens, or leave it out"
-    kind = pool.hardware.split(":")[1:2]
-    able = [
-        name
-        for name, values in known_hardware().items()
-        if kind == name.split(":")[1:2] and values["kv_tokens"] >= tokens
-    ]
-    if able:
-        return f"more GPUs (TP), larger ones or fewer bits would hold it: {', '.join(able)}"
-    return "no hardware that is known here holds it: leave such requests out of the trace"
 
 
 def _pool(found: Any, where: str, folder: Path) -> PoolSpec:
