@@ -324,13 +324,6 @@ class World:
         node.clock.drifts(drift, self.now)
         self._arm(node)
 
-    def set_data_faults(self, faults: DataFaults) -> None:
-        """What befalls jobs that begin from now on, everywhere."""
-        self._data_faults = faults
-        for node in self._nodes.values():
-            if node.device is not None:
-                node.device.data_plane.faults = faults
-
     # --- running -------------------------------------------------------------------------------
 
     def at(self, when_s: float, call: Call) -> None:
