@@ -473,9 +473,12 @@ class Placement:
 
     def fetched(self, instance: Instance, fetched: Fetched, now: float) -> None:
         """What became of blocks that were to come to `instance`: for the record."""
-        instance.experience.transfer.observe(fetched)
-        instance.touched = True
         entry = self.journal.get(fetched.request_id)
+        # Blocks that are handed over come as the prompt is computed: how long that takes says
+        # nothing about the link (`TransferFitter.moved` does).
+        if entry is None or (entry.decode_on is None and entry.because != "handover"):
+            instance.experience.transfer.observe(fetched)
+        instance.touched = True
         if entry is not None and instance.name in (
             entry.instance,
             entry.decode_on.instance if entry.decode_on else None,

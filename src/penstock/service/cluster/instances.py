@@ -243,6 +243,7 @@ class Instance:
     def loaded(self, load: Load, now: float) -> None:
         self.load = load
         self.step_ends_s = now + load.step_end_in_s
+        self.experience.transfer.moved(load.moves)
         self.touched = True
         waiting, running = sum(load.waiting.values()), sum(load.running.values())
         beyond = max(0, waiting + running - len(self.entries))

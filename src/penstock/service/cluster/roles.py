@@ -190,7 +190,9 @@ class RoleKeeper:
         if plan.instance is None or plan.role is None:
             return effects
         instance = next(i for i in instances if i.name == plan.instance)
-        self._try(instance, attainment, now)
+        # Half a first split is not taken back alone.
+        if self._trial or instance.role != "any" or all(i.role == "any" for i in instances):
+            self._try(instance, attainment, now)
         self.num_changes += 1
         self.num_rollbacks += plan.rollback
         return [*effects, self._assign(instance, plan.role, now)]

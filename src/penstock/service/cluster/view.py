@@ -17,7 +17,7 @@ _WRITTEN = (
     "num_steps", "ttft_ratio", "ttft_error", "step_tokens", "max_running", "free_blocks",
     "total_blocks", "prefill_share", "prompt_tokens", "deferred_tokens", "deferred",
     "coming", "coming_tokens",
-    "map_s", "map_token_s", "copy_s", "copy_token_s", "tier_s", "tier_token_s",
+    "map_s", "map_token_s", "copy_s", "copy_token_s", "tier_s", "tier_token_s", "free_copy_token_s",
 )  # fmt: skip
 #: And one that is worked out at each look.
 _COLUMNS = (*_WRITTEN, "step_left_s")
@@ -178,6 +178,7 @@ class LiveView:
             *seen.transfer.line("map"),
             *seen.transfer.line("copy"),
             *seen.transfer.line("tier"),
+            seen.transfer.free_copy_token_s,
         )
 
 
@@ -223,5 +224,6 @@ def _view(instances: Sequence[Instance], table: Floats, codes: Ints) -> ClusterV
             copy_token_s=column("copy_token_s"),
             tier_s=column("tier_s"),
             tier_token_s=column("tier_token_s"),
+            free_copy_token_s=column("free_copy_token_s"),
         ),
     )

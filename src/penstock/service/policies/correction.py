@@ -4,8 +4,10 @@ them, and how long blocks take to come. Fed by the service, read into the next `
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from penstock.protocol.instance import MoveCounts
 from penstock.protocol.kv import BLOCK_TOKENS, Fetched
 from penstock.service.policies.view import TransferCosts
 
@@ -71,6 +73,10 @@ class PrefillShare:
         self._at_s = now
 
 
+#: So many tokens that what a transfer takes once hardly counts.
+_MANY_TOKENS = 4096
+
+
 @dataclass(slots=True)
 class _Line:
     """seconds = once + per_token * tokens: weighted least squares, old ones fading."""
@@ -106,6 +112,10 @@ class TransferFitter:
     """How long blocks take to come to one instance, by how they come."""
 
     _lines: dict[str, _Line] = field(default_factory=dict)
+    #: Blocks that came over networks, and the seconds of their jobs, when that was looked at last.
+    _copied: tuple[int, float] = (0, 0.0)
+    #: Seconds a token where nothing else is on the link: the least of late. 0: nothing has come.
+    free_copy_token_s: float = 0.0
 
     def __post_init__(self) -> None:
         guess = TransferCosts()
@@ -124,3 +134,18 @@ class TransferFitter:
         """(seconds once, seconds a token) of "map", "copy" or "tier"."""
         line = self._lines[way]
         return line.once_s, line.per_token_s
+
+    def moved(self, moves: Sequence[MoveCounts]) -> None:
+        """What an instance counts since its start. These are times of jobs: unlike those of a whole
+        fetch they hold no waiting for prompts to be computed."""
+        copies = [m for m in moves if m.means in ("tcp", "mooncake")]
+        blocks, seconds = sum([m.blocks for m in copies]), sum([m.seconds for m in copies])
+        tokens = (blocks - self._copied[0]) * BLOCK_TOKENS
+        if tokens < 0:  # a new process counts from zero
+            self._copied = (0, 0.0)
+        elif tokens >= _MANY_TOKENS:
+            seconds_of_these = seconds - self._copied[1]
+            token_s = seconds_of_these / tokens
+            self.free_copy_token_s = min(1.05 * self.free_copy_token_s or token_s, token_s)
+            self._copied = blocks, seconds
+            self._lines["copy"].observe(tokens, seconds_of_these)

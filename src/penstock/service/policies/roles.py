@@ -104,6 +104,10 @@ def decide_roles(
 # --- pressure -------------------------------------------------------------------------------------
 
 
+#: A link that is busy for more than this share of the time makes what comes over it late.
+_LINK_USABLE = 0.85
+
+
 @dataclass(frozen=True, slots=True)
 class Loads:
     """What the work asks of each instance if it got all of it, as a share of what it can do within
@@ -133,9 +137,12 @@ class Loads:
         held_up = np.zeros_like(busy)
         if slo_s is not None:
             held_up = (s.base_s + np.minimum(view.step_tokens, prompt) * s.token_s) / slo_s
+        # The KV of all prompts comes to those that decode. What one link does, others will.
+        free_s = float(np.max(view.transfer.free_copy_token_s))
+        link = work.prompt_tokens_per_s * free_s / _LINK_USABLE
         return cls(
             prefill=busy / _usable(service_s, config.ttft_slo_s),
-            decode=output / _decode_rate(view, s, context, paced_s),
+            decode=np.maximum(output / _decode_rate(view, s, context, paced_s), link),
             share=share,
             decode_beside=output / _decode_rate(view, s, context, left_s),
             held_up=held_up,

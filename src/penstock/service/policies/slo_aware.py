@@ -217,9 +217,7 @@ _BROKEN_S = 1e6
 #: Of the TTFT wanted: predictions err, and who is placed to be just in time is late half the time.
 _IN_TIME = 0.85
 #: The share of their time that prompts take at those who prefill, below which the load is light.
-_LIGHT = 0.3
-#: A share of steps that a 99th percentile sees.
-_SEEN_BY_P99 = 0.01
+_LIGHT = 0.05
 
 
 # --- plans ----------------------------------------------------------------------------------------

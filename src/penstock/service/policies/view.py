@@ -41,6 +41,8 @@ class TransferCosts:
     copy_token_s: Floats | float = 1e-4
     tier_s: Floats | float = 2e-3
     tier_token_s: Floats | float = 5e-5
+    #: `copy_token_s` where nothing else is on the link: what it can do; 0 where that is unknown.
+    free_copy_token_s: Floats | float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
