@@ -342,7 +342,9 @@ def main() -> None:
     limits.sort(key=lambda x: order[x.trace, x.setup])
     print("\n".join(table(limits)))
     if flags.json:
-        flags.json.write_text(json.dumps({"mode": flags.mode, **report(limits, experiment)}, indent=1) + "\n")
+        flags.json.write_text(
+            json.dumps({"mode": flags.mode, **report(limits, experiment)}, indent=1) + "\n"
+        )
     if flags.plot:
         plot(limits, flags.plot, experiment["slo"]["attainment"])
 
