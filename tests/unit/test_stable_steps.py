@@ -3,6 +3,13 @@
 Twins are two schedulers that are told the same. One makes runs; the other makes as many single
 steps, and after each run the two have to agree. With batches in overlap nobody is preempted by who
 comes in: what is behind a run then waits for it, which is `InstanceCore`'s part.
+
+A run takes all of its blocks when it begins, and so may evict what single steps go on keeping: for
+steps that it is then not to have, or where two rows that compute the same give one copy back on the
+way. Whoever would have begun with what was evicted computes it again. The cache is then what it
+would be without some of its oldest blocks, and the twin is made to lose the same ones. (In overlap
+a run in flight has not named what as many single steps have, which lasts when its sequence is
+cancelled. Where that shows, both lose what nobody holds.)
 """
 
 from __future__ import annotations
@@ -39,6 +46,19 @@ def harness(num_blocks: int, depth: int, max_num_seqs: int, budget: int, caching
 
 def place(scheduler: Scheduler, seq: Sequence) -> tuple[object, ...]:
     return seq.key, seq.state, seq.slot, seq.num_computed, seq.num_tokens, len(seq.blocks)
+
+
+def cached(scheduler: Scheduler) -> list[bytes | None]:
+    """The keys of what nobody holds, first the one to be evicted first."""
+    pool = scheduler.pool
+    return [pool.key_of(block) for block in pool._reusable.in_order()]
+
+
+def evict(scheduler: Scheduler, count: int) -> None:
+    """So many of them."""
+    if count:
+        pool = scheduler.pool
+        pool.release(pool.allocate_many(pool.num_free + count))
 
 
 class Twins(RuleBasedStateMachine):
@@ -120,7 +140,7 @@ class Twins(RuleBasedStateMachine):
     @rule(data=st.data(), times=st.integers(1, 6))
     def advance(self, data: st.DataObject, times: int) -> None:
         for _ in range(times):
-            steps = self._run(data)
+            steps, was_run = self._run(data)
             for step in range(steps):
                 batch = self.single.launch()
                 assert batch is not None
@@ -129,16 +149,28 @@ class Twins(RuleBasedStateMachine):
             if not steps and self.single.in_flight:
                 assert self.single.launch() is None
                 self.single.land()
+            self._evict_alike(was_run)
             self._agree()
 
-    def _run(self, data: st.DataObject) -> int:
-        """How many steps it was."""
+    def _evict_alike(self, was_run: bool) -> None:
+        """Let single steps lose what the run has evicted."""
+        ours, theirs = (cached(one.scheduler) for one in (self.runs, self.single))
+        if self.depth == 1:
+            num_ahead = len(theirs) - len(ours)
+            assert theirs[num_ahead:] == ours and (was_run or not num_ahead)
+            evict(self.single.scheduler, num_ahead)
+        elif ours != theirs:
+            evict(self.runs.scheduler, len(ours))
+            evict(self.single.scheduler, len(theirs))
+
+    def _run(self, data: st.DataObject) -> tuple[int, bool]:
+        """How many steps it was, and whether more than one had been launched."""
         changes = self.runs.scheduler.num_changes
         batch = self.runs.launch(self.max_steps)
         if batch is None:
             if self.runs.in_flight:
                 self.runs.land()
-            return 0
+            return 0, False
         steps = batch.steps
         if steps > 1 and data.draw(st.booleans()):
             steps = data.draw(st.integers(1, steps))
@@ -148,7 +180,7 @@ class Twins(RuleBasedStateMachine):
         if self.runs.in_flight and self.runs.scheduler.num_changes != changes:
             steps = 1
             self.runs.shorten(1)
-        return steps
+        return steps, batch.steps > 1
 
     def _agree(self) -> None:
         ours, theirs = self.runs.scheduler, self.single.scheduler

@@ -34,9 +34,10 @@ _SETTLED_STEPS = 6
 #: A prediction of next to nothing must not make its step count for all others.
 _LEAST_SCALE = 0.25
 #: Batches between two solutions once there are many; fewer of them are needed while nothing errs by
-#: more than this share, as on a simulated device.
+#: more than this share, as on a simulated device. What is not found surprising there should not be
+#: seen in a load either: steps and runs of steps lead to solutions at other times.
 _SOLVE_EVERY = 8
-_SURPRISE = 1e-4
+_SURPRISE = 1e-5
 # Features differ by orders of magnitude; scaled to about one, the fit stays well conditioned.
 _SCALE: Vector = (1.0, 1e-2, 1e-1, 1e-4, 1e-6)
 #: Against directions that the steps so far say nothing about.
