@@ -242,10 +242,8 @@ def test_one_change_at_a_time_and_with_patience() -> None:
         view = turned(view, plan)
     assert len(at) > 1 and at[0] >= 3.0
     assert all(later - earlier >= 10.0 for earlier, later in pairwise(at))
-    first = next(
-        decide_roles(make_view(6), HEAVY, replace(RoleState(), better_since_s=0.0, better_prefill=n),
-                     config, 3.0) for n in (3,)
-    )  # fmt: skip
+    watched = replace(RoleState(), better_since_s=0.0, better_prefill=3)
+    first = decide_roles(make_view(6), HEAVY, watched, config, 3.0)
     again = decide_roles(turned(make_view(6), first), HEAVY, first.state, config, 3.5)
     assert None not in (first.instance, again.instance)
 
