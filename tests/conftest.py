@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import os
 import signal
 from collections.abc import Iterator
@@ -36,6 +37,16 @@ def _has_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was() -> Iterator[None]:
+    """Commands that a test runs in this process say what is logged; the next test is not theirs."""
+    loggers = [logging.getLogger(), logging.getLogger("penstock")]
+    levels = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, levels):
+        logger.setLevel(level)
 
 
 #: After a timeout: until whoever has swallowed it, or hangs while cleaning up, is told again.

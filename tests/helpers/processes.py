@@ -46,9 +46,22 @@ class Command:
         return {i["name"] for i in instances if i["state"] == "active"}
 
     def child(self, word: str) -> psutil.Process:
-        """The child whose command line has this word."""
-        (found,) = [c for c in psutil.Process(self.process.pid).children() if word in c.cmdline()]
-        return found
+        """The child whose command line has this word, as soon as there is one: who has just been
+        killed is a zombie without one for a moment."""
+        deadline_s = time.monotonic() + 20.0
+        while True:
+            children = psutil.Process(self.process.pid).children()
+            found = [c for c in children if word in _words(c)]
+            if len(found) == 1 or time.monotonic() > deadline_s:
+                (one,) = found
+                return one
+            time.sleep(0.02)
+
+
+def _words(process: psutil.Process) -> list[str]:
+    with contextlib.suppress(psutil.ZombieProcess, psutil.NoSuchProcess):
+        return process.cmdline()
+    return []
 
 
 class Processes:

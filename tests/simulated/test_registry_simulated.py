@@ -19,7 +19,13 @@ from penstock.simulator.storms.storm import (
     Storm,
 )
 
-logging.getLogger("penstock.registry").setLevel(logging.CRITICAL)
+
+@pytest.fixture(autouse=True)
+def _quiet(logging_as_it_was: None) -> None:
+    """Worlds full of faults log them. (`conftest.py` puts levels back.)"""
+    logging.getLogger("penstock").setLevel(logging.CRITICAL)
+
+
 SHAPE = Shape(num_instances=2, num_services=2, registry=True, pd="auto")
 
 

@@ -22,7 +22,13 @@ from penstock.simulator.storms.play import Verdict, play, words_of
 from penstock.simulator.storms.shrink import Shrinker
 from penstock.simulator.storms.storm import Ask, Assignment, Lead, Noise, Raise, Shape, Slow, Storm
 
-logging.getLogger("penstock.registry").setLevel(logging.CRITICAL)
+
+@pytest.fixture(autouse=True)
+def _quiet(logging_as_it_was: None) -> None:
+    """Worlds full of faults log them. (`conftest.py` puts levels back.)"""
+    logging.getLogger("penstock").setLevel(logging.CRITICAL)
+
+
 Core = InstanceCore | ServiceCore
 SEEDS = range(60)
 
