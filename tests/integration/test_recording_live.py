@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,9 @@ def test_each_api_worker_writes_its_own_and_a_killed_service_leaves_one(
     server = started.server("serve", model, *FLAGS, *flags)
     started.until(lambda: server.active() == {"engine-0", "engine-1"})
     bench(server, "rate=20,requests=30")
+    # What was heard by then is in the file once it has been written to twice more.
+    own, ended_s = tmp_path / "incident.api-0", time.time()
+    started.until(lambda: own.stat().st_mtime > ended_s + 0.5)
     server.child("--api-worker=0").kill()
     successors = tmp_path / "incident.api-0.1"
     started.until(lambda: successors.exists() and successors.stat().st_size)

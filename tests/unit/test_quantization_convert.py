@@ -386,6 +386,8 @@ class TestAllOrNothing:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 env=os.environ | {"PYTHONPATH": "src", "OMP_NUM_THREADS": "1"},
+                # nohup is honoured, and may be what the tests run under.
+                preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
             )
             for _ in range(1 + killed)
         ]
