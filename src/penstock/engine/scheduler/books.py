@@ -13,11 +13,6 @@ from penstock.engine.scheduler.sequence import Sequence as Seq
 from penstock.engine.scheduler.step import Claims, InFlight, SchedulerStats, Totals
 
 
-def check_slots(running: Sequence[Seq], free: list[int], num_slots: int) -> None:
-    slots = sorted([*free, *(seq.slot for seq in running)])
-    assert slots == list(range(num_slots)), "a slot is lost or taken twice"
-
-
 def check_claims(claims: Claims) -> None:
     for owner in claims.owners():
         running = isinstance(owner, Seq) and owner.state is State.RUNNING

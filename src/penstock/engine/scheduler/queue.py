@@ -15,10 +15,12 @@ preemption, which are the engine's doing.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
+from itertools import chain, islice
 
-from penstock.engine.scheduler.sequence import Flow, Sequence
+from penstock.engine.scheduler.sequence import CLASSES, Flow, Sequence
+from penstock.protocol.request import RequestClass
 
 #: Flows that went idle ahead of the others are remembered up to this many: salts come and go.
 _MAX_IDLE_FLOWS = 1024
@@ -143,3 +145,23 @@ class WaitingQueue:
 
     def _level(self, seq: Sequence) -> _Level:
         return self._levels.setdefault(seq.submit.priority, _Level())
+
+
+class Queues(dict[RequestClass, WaitingQueue]):
+    """The queue of each class, in the order in which classes are served."""
+
+    def __init__(self) -> None:
+        super().__init__({c: WaitingQueue() for c in CLASSES})
+
+    @property
+    def num_waiting(self) -> int:
+        return sum(map(len, self.values()))
+
+    def waiting(self) -> Iterator[Sequence]:
+        """Everyone who waits, in no order that means anything."""
+        return chain.from_iterable(self.values())
+
+    def next(self, count: int, paused: Container[str]) -> list[Sequence]:
+        """The `count` who are served next, best first; nobody of a service that is `paused`."""
+        in_order = chain.from_iterable(queue.in_order() for queue in self.values())
+        return list(islice((seq for seq in in_order if seq.service not in paused), count))

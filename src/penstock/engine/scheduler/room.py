@@ -8,27 +8,26 @@ from __future__ import annotations
 
 from penstock.engine.scheduler.block_pool import BlockPool
 from penstock.engine.scheduler.imports import Holds
+from penstock.engine.scheduler.running import Running
 from penstock.engine.scheduler.sequence import Sequence
-from penstock.engine.scheduler.step import Claims, Slots
+from penstock.engine.scheduler.step import Claims
 
 
 class Room:
-    """`running` (by rank) and `paused` are the scheduler's own, as they change."""
+    """`running` and `paused` are the scheduler's own, as they change."""
 
     def __init__(
         self,
         pool: BlockPool,
         holds: Holds,
         claims: Claims,
-        slots: Slots,
-        running: list[Sequence],
+        running: Running,
         paused: set[str],
         block_tokens: int,
     ) -> None:
         self._pool = pool
         self._holds = holds
         self._claims = claims
-        self._slots = slots
         self._running = running
         self._paused = paused
         self._block_tokens = block_tokens
@@ -73,7 +72,7 @@ class Room:
         short += sum(map(self.num_missing, self._running)) - self._pool.num_available
         if self._running:
             short += self._holds.promised(besides=seq.key)
-        if short <= 0 and len(self._slots):
+        if short <= 0 and len(self._running.slots):
             return []
         victims = [s for s in self._running if s.service in self._paused or s.rank[0] > seq.rank[0]]
         if short > sum(len(s.blocks) + self.num_missing(s) for s in victims):

@@ -30,35 +30,26 @@ whatever else it has in flight counts for nothing; it starts again with the toke
 
 from __future__ import annotations
 
-from bisect import insort
 from collections import deque
-from collections.abc import Iterator
-from itertools import chain, islice
 
 from penstock.engine.scheduler.batch import Batch, BatchRow, BlockMap, RowResult, StepResult
 from penstock.engine.scheduler.block_pool import BlockPool, Generations, Holders
-from penstock.engine.scheduler.books import check_claims, check_sequences, check_slots, stats_of
+from penstock.engine.scheduler.books import check_claims, check_sequences, stats_of
 from penstock.engine.scheduler.config import SchedulerConfig
 from penstock.engine.scheduler.foresight import Foresight
 from penstock.engine.scheduler.imports import Hold, Holds, WindowReturns
 from penstock.engine.scheduler.naming import name_blocks
 from penstock.engine.scheduler.pacing import UNPACED, Pace
-from penstock.engine.scheduler.queue import WaitingQueue
+from penstock.engine.scheduler.queue import Queues, WaitingQueue
 from penstock.engine.scheduler.room import Room
+from penstock.engine.scheduler.running import Running
 from penstock.engine.scheduler.runs import shorten
-from penstock.engine.scheduler.sequence import (
-    CLASSES,
-    Key,
-    Sequence,
-    SequenceUpdate,
-    State,
-    sealed_keys,
-)
-from penstock.engine.scheduler.step import Claims, InFlight, Plan, SchedulerStats, Slots, Totals
+from penstock.engine.scheduler.sequence import Key, Sequence, SequenceUpdate, State, sealed_keys
+from penstock.engine.scheduler.step import Claims, InFlight, Plan, SchedulerStats, Totals
 from penstock.engine.scheduler.validation import DuplicateSubmit, validate
 from penstock.protocol.errors import EngineFailed, ErrorInfo, Overloaded
 from penstock.protocol.kv import KvChange
-from penstock.protocol.request import RequestClass, Submit
+from penstock.protocol.request import Submit
 
 
 class Scheduler:
@@ -80,12 +71,12 @@ class Scheduler:
         self.max_model_len = min(config.max_model_len, num_blocks * config.block_tokens)
         self._eos = frozenset(config.eos_token_ids)
         self._live: dict[Key, Sequence] = {}
-        self._queues: dict[RequestClass, WaitingQueue] = {c: WaitingQueue() for c in CLASSES}
-        self._running: list[Sequence] = []  # by rank
+        self._queues = Queues()
         #: Sequences that the batch made last has let in for the first time.
         self.newcomers: list[Sequence] = []
         self._paused: set[str] = set()  # only asked, never iterated
         self.claims = Claims()
+        self._running = Running(self.pool, self.claims, config.max_num_seqs, config.block_tokens)
         #: Blocks held by no sequence; kept by `transfer/exchange.py`.
         self.holds = Holds(self.pool, self.claims)
         #: What sequences with windows had when they ended: the cache does not keep it, and who goes
@@ -93,12 +84,10 @@ class Scheduler:
         #: without one nothing is left (None).
         self.left_behind: list[Hold] | None = None
         self._returns = WindowReturns(self.pool)
-        self._slots = Slots(config.max_num_seqs)
         #: Who fits.
         self.room = Room(
-            self.pool, self.holds, self.claims, self._slots,
-            self._running, self._paused, config.block_tokens,
-        )  # fmt: skip
+            self.pool, self.holds, self.claims, self._running, self._paused, config.block_tokens
+        )
         self.foresight = Foresight(
             config.max_num_batched_tokens, self.pool, self.room,
             self._running, self._queues, self._paused, config.block_tokens,
@@ -130,7 +119,7 @@ class Scheduler:
         validate(submit, self.max_model_len, self._config.block_tokens)
         if older is not None:
             self._finish(older)
-        elif not submit.resumed_ids and self.num_here()[1] >= self._config.max_waiting:
+        elif not submit.resumed_ids and self._queues.num_waiting >= self._config.max_waiting:
             raise Overloaded(f"{self._config.max_waiting} sequences are waiting already")
         caching = self._config.enable_prefix_caching
         seq = Sequence.of(submit, self._arrivals, self.max_model_len, caching, hands_over)
@@ -179,7 +168,7 @@ class Scheduler:
 
     def num_here(self) -> tuple[int, int]:
         """How many run, and how many wait."""
-        return len(self._running), sum(map(len, self._queues.values()))
+        return len(self._running), self._queues.num_waiting
 
     def has_work(self) -> bool:
         """Is there any unfinished sequence, even if nothing can be scheduled right now?"""
@@ -193,7 +182,7 @@ class Scheduler:
             if seq.public and fleeting and self.left_behind is not None:
                 keys = seq.keys[: len(keyed)]
                 self.left_behind.append(self.holds.hold(keys, soft=True))
-            self._leave_slot(seq, keep=seq.public)
+            self._running.let_go(seq, keep=seq.public)
         else:
             queue.take_out(seq)
             # A preempted sequence's private blocks stay in the LRU until they are evicted.
@@ -203,14 +192,6 @@ class Scheduler:
         if seq.num_placeholders:  # it has rows to come
             self.num_changes += 1
         self.reconsider()
-
-    def _leave_slot(self, seq: Sequence, keep: bool) -> None:
-        """Give up slot and blocks. `keep`: what has a key may serve later."""
-        self.pool.release(seq.blocks, keep)
-        self.claims.settle(seq, seq.keys[seq.num_keyed_blocks :])
-        self._running.remove(seq)
-        self._slots.give_back(seq.slot)
-        seq.lose_slot()
 
     # ---- the loop -------------------------------------------------------------------------
 
@@ -222,7 +203,7 @@ class Scheduler:
 
     def reconsider(self) -> None:
         """Something has changed that may let in who waits."""
-        if any(map(len, self._queues.values())):
+        if self._queues.num_waiting:
             self.num_changes += 1
 
     def schedule(self, max_steps: int = 1) -> Batch | None:
@@ -240,11 +221,7 @@ class Scheduler:
         self.holds.starved = False
         paced: list[Sequence] = []  # of this class or one before it
         for request_class, queue in self._queues.items():
-            decodes: list[Sequence] = []
-            prompts: list[Sequence] = []
-            for seq in self._running:
-                if seq.request_class == request_class and seq.service not in self._paused:
-                    (decodes if seq.num_to_compute <= 1 else prompts).append(seq)
+            decodes, prompts = self._running.of_class(request_class, self._paused)
             for seq in decodes:
                 self._continue(seq, plan)
             # Whoever's last ids are in flight waits for no step.
@@ -271,7 +248,8 @@ class Scheduler:
             self._send_back(victim)
             if victim is seq:
                 return
-        self._allocate(seq, missing)
+        if missing > 0:
+            self._running.cover(seq, seq.num_computed + num_tokens)
         plan.add(seq, num_tokens)
 
     def _admit_waiting(self, queue: WaitingQueue, plan: Plan) -> None:
@@ -296,7 +274,7 @@ class Scheduler:
             self._admit(seq, hits, queue)
             admitted.append(seq)
             num_tokens = plan.chunk(seq.num_to_compute, self._config)
-            self._allocate(seq, self.room.num_blocks(seq.num_computed + num_tokens) - len(hits))
+            self._running.cover(seq, seq.num_computed + num_tokens)
             plan.add(seq, num_tokens)
         for seq in admitted:
             queue.take_out(seq)
@@ -304,7 +282,7 @@ class Scheduler:
     def _emit(self, plan: Plan, steps: int) -> Batch:
         """Turn the plan into a batch and remember it until its result comes."""
         number = self._totals.steps
-        batch = Batch(number, rows=[], freed_slots=self._slots.take_freed(), steps=steps)
+        batch = Batch(number, rows=[], freed_slots=self._running.slots.take_freed(), steps=steps)
         flight = InFlight(number, steps=steps)
         self.newcomers = []
         for seq, num_tokens in plan.tokens.items():
@@ -322,7 +300,7 @@ class Scheduler:
             self._totals.scheduled_tokens += num_tokens + steps - 1
             if steps > 1:
                 assert num_tokens == 1 and row.samples, "a run only decodes"
-                self._allocate(seq, self.room.num_blocks(seq.num_computed) - len(seq.blocks))
+                self._running.cover(seq, seq.num_computed)
             if seq.stale_maps:
                 batch.maps.extend([BlockMap(seq.slot, i, seq.blocks[i]) for i in seq.stale_maps])
                 seq.stale_maps = []
@@ -359,17 +337,14 @@ class Scheduler:
     def _send_back(self, seq: Sequence) -> None:
         """Take slot and blocks away. Confirmed whole blocks stay in the cache, so that the return
         is cheap while memory is not short; ids in flight still count."""
-        self._leave_slot(seq, keep=True)
+        self._running.let_go(seq, keep=True)
         seq.state = State.WAITING
         seq.num_preemptions += 1
         self._totals.preemptions += 1
         self._queues[seq.request_class].put_back(seq)
 
     def _admit(self, seq: Sequence, hits: list[int], queue: WaitingQueue) -> None:
-        seq.take_slot(self._slots.take(), hits, self._config.block_tokens)
-        insort(self._running, seq, key=lambda s: s.rank)
-        if seq.public:
-            self.claims.claim(seq, seq.keys[len(hits) :])
+        self._running.let_in(seq, hits)
         if seq.num_preemptions == 0:
             queue.chosen(seq.flow)
             queue.charge(seq.flow, seq.num_to_compute)
@@ -377,12 +352,6 @@ class Scheduler:
             if seq.public:
                 self._totals.prefix_hit_tokens += seq.cached_tokens
                 self._totals.prefix_query_tokens += seq.num_prompt_tokens
-
-    def _allocate(self, seq: Sequence, num_blocks: int) -> None:
-        if num_blocks > 0:
-            num_held = len(seq.blocks)
-            seq.stale_maps.extend(range(num_held, num_held + num_blocks))
-            seq.blocks += self.pool.allocate_many(num_blocks)
 
     # ---- results --------------------------------------------------------------------------
 
@@ -458,13 +427,12 @@ class Scheduler:
 
     def next_waiting(self, count: int) -> list[Sequence]:
         """Who comes next, in order."""
-        in_order = chain.from_iterable(queue.in_order() for queue in self._queues.values())
-        return list(islice((s for s in in_order if s.service not in self._paused), count))
+        return self._queues.next(count, self._paused)
 
     def will_store(self, key: bytes, index: int) -> bool:
         """Is anybody here about to have `key` as its block `index`, running or waiting?"""
         return self.claims.owner(key) is not None or any(
-            index < len(seq.keys) and seq.keys[index] == key for seq in self._waiting()
+            index < len(seq.keys) and seq.keys[index] == key for seq in self._queues.waiting()
         )
 
     def take_released_windows(self) -> list[int]:
@@ -483,7 +451,7 @@ class Scheduler:
         have launched yet if it were single steps."""
         last = self._in_flight[-1] if num_steps else InFlight(-1)
         return stats_of(
-            list(self._waiting()), self._running, self.pool, self._totals,
+            list(self._queues.waiting()), self._running, self.pool, self._totals,
             last, num_steps, self._config.block_tokens,
         )  # fmt: skip
 
@@ -507,12 +475,6 @@ class Scheduler:
             self._returns.waiting(),
         )
         self.holds.check()
-        check_slots(self._running, self._slots.free(), self._config.max_num_seqs)
-        check_sequences(self._running, list(self._waiting()), self.live(), self._in_flight)
+        self._running.check()
+        check_sequences(self._running, list(self._queues.waiting()), self.live(), self._in_flight)
         check_claims(self.claims)
-        for seq in self._running:
-            assert len(seq.blocks) == self.room.num_blocks(seq.num_computed), "blocks held"
-
-    def _waiting(self) -> Iterator[Sequence]:
-        for queue in self._queues.values():
-            yield from queue
