@@ -470,3 +470,20 @@ def test_what_was_fetched_ahead_is_what_the_record_says() -> None:
     bench.hand_over()
     bench.say("d", Fetched("d", 1, "r/0", 2, 0, 0, 0, 0.0, ""))  # nothing was left to fetch
     assert bench.sequence().placements[1].fetched == ahead
+
+
+def test_what_is_handed_over_does_not_time_the_link() -> None:
+    bench = Bench("p", "d")
+    bench.split()
+    transfer = bench.core.instances["d"].experience.transfer
+    guess = transfer.line("map")
+    bench.hand_over()
+    # What was fetched ahead may be told of late: it came as fast as the prompt was computed.
+    bench.say("d", Fetched("d", 1, "r/0", 1, 2, 2, 8192, 9.0, "map"))
+    assert transfer.line("map") == guess
+    bench.say("d", Fetched("d", 1, "r/0", 2, 2, 2, 8192, 0.5, "map"))  # this was there already
+    seen = transfer.line("map")
+    assert seen[0] + 32 * seen[1] == pytest.approx(0.5)
+    bench.row("d", TokenRow("r/0", 2, 1, [6], "stop"))
+    bench.say("d", Fetched("d", 1, "r/0", 2, 2, 2, 8192, 9.0, "map"))  # whose is it?
+    assert transfer.line("map") == seen

@@ -359,7 +359,7 @@ class ServiceCore:
             return []  # an older leader's word; the instance says what it is by itself
         instance.epoch_in_doubt = instance.epoch_in_doubt or message.code == "stale_epoch"
         if message.what == "fetch":
-            self.placement.reservation_refused(instance, message.request_id, message.attempt)
+            self.placement.reservations.refused(instance, message)
             return []
         entry = instance.entries.get(message.request_id or "")
         if entry is None or entry.attempt != message.attempt:

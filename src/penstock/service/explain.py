@@ -164,6 +164,12 @@ class Record:
             self.placements_dropped += 1
         self.placements.append(placement)
 
+    def is_handover(self, fetched: Fetched) -> bool:
+        """Whether the blocks went to another place than that which computed them at the time."""
+        return any(
+            p.attempt == fetched.attempt and p.instance != fetched.instance for p in self.placements
+        )
+
     def fetched(self, fetched: Fetched, now: float) -> None:
         """`fetched.attempt` is the present placement's, or the next one's if it was ahead."""
         present = self.present

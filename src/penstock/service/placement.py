@@ -27,10 +27,11 @@ from penstock.service.cluster.instances import Changes, Instance
 from penstock.service.cluster.view import LiveView
 from penstock.service.explain import Explainer, Explanation, PlacementRecord
 from penstock.service.generation import TokenDelta
-from penstock.service.journal import Entry, Journal, Reservation
+from penstock.service.journal import Entry, Journal
 from penstock.service.policies.routing import ClusterView, Decision, Policy
 from penstock.service.prospects import Prospects
 from penstock.service.recovery import Recoveries, by_urgency, wait_for_each_other, way_taken
+from penstock.service.reservations import Reservations
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,7 @@ class Placement:
     ) -> None:
         self.journal = Journal()
         self.instances: dict[str, Instance] = {}
+        self.reservations = Reservations(self.instances)
         self.changes = Changes()
         self.view = LiveView()
         self.explainer = Explainer(config.explained_requests)
@@ -162,7 +164,7 @@ class Placement:
         """`instance` is gone: whatever ran there goes on elsewhere, what was to come stays away."""
         effects: list[Effect] = []
         for entry in list(instance.coming.values()):
-            self._let_reservation_go(entry)
+            self.reservations.forget(entry)
         leaving = by_urgency(list(instance.entries.values()), now)
         for entry in leaving:
             effects += self.move(entry, now, f"{instance.name} was lost")
@@ -233,18 +235,16 @@ class Placement:
         """The prompt is computed and the first token is out: the rest is for another instance. It
         goes where the plan said if that place is still what it was, else the policy is asked."""
         assert entry.instance is not None
-        origin, reserved = entry.instance, entry.decode_on
+        origin = entry.instance
         freed = self._unplace(entry, "handover", now, keep_reserved=True)
         self.num_handovers += 1
         entry.because = "handover"
-        target = self.instances.get(reserved.instance) if reserved is not None else None
-        if reserved is None or target is None or not target.keeps(reserved):
-            freed += self._cancel_reservation(entry)
+        target = self.reservations.use(entry)
+        if target is None:
+            freed += self.reservations.cancel(entry)
             return freed + self._place(entry, now, prefilled_on=origin)
-        self._let_reservation_go(entry)
-        return freed + self._send(
-            entry, target, now, source=orders.held_by(self.instances[origin], entry)
-        )
+        source = orders.held_by(self.instances[origin], entry)
+        return freed + self._send(entry, target, now, source=source)
 
     def house(self, now: float) -> list[Effect]:
         """Place who has no instance; end who has waited for one too long."""
@@ -296,6 +296,22 @@ class Placement:
         instance.touched = True
         entry.progress_s = now
         entry.moves = entry.failed_steps = 0
+
+    def fetched(self, instance: Instance, fetched: Fetched, now: float) -> None:
+        """What became of blocks that were to come to `instance`: for the record."""
+        entry = self.journal.get(fetched.request_id)
+        if entry is None:
+            return  # it has ended, and its record with it
+        # Blocks that are handed over come as the prompt is computed: how long that takes says
+        # nothing about the link (`TransferFitter.moved` does).
+        if not entry.record.is_handover(fetched):
+            instance.experience.transfer.observe(fetched)
+        instance.touched = True
+        if instance.name in (
+            entry.instance,
+            entry.decode_on.instance if entry.decode_on else None,
+        ):
+            entry.record.fetched(fetched, now)
 
     # --- ends ----------------------------------------------------------------------------------
 
@@ -415,7 +431,7 @@ class Placement:
         # For who waits long no room is kept: where it decodes is decided when the time has come.
         if decode is None or entry.deferred:
             return effects
-        return effects + self._reserve(entry, target, decode)
+        return effects + self.reservations.make(entry, target, decode)
 
     def _record(
         self,
@@ -451,51 +467,7 @@ class Placement:
             instance.outcomes.left(entry.record, len(entry.emitted), entry.progress_s)
             entry.pulls_from = None
             entry.record.left(end, len(entry.emitted), entry.progress_s, now)
-        return [] if keep_reserved else self._cancel_reservation(entry)
-
-    # --- reservations --------------------------------------------------------------------------
-
-    def _reserve(self, entry: Entry, prefill: Instance, decode: Instance) -> list[Effect]:
-        """`decode` is to have the prompt's blocks as they are made; it may refuse, and be asked
-        all the same when the time has come."""
-        ttft_s = entry.record.placements[-1].predicted_ttft_s or 0.0
-        fetch = orders.fetch(entry, decode, prefill, ttft_s)
-        entry.decode_on = Reservation(decode.name, decode.incarnation, decode.epoch, entry.attempt)
-        decode.expects(entry)
-        return [] if fetch is None else [Send(decode.name, fetch)]
-
-    def reservation_refused(self, instance: Instance, key: str | None, attempt: int) -> None:
-        """There was no room. The plan stands on the other side: its row says "handover" when the
-        prompt is done, and the policy is asked then."""
-        entry = instance.coming.get(key or "")
-        if entry is not None and entry.attempt == attempt:
-            self._let_reservation_go(entry)
-
-    def fetched(self, instance: Instance, fetched: Fetched, now: float) -> None:
-        """What became of blocks that were to come to `instance`: for the record."""
-        entry = self.journal.get(fetched.request_id)
-        # Blocks that are handed over come as the prompt is computed: how long that takes says
-        # nothing about the link (`TransferFitter.moved` does).
-        if entry is None or (entry.decode_on is None and entry.because != "handover"):
-            instance.experience.transfer.observe(fetched)
-        instance.touched = True
-        if entry is not None and instance.name in (
-            entry.instance,
-            entry.decode_on.instance if entry.decode_on else None,
-        ):
-            entry.record.fetched(fetched, now)
-
-    def _cancel_reservation(self, entry: Entry) -> list[Effect]:
-        reserved = entry.decode_on
-        self._let_reservation_go(entry)
-        if reserved is None or reserved.instance not in self.instances:
-            return []
-        return [Send(reserved.instance, Cancel(entry.key, reserved.attempt))]
-
-    def _let_reservation_go(self, entry: Entry) -> None:
-        if entry.decode_on is not None:
-            self.instances[entry.decode_on.instance].expects_no_more(entry)
-            entry.decode_on = None
+        return [] if keep_reserved else self.reservations.cancel(entry)
 
     def check(self) -> None:
         """Invariants, recounted: counters equal what the journal says."""
