@@ -82,6 +82,8 @@ class Network:
     # --- frames --------------------------------------------------------------------------------
 
     def passes(self, source: str, target: str, now: float) -> bool:
+        if not (self._cuts or self._walls):
+            return True
         if self._cuts.get((source, target), 0.0) > now:
             return False
         if self._walls:
@@ -94,8 +96,9 @@ class Network:
         faults, draw = self.faults, self._draw
         if faults.loss and draw() < faults.loss:
             return []
-        copies = 2 if faults.duplicate and draw() < faults.duplicate else 1
-        return [self._arrival_s((source, target), num_bytes, now) for _ in range(copies)]
+        link, twice = (source, target), faults.duplicate and draw() < faults.duplicate
+        first_s = self._arrival_s(link, num_bytes, now)
+        return [first_s, self._arrival_s(link, num_bytes, now)] if twice else [first_s]
 
     def _arrival_s(self, link: Link, num_bytes: int, now: float) -> float:
         faults = self.faults
@@ -112,6 +115,8 @@ class Network:
         if faults.reorder and self._draw() < faults.reorder:
             return arrival_s + self._draw() * faults.late_s
         # A connection keeps its order: nothing overtakes what was sent before.
-        arrival_s = max(arrival_s, self._last_arrival_s.get(link, 0.0))
+        last_s = self._last_arrival_s.get(link, 0.0)
+        if arrival_s < last_s:
+            return last_s
         self._last_arrival_s[link] = arrival_s
         return arrival_s

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from penstock.engine.core import InstanceCore
 from penstock.engine.scheduler.config import SchedulerConfig
 from penstock.protocol.effects import Effect
 from penstock.protocol.instance import InstanceCard
@@ -65,6 +66,11 @@ class Node:
     #: When its timer is due (by its clock), and when the queue looks after it (by the world's).
     due_s: float | None = None
     looked_after_s: float = float("inf")
+    #: Whether it computes, and talks to others that do.
+    is_instance: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.is_instance = isinstance(self.core, InstanceCore)
 
     def when_running(self, call: Call) -> None:
         if self.stopped:

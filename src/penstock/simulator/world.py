@@ -334,23 +334,23 @@ class World:
 
     def _carry_out(self, node: Node, effects: list[Effect]) -> None:
         for effect in effects:
-            match effect:
-                case Send(peer=peer, message=message):
-                    self._send(node, peer, message)
-                case SetTimer(at_s=at_s):
-                    node.due_s = at_s
+            match effect:  # the frequent ones first
+                case Send():
+                    self._send(node, effect.peer, effect.message)
+                case SetTimer():
+                    node.due_s = effect.at_s
                     self._arm(node)
-                case Reply(request_id=request_id, event=event):
-                    self._reply(request_id, event)
-                case Launch(batch=batch):
-                    self._launch(node, batch)
-                case Connect(peer=peer, address=address):
-                    assert address == f"sim://{peer}"
-                    node.peers[peer] = None
-                case Shorten(step=step, ahead_s=ahead_s):
-                    self._shorten(node, step, ahead_s)
-                case Move(job=job):
-                    self._move(node, job)
+                case Reply():
+                    self._reply(effect.request_id, effect.event)
+                case Launch():
+                    self._launch(node, effect.batch)
+                case Shorten():
+                    self._shorten(node, effect.step, effect.ahead_s)
+                case Move():
+                    self._move(node, effect.job)
+                case Connect():
+                    assert effect.address == f"sim://{effect.peer}"
+                    node.peers[effect.peer] = None
                 case Stop():
                     self._happened("leave", node.name)
                     node.left = True
@@ -359,8 +359,9 @@ class World:
             watcher(node.name)
 
     def _reply(self, request_id: str, event: Any) -> None:
-        self.digest.replied(self.now, request_id, event)
-        self._log("reply", request_id, event.choice, event.ids, event.finish)
+        self.digest.replied(self.events.now, request_id, event)
+        if not self._counting:
+            self._log("reply", request_id, event.choice, event.ids, event.finish)
         assert request_id in self._asked, f"{request_id} is answered after its end"
         client, choices = self._asked[request_id]
         if event.finish is not None and choices == 1:
@@ -372,10 +373,11 @@ class World:
     def _launch(self, node: Node, batch: Batch) -> None:
         core, device = node.core, node.device
         assert isinstance(core, InstanceCore) and device is not None
-        self.digest.launched(self.now, node.name, batch)
+        self.digest.launched(self.events.now, node.name, batch)
 
         def done(result: StepResult) -> None:
-            self._carry_out(node, core.on_step_done(result, node.clock.local_s(self.now)))
+            now = node.clock.local_s(self.events.now)
+            self._carry_out(node, core.on_step_done(result, now))
 
         device.runner.launch(batch, done)
 
@@ -402,10 +404,10 @@ class World:
         put off then: most timers are replaced before they are due."""
         if node.due_s is None:
             return
-        when_s = max(node.clock.world_s(node.due_s), self.now)
+        when_s = max(node.clock.world_s(node.due_s), self.events.now)
         if when_s < node.looked_after_s:
             node.looked_after_s = when_s
-            self.at(when_s, partial(self._look_after, node, when_s))
+            self.events.at(when_s, partial(self._look_after, node, when_s))
 
     def _look_after(self, node: Node, when_s: float) -> None:
         if node.looked_after_s != when_s:
@@ -413,16 +415,18 @@ class World:
         node.looked_after_s = float("inf")
         if node.due_s is None:
             return
-        if node.clock.world_s(node.due_s) > self.now:
+        if node.clock.world_s(node.due_s) > self.events.now:
             self._arm(node)
-        else:
-            node.when_running(partial(self._fire, node))
+        elif node.stopped:
+            node.missed.append(partial(self._fire, node))
+        elif node.alive:
+            self._fire(node)
 
     def _fire(self, node: Node) -> None:
         if node.due_s is None:
             return
         # Not a rounding error too early, or it would be set again for this moment for ever.
-        now, node.due_s = max(node.clock.local_s(self.now), node.due_s), None
+        now, node.due_s = max(node.clock.local_s(self.events.now), node.due_s), None
         self._carry_out(node, node.core.on_timer(now))
 
     # --- messages ------------------------------------------------------------------------------
@@ -432,16 +436,17 @@ class World:
         self._send(self._nodes[source], target, message)
 
     def _send(self, node: Node, target: str, message: Message) -> None:
-        source, now = node.name, self.now
+        source, now = node.name, self.events.now
         receiver = self._nodes.get(target)
         passes = self.network.passes(source, target, now)
-        if isinstance(node.core, InstanceCore):
-            if receiver is not None and isinstance(receiver.core, InstanceCore):
+        if node.is_instance:
+            if receiver is not None and receiver.is_instance:
                 assert target in node.peers, f"{source} has no way to {target}"
                 receiver.peers[source] = None  # the answer comes over the same connection
             # ZeroMQ tells a ROUTER when a peer is out of reach; a DEALER just keeps it.
             there = receiver is not None and receiver.alive
-            node.core.on_sent(target, passes and there, node.clock.local_s(now))
+            core: Any = node.core
+            core.on_sent(target, passes and there, node.clock.local_s(now))
         frame = b"" if self._counting else encode(message)
         arrivals = self.network.arrivals(source, target, len(frame), now) if passes else []
         if not arrivals:
@@ -450,7 +455,7 @@ class World:
             return
         what = message if self._counting else frame
         for arrival_s in arrivals:
-            self.at(arrival_s, partial(self._deliver, node, receiver, what))
+            self.events.at(arrival_s, partial(self._deliver, node, receiver, what))
 
     def _deliver(self, sender: Node, receiver: Node, what: Any) -> None:
         # What was on its way to (or from) a process that has died does not reach its successor.
@@ -463,10 +468,12 @@ class World:
 
     def _take(self, source: str, receiver: Node, what: Any) -> None:
         message, frame = (what, b"") if self._counting else (decode(what), what)
-        self.digest.delivered(self.now, source, receiver.name, message, frame)
-        self._log("deliver", source, receiver.name, frame)
-        now = receiver.clock.local_s(self.now)
-        self._carry_out(receiver, receiver.core.on_message(source, message, now))
+        now = self.events.now
+        self.digest.delivered(now, source, receiver.name, message, frame)
+        if not self._counting:
+            self._log("deliver", source, receiver.name, frame)
+        effects = receiver.core.on_message(source, message, receiver.clock.local_s(now))
+        self._carry_out(receiver, effects)
 
     def _happened(self, *what: str) -> None:
         self.digest.happened(self.now, *what)
