@@ -110,7 +110,9 @@ class LLM:
         )
         self._thread.start()
         self._driver = self._on_loop(self._attach(address))
-        self._max_model_len = self._driver.card.max_model_len  # type: ignore[union-attr]
+        card = self._driver.card
+        assert card is not None, "it is attached"
+        self._max_model_len = card.max_model_len
 
     async def _attach(self, address: str) -> ServiceDriver:
         attached = asyncio.Event()
@@ -403,10 +405,8 @@ def _logprob_dict(texts: Texts, entry: TokenLogprobs) -> dict[int, Logprob]:
 def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, (str, dict)):
         return [prompts]
-    items = list(prompts)
-    if items and all(isinstance(i, int) for i in items):
-        return [items]  # type: ignore[list-item]
-    return items  # type: ignore[return-value]
+    items: list[Any] = list(prompts)
+    return [items] if items and all(isinstance(i, int) for i in items) else items
 
 
 def _from_dict(prompt: dict[str, Any]) -> str | list[int]:

@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from subprocess import Popen
 from typing import Any
@@ -122,7 +122,7 @@ class Conversation:
         if self._system:
             self.messages.append({"role": "system", "content": self._system})
 
-    def answer(self, text: str) -> Iterator[str]:
+    def answer(self, text: str) -> Generator[str, None, None]:
         """Pieces of the reply as they come.
 
         What has come of it stays in the conversation, also when the iteration is broken off. A
@@ -180,7 +180,7 @@ class Terminal:
             for piece in pieces:
                 self._console.print(piece, end="", markup=False)
         except KeyboardInterrupt:
-            pieces.close()  # type: ignore[attr-defined]
+            pieces.close()
             self.say(" [stopped]")
             return
         except PenstockError as exc:

@@ -50,18 +50,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # Whoever read our output has enough. Python must not try to flush it once more at exit.
-        sys.stdout = None  # type: ignore[assignment]
+        _drop_output()  # whoever read it has enough
         return EXIT_FAILURE
     except (MemoryError, OSError, ImportError, RuntimeError) as exc:
         if isinstance(exc, OSError) and exc.errno in _NO_ROOM:
-            sys.stdout = None  # type: ignore[assignment]
+            _drop_output()
             print(f"{PROJECT}: cannot write: {exc.strerror}", file=sys.stderr)
             return EXIT_FAILURE
         if not _is_out_of_memory(exc):
             raise
         print(f"{PROJECT}: there is not enough memory, or none allowed: {exc}", file=sys.stderr)
         return EXIT_FAILURE
+
+
+def _drop_output() -> None:
+    """Nothing can be written there any more, and Python must not try to at exit."""
+    sys.stdout = None  # type: ignore[assignment]  # the stubs do not say that it may be None
 
 
 #: A full disk, a quota, a device that fails: nothing that a traceback would explain.

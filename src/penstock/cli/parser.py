@@ -6,6 +6,7 @@ import argparse
 import difflib
 import re
 from collections.abc import Iterable, Sequence
+from typing import NoReturn
 
 from penstock import PROJECT
 from penstock.cli import vllm_flags
@@ -42,7 +43,7 @@ class Parser(argparse.ArgumentParser):
     def flags(self) -> list[str]:
         return [flag for flag in self._option_string_actions if flag.startswith("--")]
 
-    def error(self, message: str) -> None:  # type: ignore[override]
+    def error(self, message: str) -> NoReturn:
         message = message.removeprefix("argument ")
         raise ConfigError(f"{message}: see {self.prog} --help")
 

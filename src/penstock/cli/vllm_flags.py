@@ -4,9 +4,10 @@ docs/from-vllm.md is made of it (`python -m penstock.cli.vllm_flags`)."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 Standing = Literal["same", "other", "none", "later"]
+_STANDINGS: dict[str, Standing] = {word: word for word in get_args(Standing)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +31,7 @@ def _rows(table: str) -> tuple[VllmFlag, ...]:
     found = []
     for line in table.strip().splitlines():
         names, standing, answer = (part.strip() for part in line.split("|", 2))
-        assert standing in ("same", "other", "none", "later"), line
-        found.append(VllmFlag(tuple(names.split()), standing, answer))  # type: ignore[arg-type]
+        found.append(VllmFlag(tuple(names.split()), _STANDINGS[standing], answer))
     return tuple(found)
 
 

@@ -198,10 +198,10 @@ class InstanceCore:
 
     def _settle(self, effects: list[Effect], now: float, step_done: bool = False) -> list[Effect]:
         """What every input ends with: keep the device fed, say when to wake up."""
-        moves = self.exchange.poll(now)
+        moves, wake_s = self.exchange.poll(now)
         if moves:
             self.scheduler.reconsider()
-        wake_s = min(self._next_beat_s, self.exchange.next_s())
+        wake_s = min(self._next_beat_s, wake_s)
         ends_run = self._shorten(now)
         launches: list[Effect] = []
         while len(self._flights) < self.config.overlap_steps:
@@ -228,11 +228,13 @@ class InstanceCore:
             self._idle_beats = 0
         # The device first: frames can wait while it computes.
         effects = launches + effects + moves + self._kv_events()
-        busy = self._flights or self.scheduler.has_work() or self.exchange.serves_peers
-        if self.draining and not busy:
+        if self.draining and not self._is_busy():
             effects.append(Stop())
         effects.append(SetTimer(wake_s))
         return effects + ends_run  # last: its answer comes at once
+
+    def _is_busy(self) -> bool:
+        return bool(self._flights) or self.scheduler.has_work() or self.exchange.serves_peers
 
     def _prepare_at_s(self) -> float:
         if not self.scheduler.has_work():
@@ -387,7 +389,7 @@ class InstanceCore:
         if tiers.enabled:
             tiers.follow(changes)
             changes += tiers.take_changes()
-        return self._links.kv_events(changes)
+        return self._links.kv_events(changes) if changes else []
 
     def _beat(self, now: float) -> list[Effect]:
         self._load_number += 1

@@ -147,7 +147,7 @@ class Links:
         card = self._card
         effects: list[Effect] = []
         for service, link in self._links.items():
-            if link.kv_events and changes:
+            if link.kv_events:
                 link.kv_sent += 1
                 events = KvEvents(card.name, card.incarnation, link.kv_sent, changes)
                 effects.append(Send(service, events))

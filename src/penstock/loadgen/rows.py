@@ -43,9 +43,9 @@ def read_rows(path: Path) -> Iterator[tuple[int, Row]]:
 
 def number(row: Row, column: str, where: str) -> float:
     """Finite. Raises `ConfigError`."""
-    found = row.get(column)
+    found: Any = row.get(column)
     try:
-        value = math.nan if isinstance(found, bool) else float(found)  # type: ignore[arg-type]
+        value = math.nan if isinstance(found, bool) else float(found)
     except (TypeError, ValueError, OverflowError):
         raise ConfigError(f"{where}: {column} is not a number: {_short(found)}") from None
     if not math.isfinite(value):

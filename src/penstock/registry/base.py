@@ -10,7 +10,7 @@ and what changed meanwhile is found when it is back.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -108,7 +108,7 @@ class Store(Protocol):
         """Put `key` unless somebody has it, and count one term up, to `at_least` or more; the new
         term, or None. Whoever has it under this very lease gets the term again."""
 
-    def watch(self, prefix: str) -> AsyncIterator[Event]:
+    def watch(self, prefix: str) -> AsyncGenerator[Event, None]:
         """A `Listing`, then each change after it, in order and without gaps. Raises `RegistryGone`
         where that cannot be promised any more."""
 

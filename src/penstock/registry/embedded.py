@@ -13,7 +13,7 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 import msgspec
@@ -246,7 +246,7 @@ class EmbeddedStore:
         found = await self._call("acquire", key, value, lease, at_least)
         return None if found is None else int(found)
 
-    async def watch(self, prefix: str) -> AsyncIterator[Event]:
+    async def watch(self, prefix: str) -> AsyncGenerator[Event, None]:
         watch = next(self._calls)
         queue: asyncio.Queue[_Answer] = asyncio.Queue()
         self._queues[watch] = queue

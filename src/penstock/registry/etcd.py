@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from penstock.protocol.errors import ConfigError
@@ -144,9 +144,9 @@ class EtcdStore:
             return last if held.lease == lease else None
         new = max(last + 1, at_least)
 
-        def transact(etcd: Any) -> Awaitable[Any]:
+        def transact(etcd: Any) -> Any:
             of, put = etcd.transactions, etcd.transactions.put
-            return etcd.transaction(  # type: ignore[no-any-return]
+            return etcd.transaction(
                 compare=[
                     of.version(name) == 0,
                     of.mod(counter) == (term.mod_revision if term is not None else 0),
@@ -166,7 +166,7 @@ class EtcdStore:
         entries = {item.key.decode(): bytes(item.value) for item in found}
         return entries, int(found.header.revision)
 
-    async def watch(self, prefix: str) -> AsyncIterator[Event]:
+    async def watch(self, prefix: str) -> AsyncGenerator[Event, None]:
         entries, revision = await self._list(prefix)
         yield Listing(entries)
 

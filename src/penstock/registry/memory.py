@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import TypeVar
 
 from penstock.registry.base import Event, Listing
@@ -69,7 +69,7 @@ class MemoryStore:
             lambda leases, now: leases.acquire(key, value, lease, at_least, now)
         )
 
-    async def watch(self, prefix: str) -> AsyncIterator[Event]:
+    async def watch(self, prefix: str) -> AsyncGenerator[Event, None]:
         queue: asyncio.Queue[Event] = asyncio.Queue()
         shared = self._shared
         watcher = (prefix, asyncio.get_running_loop(), queue)

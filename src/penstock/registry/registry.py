@@ -7,7 +7,7 @@ import contextlib
 import logging
 import time
 import weakref
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any, ClassVar
 
 from penstock.registry.base import LEADER, ROOT, Deleted, Event, Listing, Put, RegistryGone, Store
@@ -49,13 +49,13 @@ class Registry:
         """Keep `key` there for as long as this process lives, whatever happens to the registry."""
         return Registration(self._store, self._root + key, value, ttl_s, self.url)
 
-    async def watch(self, prefix: str) -> AsyncIterator[Event]:
+    async def watch(self, prefix: str) -> AsyncGenerator[Event, None]:
         """A `Listing` first, then changes; another `Listing` whenever something may have been
         missed. Never ends, and is silent while the registry is gone. Keys are below `prefix`."""
         full, trouble = self._root + prefix, _Trouble(self.url)
         while True:
             try:
-                async with contextlib.aclosing(self._store.watch(full)) as events:  # type: ignore[type-var]
+                async with contextlib.aclosing(self._store.watch(full)) as events:
                     async for event in events:
                         trouble.over()
                         yield _below(full, event)

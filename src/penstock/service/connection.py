@@ -30,6 +30,7 @@ class Connection(HttpToolsProtocol):
     _between_requests = True  # or within a head
     _deadline: asyncio.TimerHandle | None = None
 
+    # A stream's transport; asyncio's stubs have one signature for datagrams, too.
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._unanswered: list[RequestResponseCycle] = []

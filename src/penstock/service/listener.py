@@ -62,7 +62,7 @@ def _bind(config: ServeConfig, listens: bool) -> socket.socket:
     if config.uds is not None:
         _make_way(Path(config.uds))
         listener = socket.socket(socket.AF_UNIX)
-        address: object = config.uds
+        address: str | tuple[str, int] = config.uds
     else:
         family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
         listener = socket.socket(family)
@@ -71,7 +71,7 @@ def _bind(config: ServeConfig, listens: bool) -> socket.socket:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         address = (config.host, config.port)
     try:
-        listener.bind(address)  # type: ignore[arg-type]
+        listener.bind(address)
         # One that holds the port and does not listen is given no connections by the kernel.
         if listens or config.uds is not None:
             listener.listen(_BACKLOG)

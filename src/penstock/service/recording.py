@@ -126,6 +126,7 @@ _StoredStep = msgspec.defstruct(
     frozen=True,
 )
 _encoder = msgspec.msgpack.Encoder()
+# mypy cannot know a class that is made at run time.
 _steps = msgspec.msgpack.Decoder(list[_StoredStep])  # type: ignore[valid-type]
 
 
@@ -187,7 +188,7 @@ def _words(send: Send) -> str:
     message = send.message
     words = [send.peer, type(message).__name__.lower()]
     if (request_id := getattr(message, "request_id", None)) is not None:
-        words.append(f"{request_id} attempt {message.attempt}")  # type: ignore[union-attr]
+        words.append(f"{request_id} attempt {getattr(message, 'attempt', 0)}")
     if (role := getattr(message, "role", None)) is not None:
         words.append(str(role))
     return " ".join(words)

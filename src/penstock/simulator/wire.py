@@ -21,7 +21,7 @@ class Process:
         self.name = name
         self.node: Node = world.node(name)
         self._world = world
-        self.loop = NodeLoop(self.clock, self._at)  # type: ignore[abstract]  # what is not needed
+        self.loop = NodeLoop(self.clock, self._at)  # type: ignore[abstract]  # it has what is needed
 
     def clock(self) -> float:
         return self.node.clock.local_s(self._world.now)

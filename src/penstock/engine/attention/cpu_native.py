@@ -115,7 +115,7 @@ class NativeCpuAttention:
         for i, row in enumerate(rows):
             start, num_tokens = row.start, row.num_tokens
             end = start + num_tokens
-            # ctypes makes a structure of a tuple.
+            # ctypes makes a structure of a tuple; its stubs want the structure.
             into[i] = (base(row.slot, -(-end // block_tokens)), start, num_tokens, first)  # type: ignore[call-overload]
             first += num_tokens
             products += num_tokens * end

@@ -101,7 +101,7 @@ class GgufFile:
         return 1
 
     def _read(self, offset: int, into: torch.Tensor) -> None:
-        view, done = memoryview(into.view(-1).numpy()), 0  # type: ignore[arg-type]
+        view, done = into.view(-1).numpy().data, 0
         while done < len(view):
             try:
                 count = os.preadv(self._fd, [view[done:]], offset + done)

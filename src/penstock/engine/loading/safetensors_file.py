@@ -158,4 +158,4 @@ def _tensor_info(entry: dict[str, Any], data_start: int) -> TensorInfo:
 
 
 def _bytes_of(flat: torch.Tensor) -> memoryview:
-    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
+    return flat.view(torch.uint8).numpy().data

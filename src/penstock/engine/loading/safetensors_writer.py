@@ -72,7 +72,7 @@ def _write(
     for entry in shard:
         name, tensor = next(produced)
         assert (name, tensor.dtype, tuple(tensor.shape)) == (entry.name, entry.dtype, entry.shape)
-        file.write(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
+        file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def _split(planned: list[Planned], max_shard_bytes: int) -> list[list[Planned]]:

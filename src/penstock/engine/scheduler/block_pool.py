@@ -29,8 +29,6 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
-from itertools import groupby
-from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -82,7 +80,7 @@ class BlockPool:
         self._free = list(_descending(num_blocks))
         self._ids = _descending(num_blocks)  # one object for each number, wherever it is kept
         self._reusable = Reusable(num_blocks)
-        self._changes: list[tuple[KvOp, bytes]] = []
+        self._changes: list[tuple[KvOp, list[bytes]]] = []  # runs of one kind
 
     @property
     def num_available(self) -> int:
@@ -162,10 +160,14 @@ class BlockPool:
 
     def allocate_many(self, count: int) -> list[int]:
         """So many times `allocate`, in that order."""
-        if count < _MANY or count > len(self._free):
+        num_evicted = max(0, count - len(self._free))
+        if count < _MANY or (num_evicted and self._storing):
             return [self.allocate() for _ in range(count)]
-        blocks = self._free[: -count - 1 : -1]
-        del self._free[-count:]
+        assert num_evicted <= self._reusable.num_evictable, "allocate() needs num_available > 0"
+        blocks = self._free[: num_evicted - count - 1 : -1]
+        del self._free[num_evicted - count :]
+        if num_evicted:
+            blocks += self._evict_many(num_evicted)
         self.generations[blocks] += 1
         refs = self._refs
         for block in blocks:
@@ -251,7 +253,7 @@ class BlockPool:
             parent != b"" and self._fleeting[self._block_of[parent]]
         )
         if self._is_told(block):
-            self._changes.append(("stored", key))
+            self._tell("stored", (key,))
         return block
 
     def register_many(
@@ -275,7 +277,7 @@ class BlockPool:
             is_public[block] = public
             parent = key
         if public:
-            self._changes.extend([("stored", key) for key in keys])
+            self._tell("stored", keys)
         return list(blocks)
 
     def forget_windows(self, windows: Iterable[int]) -> list[int]:
@@ -347,17 +349,14 @@ class BlockPool:
         self._block_of.clear()
         self._keys = [None] * len(self._keys)
         self._fleeting = bytearray(len(self._keys))
-        self._changes.append(("cleared", b""))
+        self._tell("cleared", (b"",))
 
     def take_changes(self) -> list[KvChange]:
         """What happened to public keys since the last call, in order; runs of one kind merged."""
         if not self._changes:
             return []
         changes, self._changes = self._changes, []
-        return [
-            KvChange(op, b"".join([key for _, key in run]))
-            for op, run in groupby(changes, key=itemgetter(0))
-        ]
+        return [KvChange(op, b"".join(keys)) for op, keys in changes]
 
     def check(self, holdings: Iterable[Sequence[int]], let_go: Sequence[int] = ()) -> None:
         """Assert that every block is accounted for once, given what each holder holds, and which
@@ -414,6 +413,22 @@ class BlockPool:
             self._forget(block)
         return evicted
 
+    def _evict_many(self, count: int) -> list[int]:
+        """So many times `_evict`, while nothing is being stored."""
+        ids, keys, block_of, public = self._ids, self._keys, self._block_of, self._public
+        blocks = [ids[~block] for block in self._reusable.take_oldest_ones(count)]
+        told: list[bytes] = []
+        for block in blocks:
+            key = keys[block]
+            assert key is not None, "a reusable block has no key"
+            del block_of[key]
+            keys[block] = None
+            if public[block]:
+                told.append(key)
+        if told:
+            self._tell("removed", told)
+        return blocks
+
     def _forget(self, block: int) -> None:
         key = self._keys[block]
         if key is None:
@@ -423,7 +438,13 @@ class BlockPool:
         told = self._is_told(block)
         self._fleeting[block] = False
         if told:
-            self._changes.append(("removed", key))
+            self._tell("removed", (key,))
+
+    def _tell(self, op: KvOp, keys: Sequence[bytes]) -> None:
+        if self._changes and self._changes[-1][0] == op:
+            self._changes[-1][1].extend(keys)
+        else:
+            self._changes.append((op, list(keys)))
 
 
 def _zeros(num_blocks: int, dtype: npt.DTypeLike) -> npt.NDArray[Any]:

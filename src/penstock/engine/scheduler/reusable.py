@@ -92,6 +92,22 @@ class Reusable:
                 self._tidy()
                 return block
 
+    def take_oldest_ones(self, count: int) -> list[int]:
+        """So many times `take_oldest`; there must be as many."""
+        entry_of, queue, step, place = self._entry_of, self._queue, self._num_blocks, self._head
+        found: list[int] = []
+        while len(found) < count:
+            entry = queue[place]
+            block = entry % step
+            place += 1
+            if entry_of[block] == entry:
+                entry_of[block] = 0
+                found.append(block)
+        self._head = place
+        self._num_evictable -= count
+        self._tidy()
+        return found
+
     def detain(self, block: int) -> None:
         self._detained[block] = None
         self._num_evictable -= 1

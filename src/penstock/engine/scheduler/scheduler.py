@@ -214,11 +214,13 @@ class Scheduler:
         behind a prompt, then prompts under way, then newcomers, as far as budget, slots and
         blocks go.
         """
+        self.holds.starved = False
+        if not self._live:
+            return None
         # A run leaves blocks for the step behind it: who is preempted while it is in flight would
         # lose what it has computed.
         steps = max(1, self.foresight.stable_steps(max_steps, 1)) if max_steps > 1 else 1
         plan = Plan(self._config.max_num_batched_tokens)
-        self.holds.starved = False
         paced: list[Sequence] = []  # of this class or one before it
         for request_class, queue in self._queues.items():
             decodes, prompts = self._running.of_class(request_class, self._paused)

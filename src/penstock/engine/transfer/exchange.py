@@ -97,6 +97,10 @@ class Exchange:
         #: With the time until which they are kept.
         self._left: deque[tuple[float, Hold]] = deque()
         self._effects: list[Effect] = []
+        #: Whatever may need time to pass for it; none of them is ever replaced.
+        self._under_way = (
+            self._wants, self._left, self._receiving.transfers, self.offers.live,
+        )  # fmt: skip
 
     # --- what comes in -------------------------------------------------------------------------
 
@@ -190,10 +194,11 @@ class Exchange:
 
     # --- as time passes ------------------------------------------------------------------------
 
-    def poll(self, now: float) -> list[Effect]:
-        """To be called in every turn, after results and messages and before scheduling."""
+    def poll(self, now: float) -> tuple[list[Effect], float]:
+        """To be called in every turn, after results and messages and before scheduling; and when
+        it says, at the latest."""
         if self._has_nothing_to_do():
-            return self._take_effects()
+            return self._take_effects(), _NEVER
         for number, want in list(self._wants.items()):
             if want.over or (want.done and want.sequence is None and now >= want.lease_until_s):
                 self._drop(want, number)
@@ -204,12 +209,9 @@ class Exchange:
         if len(self.offers):
             self._effects += self.offers.poll(now)
         self._effects += self._spill.poll(self._receiving.next_number)
-        return self._take_effects()
+        return self._take_effects(), self._next_s()
 
-    def next_s(self) -> float:
-        """When `poll` should be called at the latest."""
-        if self._has_nothing_to_do():
-            return _NEVER
+    def _next_s(self) -> float:
         leases_s = [w.lease_until_s for w in self._wants.values() if w.done and w.sequence is None]
         leases_s += [at_s for at_s, _ in islice(self._left, 1)]
         return min(self.offers.next_s(), self._receiving.next_s(), *leases_s)
@@ -217,13 +219,10 @@ class Exchange:
     def _has_nothing_to_do(self) -> bool:
         """Most turns of an instance whose prompts come from nowhere else."""
         return not (
-            self._wants
-            or self._left
+            any(self._under_way)
             or self._scheduler.left_behind
             or self.tiers.enabled
             or self._scheduler.pool.num_windows
-            or len(self._receiving)
-            or len(self.offers)
         )
 
     def _let_go_of_what_is_left(self, now: float) -> None:
@@ -254,13 +253,7 @@ class Exchange:
     @property
     def idle(self) -> bool:
         """Nothing is wanted, under way, borrowed, lent or being stored."""
-        return not (
-            self._wants
-            or len(self._receiving)
-            or len(self.offers)
-            or len(self._spill)
-            or self._left
-        )
+        return not (any(self._under_way) or len(self._spill))
 
     def check(self) -> None:
         """Assert that what the books hold is what the scheduler's holds say, each once."""

@@ -62,20 +62,21 @@ class Offers:
         self._speak_s = speak_s
         self._max_offers = max_offers
         self._max_lease_s = max_lease_s
-        self._offers: dict[tuple[str, str], _Offer] = {}  # by (peer, transfer)
+        #: By (peer, transfer); the same dictionary for ever.
+        self.live: dict[tuple[str, str], _Offer] = {}
 
     def __len__(self) -> int:
-        return len(self._offers)
+        return len(self.live)
 
     @property
     def unfinished(self) -> bool:
         """Does a peer still wait for bytes from this process? (Mapped pages outlive it.)"""
-        return any(not o.last or o.means != "map" for o in self._offers.values())
+        return any(not o.last or o.means != "map" for o in self.live.values())
 
     # --- messages ------------------------------------------------------------------------------
 
     def on_pull(self, peer: str, pull: Pull, now: float) -> list[Effect]:
-        offer = self._offers.get((peer, pull.transfer))
+        offer = self.live.get((peer, pull.transfer))
         if offer is not None and pull.first_index >= 0:
             wanted = max(pull.first_index, offer.hold.foreign)
             offer.num_told = min(wanted, len(offer.hold.keys))
@@ -103,12 +104,12 @@ class Offers:
             num_told=min(pull.first_index, len(keys)),
             spoke_s=now,
         )
-        self._offers[peer, pull.transfer] = offer
+        self.live[peer, pull.transfer] = offer
         self._look_whether_last(offer, now)
         return self._tell(offer, now)
 
     def on_ack(self, peer: str, ack: Ack, now: float) -> None:
-        offer = self._offers.get((peer, ack.transfer))
+        offer = self.live.get((peer, ack.transfer))
         if offer is not None:
             self._renew(offer, now)
 
@@ -131,7 +132,7 @@ class Offers:
         if not self._common_means(pull):
             has = ", ".join(self._endpoints) or "none"
             return "no_means", f"no means in common (here: {has}; there: {', '.join(pull.means)})"
-        if self._scheduler.holds.starved or len(self._offers) >= self._max_offers:
+        if self._scheduler.holds.starved or len(self.live) >= self._max_offers:
             return "no_room", "the instance needs its blocks for its own sequences"
         return None
 
@@ -150,7 +151,7 @@ class Offers:
         if common[0] == "map" and len(common) > 1:
             to_come = sum(
                 len(o.hold.keys) - len(o.hold.blocks)
-                for o in self._offers.values()
+                for o in self.live.values()
                 if o.means == "map" and not o.last
             )
             if not self._scheduler.holds.has_room_for_pin(keys, besides=to_come):
@@ -162,7 +163,7 @@ class Offers:
     def poll(self, now: float) -> list[Effect]:
         """Offer what has been stored since, say that we live, end leases."""
         effects: list[Effect] = []
-        for key, offer in list(self._offers.items()):
+        for key, offer in list(self.live.items()):
             if now >= offer.lease_until_s:
                 self._end(key)
             elif not offer.last:
@@ -176,7 +177,7 @@ class Offers:
         return min(
             (
                 o.lease_until_s if o.last else min(o.lease_until_s, self._speaks_at_s(o))
-                for o in self._offers.values()
+                for o in self.live.values()
             ),
             default=float("inf"),
         )
@@ -238,11 +239,11 @@ class Offers:
 
     def _drop_older(self, peer: str, incarnation: int) -> None:
         """The peer has been started again: what its predecessor read, nobody reads."""
-        for key, offer in list(self._offers.items()):
+        for key, offer in list(self.live.items()):
             if offer.peer == peer and offer.pull.receiver_incarnation < incarnation:
                 self._end(key)
 
     def _end(self, key: tuple[str, str]) -> None:
-        offer = self._offers.pop(key, None)
+        offer = self.live.pop(key, None)
         if offer is not None:
             self._scheduler.holds.release(offer.hold)

@@ -59,7 +59,8 @@ class Receiving:
         self._holds = scheduler.holds
         self._means = dict(means)
         self._wanting = wanting
-        self._transfers: dict[str, Transfer] = {}
+        #: Under way, and those with windows in use; the same dictionary for ever.
+        self.transfers: dict[str, Transfer] = {}
         self._by_import: dict[Import, Transfer] = {}
         self._by_job: dict[int, Transfer] = {}
         self._fenced: deque[tuple[int, Transfer, ImportJob | Load]] = deque()
@@ -68,16 +69,14 @@ class Receiving:
         self._number = 0
         self._effects: list[Effect] = []
 
-    def __len__(self) -> int:
-        """Transfers under way, and those with windows in use."""
-        return len(self._transfers)
-
     def next_number(self) -> int:
         """Of jobs and transfers: each is used once."""
         self._number += 1
         return self._number
 
     def take_effects(self) -> list[Effect]:
+        if not self._effects:
+            return []
         effects, self._effects = self._effects, []
         return effects
 
@@ -92,7 +91,7 @@ class Receiving:
 
     def leave(self, want: Want) -> None:
         """It waits no longer. An import that nobody wants takes in nothing more."""
-        for transfer in self._transfers.values():
+        for transfer in self.transfers.values():
             if want in transfer.wants:
                 transfer.wants.remove(want)
                 if not transfer.wants and transfer.importing:
@@ -154,7 +153,7 @@ class Receiving:
             return None
         name = f"{self._card.name}/{self._card.incarnation}/{self.next_number()}"
         transfer = Transfer(name, imp, [want], began_s=now, news_s=now)
-        self._transfers[name] = transfer
+        self.transfers[name] = transfer
         self._by_import[imp] = transfer
         return transfer
 
@@ -181,7 +180,7 @@ class Receiving:
 
     def on_ready(self, peer: str, ready: BlocksReady, now: float) -> None:
         """The owner has blocks for us: take room for them and let them come."""
-        transfer = self._transfers.get(ready.transfer)
+        transfer = self.transfers.get(ready.transfer)
         if transfer is None or not transfer.importing or transfer.complete:
             if transfer is None:
                 self._effects.append(Send(peer, Release(ready.transfer)))
@@ -223,7 +222,7 @@ class Receiving:
         self._look_at(transfer, now)
 
     def on_refused(self, transfer_name: str, reason: str, now: float) -> None:
-        transfer = self._transfers.get(transfer_name)
+        transfer = self.transfers.get(transfer_name)
         if transfer is not None and transfer.importing:
             self._end_import(transfer, reason, now)
 
@@ -294,7 +293,7 @@ class Receiving:
             self._part(transfer)
 
     def _part(self, transfer: Transfer) -> None:
-        self._transfers.pop(transfer.name, None)
+        self.transfers.pop(transfer.name, None)
         if transfer.source is not None:
             self._effects.append(Send(transfer.source.instance, Release(transfer.name)))
 
@@ -342,15 +341,15 @@ class Receiving:
             self._start_jobs()
         if self._scheduler.pool.num_windows:
             self._return_windows()
-        for transfer in list(self._transfers.values()):
+        for transfer in list(self.transfers.values()):
             self._watch(transfer, now)
 
     def next_s(self) -> float:
-        return min(map(self._due_s, self._transfers.values()), default=_NEVER)
+        return min(map(self._due_s, self.transfers.values()), default=_NEVER)
 
     def forgive(self, late_s: float) -> None:
         """This process itself stood still for so long: nobody else was silent then."""
-        for transfer in self._transfers.values():
+        for transfer in self.transfers.values():
             transfer.news_s += late_s
             transfer.wait_until_s += late_s
 
@@ -415,13 +414,13 @@ class Receiving:
         return sum(not imp.released for imp in self._by_import)
 
     def check(self) -> None:
-        for transfer in self._transfers.values():
+        for transfer in self.transfers.values():
             assert transfer.importing or transfer.jobs or transfer.windows, "a transfer for nothing"
-            assert transfer.name in self._transfers and not (
+            assert transfer.name in self.transfers and not (
                 transfer.wants and not transfer.importing
             )
         for window, transfer in self._window_of.items():
-            assert window in transfer.windows and transfer.name in self._transfers
+            assert window in transfer.windows and transfer.name in self.transfers
         assert all(n in t.jobs for n, t in self._by_job.items())
 
     @staticmethod

@@ -78,6 +78,7 @@ def create_app(generator: Generator, texts: Texts, config: ApiConfig) -> FastAPI
     app.state.context = context
     table = _table(context)
     document = openapi.document(table, keys=bool(config.api_keys))
+    # FastAPI's own way to serve a document that it has not made.
     app.openapi = lambda: document  # type: ignore[method-assign]
     for api in table:
         # Starlette's own routes: what FastAPI's add (parameters, exit stacks) is not used here.

@@ -80,9 +80,9 @@ class ChatRenderer:
         collected = self._choices[update.choice.index]
         if len(events) == 1 and update.finish is None and self._plain and collected.role_sent:
             event = events[0]
-            if event.__class__ is ContentDelta:
+            if isinstance(event, ContentDelta):
                 before, after = self._around[update.choice.index]
-                return before + _json.encode(event.text) + after  # type: ignore[union-attr]
+                return before + _json.encode(event.text) + after
         return self._chunks(update, collected)
 
     def end(self) -> bytes:

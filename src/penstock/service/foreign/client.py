@@ -158,6 +158,7 @@ class Client(asyncio.Protocol):
 
     # --- asyncio -------------------------------------------------------------------------------
 
+    # A stream's transport; asyncio's stubs have one signature for datagrams, too.
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self.transport = transport
         peer = transport.get_extra_info("peername")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import msgspec
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from penstock import __version__
 from penstock.protocol.errors import ModelNotFound
@@ -41,7 +42,7 @@ class Pages:
         self._registry = CollectorRegistry()
         self._registry.register(router.metrics)
         self._registry.register(router.models)
-        self._registry.register(_EngineMetrics(router))  # type: ignore[arg-type]
+        self._registry.register(_EngineMetrics(router))
         self._pages: dict[str, Page] = {
             "/health": self._health,
             "/health/live": self._live,
@@ -182,7 +183,7 @@ def _json(client: Client, request: Request, found: object, status: int = 200) ->
     respond(client, status, msgspec.json.encode(found), b"application/json", request.id)
 
 
-class _EngineMetrics:
+class _EngineMetrics(Collector):
     """A series for each engine, labelled `engine`, as instances of ours have them."""
 
     def __init__(self, router: Router) -> None:

@@ -95,6 +95,7 @@ class Upstream(asyncio.Protocol):
 
     # --- asyncio -------------------------------------------------------------------------------
 
+    # A stream's transport; asyncio's stubs have one signature for datagrams, too.
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._transport = transport
 

@@ -247,9 +247,14 @@ class KvIndex:
     def _remove(self, bit: int, keys: list[bytes], tiers: Iterable[Tier]) -> None:
         for tier in tiers:
             masks = self._masks(tier)
+            nowhere_else = masks is self._device and not any(self._slow.values())
             for key in keys:
                 mask = masks.get(key, 0)
-                if mask & bit:
+                if not mask & bit:
+                    continue
+                if nowhere_else and mask | _USED == bit | _USED:
+                    del masks[key]
+                else:
                     self._set(tier, key, mask ^ bit)
 
     def _set(self, tier: Tier, key: bytes, mask: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from penstock.engine.core import CoreConfig, InstanceCore
 from penstock.engine.memory.tiers.index import TierSizes
@@ -124,10 +125,10 @@ class Cluster:
     def _note_pulls(self, name: str, core: InstanceCore) -> None:
         act = core.on_message
 
-        def on_message(peer: str, message: object, now: float) -> list[Effect]:
+        def on_message(peer: str, message: Any, now: float) -> list[Effect]:
             if isinstance(message, Pull):
                 self._pulls[name, peer, message.transfer] = None
-            return act(peer, message, now)  # type: ignore[arg-type]
+            return act(peer, message, now)
 
         setattr(core, "on_message", on_message)  # noqa: B010 (of this one object)
 

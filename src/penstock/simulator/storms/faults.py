@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
+from penstock.protocol.effects import Effect
 from penstock.protocol.errors import PenstockError
 from penstock.simulator.runner import CostModelRunner
 from penstock.simulator.storms.cluster import Cluster
@@ -129,10 +130,10 @@ class Strikes:
         if fault.node not in core.instances:
             return
 
-        def assign(now: float) -> list[object]:
+        def assign(now: float) -> list[Effect]:
             try:
-                return list(core.assign(fault.node, fault.role, now))
+                return core.assign(fault.node, fault.role, now)
             except PenstockError:
                 return []  # it does not lead, or nobody would be left for a part of the work
 
-        self._cluster.tell(fault.service, assign)  # type: ignore[arg-type]
+        self._cluster.tell(fault.service, assign)
