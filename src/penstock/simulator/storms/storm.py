@@ -87,12 +87,30 @@ class Ask:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Crash:
+class _Event:
+    at_s: float
+
+    @property
+    def over_s(self) -> float:
+        """From when on it does no more harm by itself."""
+        return self.at_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Lasting(_Event):
+    for_s: float
+
+    @property
+    def over_s(self) -> float:
+        return self.at_s + self.for_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Crash(_Event):
     """The process of `node` is gone. `noticed`: a supervisor sees that at once, otherwise others
     notice the silence. `words_arrive`: what it had sent is still delivered. It starts again (as a
     new incarnation) after `again_after_s`, or never."""
 
-    at_s: float
     node: str
     noticed: bool = False
     words_arrive: bool = False
@@ -104,10 +122,9 @@ class Crash:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Leave:
+class Leave(_Event):
     """SIGTERM to a service: whatever still lives there ends with an error, and it starts again."""
 
-    at_s: float
     service: str
     again_after_s: float
 
@@ -117,38 +134,25 @@ class Leave:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Halt:
+class Halt(_Lasting):
     """SIGSTOP, and SIGCONT after `for_s`."""
 
-    at_s: float
     node: str
-    for_s: float
-
-    @property
-    def over_s(self) -> float:
-        return self.at_s + self.for_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Slow:
+class Slow(_Lasting):
     """Steps of `node` take `factor` times as long."""
 
-    at_s: float
     node: str
     factor: float
-    for_s: float
-
-    @property
-    def over_s(self) -> float:
-        return self.at_s + self.for_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Hang:
+class Hang(_Event):
     """The step under way on `node`, or the next one, never ends: its process gives up in the end,
     and a supervisor starts it again."""
 
-    at_s: float
     node: str
 
     @property
@@ -157,157 +161,98 @@ class Hang:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Raise:
+class Raise(_Event):
     """The next `count` steps of `node` raise."""
 
-    at_s: float
     node: str
     count: int = 1
 
-    @property
-    def over_s(self) -> float:
-        return self.at_s
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Cut:
+class Cut(_Lasting):
     """Nothing passes from any of `these` to any of `those`, nor (unless `one_way`) back."""
 
-    at_s: float
     these: tuple[str, ...]
     those: tuple[str, ...]
-    for_s: float
     one_way: bool = False
-
-    @property
-    def over_s(self) -> float:
-        return self.at_s + self.for_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Noise:
+class Noise(_Lasting):
     """Of the frames on every link, the shares that are lost, that come twice, and that are up to
     `late_s` late and overtaken; each takes up to `jitter_s` longer."""
 
-    at_s: float
-    for_s: float
     loss: float = 0.0
     duplicate: float = 0.0
     jitter_s: float = 0.0
     reorder: float = 0.0
     late_s: float = 0.2
 
-    @property
-    def over_s(self) -> float:
-        return self.at_s + self.for_s
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RegistryLoss:
+class RegistryLoss(_Lasting):
     """The registry's process is gone for `for_s`, and has forgotten everything afterwards."""
 
-    at_s: float
-    for_s: float
-
-    @property
-    def over_s(self) -> float:
-        return self.at_s + self.for_s
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SpoilTiers:
+class SpoilTiers(_Event):
     """Every block that the slower tiers of `node` hold is spoilt, which its checksum tells."""
 
-    at_s: float
     node: str
-
-    @property
-    def over_s(self) -> float:
-        return self.at_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TakeBack:
+class TakeBack(_Event):
     """`node` takes back every page that peers have mapped, as when their leases end unheard.
     `overwrites`: somebody there needs all of its memory for a moment."""
 
-    at_s: float
     node: str
     overwrites: bool = False
 
-    @property
-    def over_s(self) -> float:
-        return self.at_s
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Skew:
+class Skew(_Lasting):
     """The clock of `node` jumps forward by `jump_s`, and from then on gains `drift` seconds in
     each second, for `for_s`."""
 
-    at_s: float
     node: str
     jump_s: float = 0.0
     drift: float = 0.0
     for_s: float = 0.0
 
-    @property
-    def over_s(self) -> float:
-        return self.at_s + self.for_s
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Drain:
+class Drain(_Event):
     """An operator has `service` empty `node`, whose process ends then. `out`: for good (scaling
     down); otherwise a supervisor starts it again."""
 
-    at_s: float
     service: str
     node: str
     out: bool = True
 
-    @property
-    def over_s(self) -> float:
-        return self.at_s
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ScaleUp:
+class ScaleUp(_Event):
     """Another instance starts."""
 
-    at_s: float
     node: str
-
-    @property
-    def over_s(self) -> float:
-        return self.at_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Assignment:
+class Assignment(_Event):
     """A change of role by hand."""
 
-    at_s: float
     service: str
     node: str
     role: Role
 
-    @property
-    def over_s(self) -> float:
-        return self.at_s
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Lead:
+class Lead(_Event):
     """Without a registry: `service` leads, in a term above all before, and nobody tells the one
     that has led."""
 
-    at_s: float
     service: str
-
-    @property
-    def over_s(self) -> float:
-        return self.at_s
 
 
 Fault = (
