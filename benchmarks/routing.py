@@ -159,7 +159,7 @@ def main() -> None:
             changes = [KvChange("stored", rng.bytes(4 * KEY_BYTES))]
             assert index.apply(name, KvEvents(name, 1, number, changes))
         for instance in fleet[::8]:
-            instance.touched = True  # as by a heartbeat
+            instance.touched = instance.has_news = True  # as by a heartbeat
 
     def decide(policy: str) -> None:
         view = live.of(fleet, 0.0)

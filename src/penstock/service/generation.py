@@ -40,7 +40,7 @@ class GenerationSpec:
 
     def with_slos(self, ttft_slo_s: float | None, tpot_slo_s: float | None) -> GenerationSpec:
         """With these where it says nothing of its own; only online requests have any."""
-        if self.request_class != "online":
+        if self.request_class != "online" or (ttft_slo_s is None and tpot_slo_s is None):
             return self
         return replace(
             self,

@@ -306,7 +306,7 @@ class Placement:
         # nothing about the link (`TransferFitter.moved` does).
         if not entry.record.is_handover(fetched):
             instance.experience.transfer.observe(fetched)
-        instance.touched = True
+        instance.touched = instance.has_news = True
         if instance.name in (
             entry.instance,
             entry.decode_on.instance if entry.decode_on else None,

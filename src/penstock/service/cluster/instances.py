@@ -129,6 +129,8 @@ class Instance:
     #: Predicted end of the step under way, by our clock.
     step_ends_s: float = 0.0
     _touched: bool = field(default=False, init=False)
+    #: What it says of itself has changed, too: its card, its load, its role, what it has fetched.
+    has_news: bool = True
     #: Until then none of its sequences can have been without news for too long.
     sure_until_s: float = 0.0
     #: What became of the work placed here, and how often the role has changed.
@@ -175,7 +177,7 @@ class Instance:
 
     @property
     def coming_tokens(self) -> int:
-        return sum(entry.num_tokens for entry in self.coming.values())
+        return sum([entry.num_tokens for entry in self.coming.values()]) if self.coming else 0
 
     def heard(self, now: float) -> None:
         self.heard_s = now
@@ -193,7 +195,7 @@ class Instance:
         self.refusal = ""
         self.draining = False
         self.attach_tries = 0
-        self.touched = True
+        self.touched = self.has_news = True
         self.heard(now)
 
     def may_attach(self, now: float, every_s: float, at_most_s: float) -> bool:
@@ -223,7 +225,7 @@ class Instance:
     def drained(self) -> None:
         """Its process has ended: what it said of itself holds no more."""
         self.state, self.load, self.others = "drained", None, NO_OTHERS
-        self.touched = True
+        self.touched = self.has_news = True
 
     def bring_back(self) -> None:
         self.is_out, self.leaving_since_s = False, None
@@ -235,8 +237,9 @@ class Instance:
         if epoch < self.epoch:
             return False  # overtaken on the way
         changed = role != self.role
-        self.touched = True
-        self.role_changes += changed
+        if changed:
+            self.touched = self.has_news = True
+            self.role_changes += 1
         self.role, self.epoch, self.epoch_in_doubt = role, epoch, False
         return changed
 
@@ -244,9 +247,12 @@ class Instance:
         self.load = load
         self.step_ends_s = now + load.step_end_in_s
         self.experience.transfer.moved(load.moves)
-        self.touched = True
+        self.touched = self.has_news = True
         waiting, running = sum(load.waiting.values()), sum(load.running.values())
         beyond = max(0, waiting + running - len(self.entries))
+        if not beyond:
+            self.others = NO_OTHERS
+            return
         queued = min(beyond, max(0, waiting - len(self.waiting)))
         self.others = Others(
             queued=queued,

@@ -9,18 +9,23 @@ import numpy as np
 from penstock.service.cluster.instances import Changes, Instance
 from penstock.service.policies.view import ROLES, ClusterView, Floats, Ints, TransferCosts
 
-#: Columns of the table that are written for each instance. The names of fields of `ClusterView` and
-#: `TransferCosts` stand for themselves.
-_WRITTEN = (
-    "queued_tokens", "queued", "running", "running_tokens", "step_ends_s",
-    "base_s", "per_token_s", "per_row_s", "per_context_token_s", "per_attention_s", "residual_s",
-    "num_steps", "ttft_ratio", "ttft_error", "step_tokens", "max_running", "free_blocks",
-    "total_blocks", "prefill_share", "prompt_tokens", "deferred_tokens", "deferred",
-    "coming", "coming_tokens",
-    "map_s", "map_token_s", "copy_s", "copy_token_s", "tier_s", "tier_token_s", "free_copy_token_s",
+#: Columns of the table. The names of fields of `ClusterView` and `TransferCosts` stand for
+#: themselves. Those that change with what is placed on an instance, and with its tokens ...
+_PLACED = (
+    "queued_tokens", "queued", "running", "running_tokens", "ttft_ratio", "ttft_error",
+    "prefill_share", "deferred_tokens", "deferred", "coming", "coming_tokens",
 )  # fmt: skip
-#: And one that is worked out at each look.
-_COLUMNS = (*_WRITTEN, "step_left_s")
+#: ... those that change with what it says of itself (`Instance.has_news`) ...
+_SAID = (
+    "step_ends_s", "base_s", "per_token_s", "per_row_s", "per_context_token_s", "per_attention_s",
+    "residual_s", "num_steps", "step_tokens", "max_running", "free_blocks", "total_blocks",
+    "prompt_tokens", "map_s", "map_token_s", "copy_s", "copy_token_s", "tier_s", "tier_token_s",
+    "free_copy_token_s",
+)  # fmt: skip
+#: ... and one that is worked out at each look.
+_COLUMNS = (*_PLACED, *_SAID, "step_left_s")
+_PLACED_ROWS = slice(0, len(_PLACED))
+_SAID_ROWS = slice(len(_PLACED), len(_PLACED) + len(_SAID))
 _AT = {name: place for place, name in enumerate(_COLUMNS)}
 _CODES = ("roles", "hosts")
 _HOSTS = _CODES.index("hosts")
@@ -96,22 +101,31 @@ class LiveView:
         return row
 
     def _write_touched(self, now: float) -> None:
-        rows, values = [], []
+        placed_at, placed = [], []
+        said_at, said = [], []
         for instance in self._changes.touched.values():
             row = self._rows.get(instance.name)
-            if row is not None and instance.touched:
-                rows.append(row)
-                values.append(self._values(instance, now))
+            if row is None or not instance.touched:
+                continue
+            placed_at.append(row)
+            placed.append(_placed_on(instance, now))
+            if instance.has_news:
+                said_at.append(row)
+                said.append(_said_by(instance))
                 self._write_codes(instance, row)
-                instance.touched = False
+                instance.has_news = False
+            instance.touched = False
         self._changes.touched.clear()
-        if rows:
-            self._table[: len(_WRITTEN), rows] = np.array(values).T
+        if placed_at:
+            self._table[_PLACED_ROWS, placed_at] = np.array(placed).T
+        if said_at:
+            self._table[_SAID_ROWS, said_at] = np.array(said).T
 
     def _write(self, instance: Instance, row: int, now: float) -> None:
-        self._table[: len(_WRITTEN), row] = self._values(instance, now)
+        self._table[_PLACED_ROWS, row] = _placed_on(instance, now)
+        self._table[_SAID_ROWS, row] = _said_by(instance)
         self._write_codes(instance, row)
-        instance.touched = False
+        instance.touched = instance.has_news = False
 
     def _write_codes(self, instance: Instance, row: int) -> None:
         card = instance.card
@@ -144,42 +158,50 @@ class LiveView:
             code = self._hosts[host] = max(self._hosts.values(), default=-1) + 1
         return code
 
-    def _values(self, i: Instance, now: float) -> tuple[float, ...]:
-        """Work of this service, and what the last `Load` says of others. Sequences that wait for a
-        prompt which another instance computes count as running: they will be."""
-        card, load, seen = i.card, i.load, i.experience
-        assert card is not None, "an active instance has shown its card"
-        cost = load.cost if load else card.cost
-        return (
-            i.queued_tokens - i.deferred_tokens + i.others.queued_tokens,
-            len(i.waiting) - i.deferred + i.others.queued,
-            i.running + i.others.running + len(i.coming),
-            i.running_tokens + i.others.running_tokens + i.coming_tokens,
-            i.step_ends_s,
-            cost.base_s,
-            cost.per_token_s,
-            cost.per_row_s,
-            cost.per_context_token_s,
-            cost.per_attention_s,
-            cost.residual_s,
-            cost.num_steps,
-            seen.ttft.ratio,
-            seen.ttft.error,
-            card.max_num_batched_tokens,
-            card.max_num_seqs,
-            float(load.kv_blocks_total - load.kv_blocks_used) if load else np.inf,
-            card.num_blocks,
-            seen.prefill.share(now),
-            np.inf if cost.prompt_tokens is None else cost.prompt_tokens,
-            i.deferred_tokens,
-            i.deferred,
-            len(i.coming),
-            i.coming_tokens,
-            *seen.transfer.line("map"),
-            *seen.transfer.line("copy"),
-            *seen.transfer.line("tier"),
-            seen.transfer.free_copy_token_s,
-        )
+
+def _placed_on(i: Instance, now: float) -> tuple[float, ...]:
+    """Values of `_PLACED`: work of this service, and what the last `Load` says of others. Sequences
+    that wait for a prompt which another instance computes count as running: they will be."""
+    seen, others, coming_tokens = i.experience, i.others, i.coming_tokens
+    return (
+        i.queued_tokens - i.deferred_tokens + others.queued_tokens,
+        len(i.waiting) - i.deferred + others.queued,
+        i.running + others.running + len(i.coming),
+        i.running_tokens + others.running_tokens + coming_tokens,
+        seen.ttft.ratio,
+        seen.ttft.error,
+        seen.prefill.share(now),
+        i.deferred_tokens,
+        i.deferred,
+        len(i.coming),
+        coming_tokens,
+    )
+
+
+def _said_by(i: Instance) -> tuple[float, ...]:
+    """Values of `_SAID`."""
+    card, load, transfer = i.card, i.load, i.experience.transfer
+    assert card is not None, "an active instance has shown its card"
+    cost = load.cost if load else card.cost
+    return (
+        i.step_ends_s,
+        cost.base_s,
+        cost.per_token_s,
+        cost.per_row_s,
+        cost.per_context_token_s,
+        cost.per_attention_s,
+        cost.residual_s,
+        cost.num_steps,
+        card.max_num_batched_tokens,
+        card.max_num_seqs,
+        float(load.kv_blocks_total - load.kv_blocks_used) if load else np.inf,
+        card.num_blocks,
+        np.inf if cost.prompt_tokens is None else cost.prompt_tokens,
+        *transfer.line("map"),
+        *transfer.line("copy"),
+        *transfer.line("tier"),
+        transfer.free_copy_token_s,
+    )
 
 
 def _view(instances: Sequence[Instance], table: Floats, codes: Ints) -> ClusterView:
