@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
@@ -23,7 +24,7 @@ from tests.helpers.scheduling import Harness, submit
 
 from penstock.engine.scheduler.batch import Batch
 from penstock.engine.scheduler.scheduler import Scheduler
-from penstock.engine.scheduler.sequence import Sequence
+from penstock.engine.scheduler.sequence import Sequence, State
 from penstock.protocol.request import SamplingParams
 
 BLOCK_TOKENS = 4
@@ -71,6 +72,17 @@ class Twins(RuleBasedStateMachine):
         max_steps=st.integers(2, 25),
     )
     def start(
+        self,
+        num_blocks: int,
+        depth: int,
+        max_num_seqs: int,
+        budget: int,
+        caching: bool,
+        max_steps: int,
+    ) -> None:
+        self.begin(num_blocks, depth, max_num_seqs, budget, caching, max_steps)
+
+    def begin(
         self,
         num_blocks: int,
         depth: int,
@@ -220,6 +232,55 @@ TestTwins.settings = settings(
 )
 
 
+class TwinsInOverlap(Twins):
+    """Of two batches in flight alone. One history in some hundreds has what is rare: somebody who
+    comes while a run is computed, and is let in or not by the last block."""
+
+    @initialize(
+        num_blocks=st.integers(6, 30),
+        max_num_seqs=st.integers(1, 5),
+        budget=st.integers(1, 40),
+        max_steps=st.integers(2, 25),
+    )
+    def start(self, num_blocks: int, max_num_seqs: int, budget: int, max_steps: int) -> None:  # type: ignore[override]
+        self.begin(num_blocks, 2, max_num_seqs, budget, True, max_steps)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+class TestTwinsInOverlap(TwinsInOverlap.TestCase):  # type: ignore[misc, valid-type]
+    settings = settings(TestTwins.settings, max_examples=3000)
+
+
+def test_copies_that_would_be_given_back_are_not_kept_through_a_run() -> None:
+    """Three that compute the same took blocks of their own for all steps of a run, so somebody who
+    came in the middle of it waited for room that single steps had."""
+    single, runs = (harness(21, 2, 5, 19, caching=True) for _ in range(2))
+
+    def add(prompt: list[int], max_tokens: int, *names: str) -> None:
+        for name in names:
+            request = submit(name, prompt, block_tokens=BLOCK_TOKENS, max_tokens=max_tokens)
+            for one in (single, runs):
+                one.scheduler.add(request)
+
+    def advance() -> None:
+        batch = runs.launch(14)
+        assert batch is not None
+        if len(runs.in_flight) == runs.depth:
+            runs.land()
+        for _ in range(batch.steps):
+            assert single.step() is not None
+
+    add([7] * 16, 27, "r1", "r2", "r3")
+    while single.scheduler.stats.running_tokens < 95:
+        advance()
+    add(list(range(100, 130)), 4, "r4")
+    advance()
+    states = [[place(one.scheduler, s) for s in one.scheduler.live()] for one in (single, runs)]
+    assert states[0] == states[1]
+    assert all(s.state is State.RUNNING for s in runs.scheduler.live())
+
+
 # ---- what is foreseen ---------------------------------------------------------------------------
 
 
@@ -260,7 +321,7 @@ def test_what_is_foreseen_is_what_comes(
             f"r{number}", prompt, block_tokens=BLOCK_TOKENS, max_tokens=max_tokens, offline=offline
         )
         h.scheduler.add(request)
-    for _ in range(200):
+    for _ in range(1000):  # of a token each, if the budget is that small
         if not h.scheduler.has_work():
             return
         _compare(h, limit)

@@ -9,9 +9,11 @@ what is said here watches `Scheduler.num_changes`.
 Who waits for room cannot be let in before somebody ends: rows only take blocks. There are two ways
 out of that, both through the cache. A row that stores what another has stored before gives its copy
 back, and a row may store what the one that waits would begin with. Either needs two sequences that
-agree up to the last whole block, and where there are such, only the next step is certain. So it is
-where steps in flight will end somebody or store what somebody waits for, and where the flows of
-several services wait, since their order follows what each has been served.
+agree up to the last whole block, and where there are such, only the next step is certain. (Of rows
+that agree that is so though nobody waits: a run gives copies back only when it has ended, and
+whoever came meanwhile would have found that room.) So it is where steps in flight will end somebody
+or store what somebody waits for, and where the flows of several services wait, since their order
+follows what each has been served.
 """
 
 from __future__ import annotations
@@ -77,6 +79,8 @@ class Foresight:
                 may_let_in.append(queue)
         if not rows or not steps:
             return 0
+        if steps > 1 and self._may_give_back(rows):
+            steps = 1
         for queue in may_let_in:
             steps = min(steps, self._until_let_in(queue, rows, num_ending))
         return self._with_blocks(rows, steps, further)
@@ -118,18 +122,33 @@ class Foresight:
             hits = self._room.match(seq)
             if not self._running or self._room.victims_for(seq, hits) is not None:
                 return 0
-            if num_ending or queue.takes_turns or self._may_yield(rows, hits):
+            if num_ending or queue.takes_turns or _may_serve(rows, seq):
                 return next_only
             break
         return next_only if awaited else for_long
 
-    def _may_yield(self, rows: list[Sequence], hits: list[int]) -> bool:
-        """Whether what one of the rows stores may make room for, or be of use to, the one that
-        waits and would begin with `hits`."""
-        wanted = frozenset(hits)
+    def _may_give_back(self, rows: list[Sequence]) -> bool:
+        """Whether one of the rows may store what another sequence has stored, or will."""
+        pool = self._pool
+        coming: set[bytes] = set()
         for row in rows:
-            if row.public:
-                last = row.blocks[row.num_keyed_blocks - 1] if row.num_keyed_blocks else None
-                if last is None or last in wanted or self._pool.num_holders(last) > 1:
+            if not row.public:
+                continue
+            last = row.keys[-1]
+            block = pool.block_of(last)
+            if block is None:  # its step is in flight
+                if last in coming:
                     return True
+                coming.add(last)
+            elif pool.num_holders(block) > (row.num_keyed_blocks == len(row.keys)):
+                return True
         return False
+
+
+def _may_serve(rows: list[Sequence], seq: Sequence) -> bool:
+    """Whether what one of the rows stores may be of use to `seq`, which waits."""
+    keys = seq.keys
+    return any(
+        row.public and len(row.keys) <= len(keys) and row.keys[-1] == keys[len(row.keys) - 1]
+        for row in rows
+    )
