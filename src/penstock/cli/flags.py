@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 
 from penstock.cli.parser import Parser, count
@@ -48,9 +48,14 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     """The destinations are the names of `EngineConfig`'s fields."""
-    group = parser.add_argument_group("engine")
-    add = group.add_argument
-    boolean = argparse.BooleanOptionalAction
+    add = parser.add_argument_group("engine").add_argument
+    _add_loading(add)
+    _add_kv(add)
+    _add_running(add)
+
+
+def _add_loading(add: Callable[..., object]) -> None:
+    """What is loaded, and as what."""
     add("--revision", help="branch, tag or commit on the hub")
     add(
         "--dtype",
@@ -66,20 +71,22 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         help="prompt and output together; the model's own limit by default",
     )
     add(
-        "--max-num-seqs",
-        type=count,
-        metavar="N",
-        help="sequences that run at once "
-        f"(cpu {DEFAULT_MAX_NUM_SEQS['cpu']}, cuda {DEFAULT_MAX_NUM_SEQS['cuda']})",
+        "--quantization",
+        "-q",
+        metavar="SCHEME",
+        help="int8 or int4: quantize while loading; none: dequantize; auto: as it is stored",
     )
     add(
-        "--max-num-batched-tokens",
-        type=count,
-        metavar="TOKENS",
-        help="tokens computed in one step (cpu "
-        f"{DEFAULT_MAX_NUM_BATCHED_TOKENS['cpu']}, cuda "
-        f"{DEFAULT_MAX_NUM_BATCHED_TOKENS['cuda']})",
+        "--load-format",
+        type=_load_format,
+        choices=("auto", "safetensors", "dummy"),
+        help="dummy: random weights, config.json is enough",
     )
+    add("--seed", type=int, help="of random weights, and of requests that bring none")
+
+
+def _add_kv(add: Callable[..., object]) -> None:
+    """Where KV is kept, and how it comes from elsewhere."""
     add(
         "--kv-cache-memory-bytes",
         dest="kv_cache_bytes",
@@ -138,20 +145,31 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         "on all interfaces without authentication or encryption: only where nobody else can reach "
         "it",
     )
-    add("--enable-prefix-caching", action=boolean, help="share the KV of common prefixes (on)")
     add(
-        "--quantization",
-        "-q",
-        metavar="SCHEME",
-        help="int8 or int4: quantize while loading; none: dequantize; auto: as it is stored",
+        "--enable-prefix-caching",
+        action=argparse.BooleanOptionalAction,
+        help="share the KV of common prefixes (on)",
+    )
+    add("--kv-memory", choices=("auto", "plain"), help="plain: without mapped memory, slower")
+
+
+def _add_running(add: Callable[..., object]) -> None:
+    """What a step computes, and how."""
+    add(
+        "--max-num-seqs",
+        type=count,
+        metavar="N",
+        help="sequences that run at once "
+        f"(cpu {DEFAULT_MAX_NUM_SEQS['cpu']}, cuda {DEFAULT_MAX_NUM_SEQS['cuda']})",
     )
     add(
-        "--load-format",
-        type=_load_format,
-        choices=("auto", "safetensors", "dummy"),
-        help="dummy: random weights, config.json is enough",
+        "--max-num-batched-tokens",
+        type=count,
+        metavar="TOKENS",
+        help="tokens computed in one step (cpu "
+        f"{DEFAULT_MAX_NUM_BATCHED_TOKENS['cpu']}, cuda "
+        f"{DEFAULT_MAX_NUM_BATCHED_TOKENS['cuda']})",
     )
-    add("--seed", type=int, help="of random weights, and of requests that bring none")
     add(
         "--graph-mode",
         choices=("auto", "eager", "piecewise"),
@@ -165,7 +183,6 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         help="the same as --graph-mode eager",
     )
     add("--attention-backend", metavar="NAME", help="auto takes the fastest that can")
-    add("--kv-memory", choices=("auto", "plain"), help="plain: without mapped memory, slower")
     add("--trace", metavar="FILE", help="write what ran when, for ui.perfetto.dev")
     add("--num-threads", type=count, metavar="N", help="threads of the CPU's kernels")
     add("--host-share", type=float, help=argparse.SUPPRESS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,12 @@ def make_parser(command: str = "serve", description: str = _DESCRIPTION) -> Pars
 
 def _add_server_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("server").add_argument
-    boolean = argparse.BooleanOptionalAction
+    _add_door(add)
+    _add_service(add)
+
+
+def _add_door(add: Callable[..., object]) -> None:
+    """Where clients come in, and what they may ask."""
     add("--config", metavar="FILE", help="these flags in YAML, TOML or JSON; the command line wins")
     add("--host", help="address to listen on (127.0.0.1; 0.0.0.0 for all)")
     add("--port", type=int, help="8000")
@@ -103,6 +108,11 @@ def _add_server_flags(parser: argparse.ArgumentParser) -> None:
     add("--enable-auto-tool-choice", action="store_true", help="always on; accepted")
     add("--max-queue", type=count, metavar="N", help="waiting requests before 429 (1024)")
     add("--max-body-bytes", type=count, metavar="BYTES", help="largest request (32M)")
+
+
+def _add_service(add: Callable[..., object]) -> None:
+    """How the process runs, and what it says of itself."""
+    boolean = argparse.BooleanOptionalAction
     add(
         "--drain-timeout",
         dest="drain_timeout_s",
