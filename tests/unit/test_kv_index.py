@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from penstock.engine.scheduler.block_pool import BlockPool
+from penstock.protocol.instance import Snapshot
 from penstock.protocol.kv import BLOCK_TOKENS, KEY_BYTES, KvChange, KvEvents, Tier, split_keys
+from penstock.service.cluster.finder import IndexFinder
 from penstock.service.kv_index.index import TIERS, KvIndex
 
 SLICE = Path(__file__).parents[1] / "data" / "mooncake_slice.jsonl.gz"
@@ -201,6 +203,23 @@ def test_over_the_cap_hits_are_a_lower_bound_and_chains_lose_their_ends() -> Non
     assert lengths[0] == 60 * BLOCK_TOKENS
     assert all(later <= earlier for earlier, later in pairwise(lengths))
     assert lengths[-1] > 0.5 * lengths[0]
+
+
+def test_a_snapshot_that_says_nothing_new_is_not_taken_in_again() -> None:
+    finder = IndexFinder()
+    keys = chain(5, 6)
+    finder.snapshot("engine-0", Snapshot("engine-0", 1, [], 7, keys))
+    assert finder.index.is_at("engine-0", 1, 7)
+    finder.snapshot("engine-0", Snapshot("engine-0", 1, [], 7, keys))  # since a sequence waits
+    assert finder.index.stats().num_snapshots == 1
+    lost = KvEvents("engine-0", 1, 9, [KvChange("stored", KEYS[1])])
+    assert not finder.events("engine-0", lost)
+    assert not finder.index.is_at("engine-0", 1, 9)
+    finder.snapshot("engine-0", Snapshot("engine-0", 1, [], 9, keys[:KEY_BYTES]))
+    found = finder.hits(keys, ["engine-0"])
+    assert found is not None and found[0].tolist() == [BLOCK_TOKENS]
+    # A new incarnation begins with numbers of its own.
+    assert not finder.index.is_at("engine-0", 2, 9) and not finder.index.is_at("engine-1", 1, 9)
 
 
 def test_blocks_of_64_instances_take_less_than_200_bytes_each() -> None:

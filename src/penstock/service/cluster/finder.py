@@ -104,6 +104,9 @@ class IndexFinder:
         return False
 
     def snapshot(self, instance: str, snapshot: Snapshot) -> None:
+        # Most are asked for because a sequence waits, not because events were lost.
+        if self.index.is_at(instance, snapshot.incarnation, snapshot.kv_number):
+            return
         tiers = {"device": snapshot.keys, **snapshot.tier_keys}
         self.index.replace(instance, snapshot.incarnation, snapshot.kv_number, tiers)
         self._tells(instance, True)

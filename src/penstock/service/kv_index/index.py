@@ -133,6 +133,13 @@ class KvIndex:
         for tier, packed in keys.items():
             self._store(source, _split(packed), tier)
 
+    def is_at(self, instance: str, incarnation: int, number: int) -> bool:
+        """All up to event `number` has been taken in: a snapshot says nothing new."""
+        source = self._sources.get(instance)
+        if source is None or not source.synced:
+            return False
+        return (source.incarnation, source.number) == (incarnation, number)
+
     def distrust(self, instance: str) -> None:
         """Its numbers may begin anew (it has attached again): take nothing in until `replace`."""
         if instance in self._sources:
