@@ -205,11 +205,11 @@ class InstanceCore:
         ends_run = self._shorten(now)
         launches: list[Effect] = []
         while len(self._flights) < self.config.overlap_steps:
-            if self._flights.hold_back(self.scheduler):
-                break
             prepare_s = self._prepare_at_s()
             if prepare_s > now:
                 wake_s = min(wake_s, prepare_s)
+                break
+            if self._flights.hold_back(self.scheduler):
                 break
             batch = self.scheduler.schedule(self._max_steps())
             if batch is None:

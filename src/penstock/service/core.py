@@ -245,12 +245,12 @@ class ServiceCore:
                 return self._tokens(instance, message, now)
             case Load():
                 return self._load(instance, message, now)
+            case KvEvents():
+                return self._kv_events(instance, message, now)
             case Snapshot():
                 return self._reconcile(instance, message, now)
             case PromptLogprobs():
                 return self._prompt_logprobs(instance, message)
-            case KvEvents():
-                return self._kv_events(instance, message, now)
             case Fetched():
                 self.placement.fetched(instance, message, now)
                 return []
@@ -369,7 +369,8 @@ class ServiceCore:
 
     def _load(self, instance: Instance, load: Load, now: float) -> list[Effect]:
         instance.loaded(load, now)
-        instance.draining = load.draining
+        if load.draining != instance.draining:
+            instance.draining = load.draining
         instance.is_now(load.role, load.epoch)
         if instance.is_gone:
             # It was only stopped. It must attach anew, and be rid of what runs elsewhere by now.
@@ -460,7 +461,7 @@ class ServiceCore:
 
     def _empty(self, instance: Instance, now: float) -> list[Effect]:
         """What should run elsewhere moves; an instance that has been emptied may go."""
-        if instance.state != "active":
+        if instance.state != "active" or not instance.is_left:
             return []
         effects = self.placement.relieve(instance, now)
         since_s = instance.leaving_since_s

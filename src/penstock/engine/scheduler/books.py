@@ -51,17 +51,29 @@ def stats_of(
     block_tokens: int,
 ) -> SchedulerStats:
     """Without the last `num_steps` steps of the run `last`."""
-    prefill_tokens_left = [n for s in (*waiting, *running) if (n := s.num_to_compute) > 1]
+    prefills = prefill_tokens_left = waiting_tokens = running_tokens = decode_context_tokens = 0
+    for seq in waiting:
+        waiting_tokens += len(seq.token_ids)
+        if (left := seq.num_to_compute) > 1:
+            prefills += 1
+            prefill_tokens_left += left
+    for seq in running:
+        num_tokens = seq.num_tokens
+        running_tokens += num_tokens
+        if (left := seq.num_to_compute) > 1:
+            prefills += 1
+            prefill_tokens_left += left
+        else:
+            decode_context_tokens += num_tokens
     kept = [blocks for _, blocks in surplus(last, num_steps, block_tokens) if blocks is not None]
     surplus_tokens = num_steps * len(kept)
-    decode_context_tokens = sum([s.num_tokens for s in running if s.num_to_compute <= 1])
     return SchedulerStats(
         waiting=_by_class(waiting),
         running=_by_class(running),
-        waiting_tokens=sum([len(s.token_ids) for s in waiting]),
-        running_tokens=sum([s.num_tokens for s in running]) - surplus_tokens,
-        prefills=len(prefill_tokens_left),
-        prefill_tokens_left=sum(prefill_tokens_left),
+        waiting_tokens=waiting_tokens,
+        running_tokens=running_tokens - surplus_tokens,
+        prefills=prefills,
+        prefill_tokens_left=prefill_tokens_left,
         decode_context_tokens=decode_context_tokens - surplus_tokens,
         kv_blocks_used=pool.num_held - sum(map(len, kept)),
         kv_blocks_cached=pool.num_reusable,

@@ -100,14 +100,15 @@ class Claims:
 
     def claim(self, claimant: object, keys: list[bytes]) -> None:
         """A later claim on a key wins: it is made only by who would not wait for the earlier."""
-        for key in keys:
-            self._owner[key] = claimant
+        self._owner.update(dict.fromkeys(keys, claimant))
 
     def settle(self, claimant: object, keys: list[bytes]) -> None:
         """`claimant` has stored these keys, or will not."""
+        take = self._owner.pop
         for key in keys:
-            if self._owner.get(key) is claimant:
-                del self._owner[key]
+            owner = take(key, None)
+            if owner is not None and owner is not claimant:
+                self._owner[key] = owner
 
     def owner(self, key: bytes) -> object | None:
         return self._owner.get(key)

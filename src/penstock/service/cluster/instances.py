@@ -162,6 +162,12 @@ class Instance:
         return self.state == "active" and not self.draining and self.leaving_since_s is None
 
     @property
+    def is_left(self) -> bool:
+        """Something that runs there is to go on elsewhere."""
+        leaves = self.draining or self.leaving_since_s is not None
+        return leaves or self.role == "decode_to_prefill"
+
+    @property
     def decodes(self) -> bool:
         """A label: it keeps no work away."""
         return self.role not in ("prefill", "decode_to_prefill", "encode")
@@ -244,9 +250,10 @@ class Instance:
         return changed
 
     def loaded(self, load: Load, now: float) -> None:
-        self.load = load
+        before, self.load = self.load, load
         self.step_ends_s = now + load.step_end_in_s
-        self.experience.transfer.moved(load.moves)
+        if load.moves or before is None or before.moves:
+            self.experience.transfer.moved(load.moves)
         self.touched = self.has_news = True
         waiting, running = sum(load.waiting.values()), sum(load.running.values())
         beyond = max(0, waiting + running - len(self.entries))
