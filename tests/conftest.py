@@ -8,8 +8,9 @@ import logging
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # Before torch is imported: tiny models are slower on many threads, and the machine is shared.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -19,6 +20,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+if TYPE_CHECKING:
+    from tests.helpers.processes import Processes
 
 settings.register_profile(
     "default", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
@@ -47,6 +51,15 @@ def logging_as_it_was() -> Iterator[None]:
     yield
     for logger, level in zip(loggers, levels):
         logger.setLevel(level)
+
+
+@pytest.fixture
+def started(tmp_path: Path) -> Iterator[Processes]:
+    """Processes that a test starts, in its own folder."""
+    from tests.helpers.processes import processes
+
+    with processes(tmp_path) as found:
+        yield found
 
 
 #: After a timeout: until whoever has swallowed it, or hangs while cleaning up, is told again.

@@ -13,17 +13,11 @@ import psutil
 import pytest
 
 from tests.helpers import raw_http
-from tests.helpers.checkpoints import make_checkpoint
 from tests.helpers.server import Server, running
 
 MIB = 1 << 20
 FLAGS = ("--dtype", "float32", "--served-model-name", "m", "--kv-cache-memory-bytes", "32M",
          "--max-body-bytes", "1M")  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(make_checkpoint(tmp_path_factory.mktemp("model"), "qwen3"))
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +28,10 @@ def server(checkpoint: str) -> Iterator[Server]:
 
 @pytest.fixture(autouse=True)
 def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield from look_after(request)
+
+
+def look_after(request: pytest.FixtureRequest) -> Iterator[None]:
     """After each test that used the shared server, it works, is idle, and is the same process."""
     if "server" not in request.fixturenames:
         yield

@@ -13,7 +13,7 @@ import pytest
 from tests.helpers.checkpoints import make_checkpoint
 from tests.helpers.cluster import Answer, body, cluster_report, instances, load
 from tests.helpers.hosts import NoHosts, Pair, pair_of_hosts
-from tests.helpers.processes import Processes, processes
+from tests.helpers.processes import Processes
 from tests.helpers.server import free_port
 
 FLAGS = (
@@ -35,12 +35,6 @@ def pair() -> Iterator[Pair]:
             found = stack.enter_context(pair_of_hosts())
         except NoHosts as exc:
             pytest.skip(str(exc))
-        yield found
-
-
-@pytest.fixture
-def started(tmp_path: Path) -> Iterator[Processes]:
-    with processes(tmp_path) as found:
         yield found
 
 

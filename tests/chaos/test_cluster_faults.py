@@ -14,7 +14,6 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from tests.helpers.checkpoints import make_checkpoint
 from tests.helpers.cluster import (
     Answer,
     body,
@@ -36,24 +35,17 @@ FLAGS = (
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    make_checkpoint(folder, "qwen3", num_hidden_layers=4, hidden_size=128)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def calm(checkpoint: str) -> list[Answer]:
+def calm(slower_checkpoint: str) -> list[Answer]:
     """What a single instance says when nothing happens."""
-    with running(checkpoint, *FLAGS) as server:
+    with running(slower_checkpoint, *FLAGS) as server:
         answers = asyncio.run(load(server.url, [body(i) for i in range(NUM_STREAMS)]))
     assert all(a.ends == ["length"] for a in answers)
     return answers
 
 
 @pytest.fixture(scope="module")
-def server(checkpoint: str) -> Iterator[Server]:
-    with running(checkpoint, *FLAGS, "--instances", "3", "--pd", "static=1:2") as server:
+def server(slower_checkpoint: str) -> Iterator[Server]:
+    with running(slower_checkpoint, *FLAGS, "--instances", "3", "--pd", "static=1:2") as server:
         roles_are_given(server)
         yield server
 

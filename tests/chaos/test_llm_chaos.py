@@ -14,17 +14,11 @@ import pytest
 
 from penstock import LLM, SamplingParams
 from penstock.protocol.errors import PenstockError
-from tests.helpers.checkpoints import make_checkpoint
 from tests.helpers.server import environment
 
 SETTINGS = {"dtype": "float32", "kv_cache_memory_bytes": 16 << 20}
 SHORT = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
 LONG = SamplingParams(max_tokens=450, temperature=0.0, ignore_eos=True)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(make_checkpoint(tmp_path_factory.mktemp("model"), "qwen3"))
 
 
 @pytest.fixture

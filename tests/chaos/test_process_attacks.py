@@ -27,16 +27,10 @@ from penstock.service.cluster.supervisor import Worker
 from penstock.service.config import RestartPolicy
 from tests.chaos.test_attacks import body, complete, settle
 from tests.helpers import raw_http
-from tests.helpers.checkpoints import make_checkpoint
 from tests.helpers.server import Server, environment, free_port, penstock, running
 
 FLAGS = ("--dtype", "float32", "--served-model-name", "m", "--kv-cache-memory-bytes", "16M")
 TYPED = {"engine_unavailable", "engine_failed"}
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(make_checkpoint(tmp_path_factory.mktemp("model"), "qwen3"))
 
 
 async def ends_of(port: int, number: int, **more: object) -> list[str]:

@@ -17,24 +17,16 @@ import httpx
 import psutil
 import pytest
 
-from tests.helpers.checkpoints import make_checkpoint
 from tests.helpers.server import Server, environment, penstock, running
 
 NUM_STREAMS = 32
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    make_checkpoint(folder, "qwen3", num_hidden_layers=4, hidden_size=128)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def server(checkpoint: str) -> Iterator[Server]:
+def server(slower_checkpoint: str) -> Iterator[Server]:
     with running(
-        checkpoint, "--dtype", "float32", "--served-model-name", "m", "--kv-cache-memory-bytes",
-        "64M",
+        slower_checkpoint, "--dtype", "float32", "--served-model-name", "m",
+        "--kv-cache-memory-bytes", "64M",
     ) as server:  # fmt: skip
         yield server
 
@@ -139,8 +131,8 @@ def settle(server: Server) -> None:
         time.sleep(0.1)
 
 
-async def test_sigterm_finishes_what_runs(checkpoint: str) -> None:
-    with running(checkpoint, "--dtype", "float32", "--served-model-name", "m") as server:
+async def test_sigterm_finishes_what_runs(slower_checkpoint: str) -> None:
+    with running(slower_checkpoint, "--dtype", "float32", "--served-model-name", "m") as server:
         engine = server.engine()
         async with http() as client:
             started = asyncio.Event()
@@ -153,8 +145,8 @@ async def test_sigterm_finishes_what_runs(checkpoint: str) -> None:
         assert not engine.is_running()
 
 
-async def test_a_dead_service_takes_its_engine_with_it(checkpoint: str) -> None:
-    with running(checkpoint, "--dtype", "float32", "--served-model-name", "m") as server:
+async def test_a_dead_service_takes_its_engine_with_it(slower_checkpoint: str) -> None:
+    with running(slower_checkpoint, "--dtype", "float32", "--served-model-name", "m") as server:
         engine = server.engine()
         server.process.kill()
         server.process.wait()
@@ -162,16 +154,18 @@ async def test_a_dead_service_takes_its_engine_with_it(checkpoint: str) -> None:
         assert not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE
 
 
-async def test_two_services_share_one_engine_and_one_dies(checkpoint: str, tmp_path: Path) -> None:
+async def test_two_services_share_one_engine_and_one_dies(
+    slower_checkpoint: str, tmp_path: Path
+) -> None:
     address = f"ipc://{tmp_path}/engine.sock"
     worker = subprocess.Popen(
-        penstock("worker", checkpoint, "--address", address, "--dtype", "float32"),
+        penstock("worker", slower_checkpoint, "--address", address, "--dtype", "float32"),
         env=environment(),
         stdin=subprocess.DEVNULL,
     )
     flags = ("--engine-address", address, "--served-model-name", "m")
     try:
-        with running(checkpoint, *flags) as one, running(checkpoint, *flags) as two:
+        with running(slower_checkpoint, *flags) as one, running(slower_checkpoint, *flags) as two:
             async with http() as client:
                 calm = await collect(client, one.url, body(5))
                 started = asyncio.Event()

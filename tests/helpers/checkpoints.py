@@ -19,6 +19,21 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
+#: Rotary embeddings beyond the plain ones, as `rope_parameters` has them.
+LLAMA3: dict[str, Any] = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN: dict[str, Any] = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TOOL_TOKENS = ("<tool_call>", "</tool_call>")
 

@@ -17,7 +17,7 @@ import pytest
 
 from penstock.engine.transfer.server import BlockServer, Served
 from tests.helpers.checkpoints import make_checkpoint
-from tests.helpers.processes import Processes, processes
+from tests.helpers.processes import Processes
 from tests.helpers.server import free_port
 from tests.integration.test_cluster_processes import FLAGS, SECRET, SERVED, Streams
 
@@ -65,12 +65,6 @@ def other_host() -> Iterator[OtherHost]:
     finally:
         # The pair goes with the namespace that one of its ends is in.
         _ip("netns", "del", host.namespace)
-
-
-@pytest.fixture
-def started(tmp_path: Path) -> Iterator[Processes]:
-    with processes(tmp_path) as started:
-        yield started
 
 
 def test_a_worker_on_another_host_is_found_cut_off_and_found_again(

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import ssl
-import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,9 +13,8 @@ import httpx
 import openai
 import pytest
 
-from tests.helpers.checkpoints import make_checkpoint
 from tests.helpers.etcd import Etcd, running_etcd
-from tests.helpers.processes import Command, Processes, processes
+from tests.helpers.processes import Command, Processes
 from tests.helpers.server import free_port
 
 #: Small pools, since many engines are started; float32, so that texts are equal to the last digit.
@@ -25,19 +22,6 @@ FLAGS = ("--dtype", "float32", "--kv-cache-memory-bytes", "32M")
 SERVED = ("--served-model-name", "m")
 SECRET = "0123456789abcdef0123456789abcdef"
 NUM_TOKENS = 150
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    make_checkpoint(folder, "qwen3", num_hidden_layers=2, hidden_size=64)
-    return str(folder)
-
-
-@pytest.fixture
-def started(tmp_path: Path) -> Iterator[Processes]:
-    with processes(tmp_path) as started:
-        yield started
 
 
 def client(server: Command) -> openai.OpenAI:
@@ -297,22 +281,14 @@ def test_beyond_this_host_a_secret_is_asked_for(started: Processes, model: str) 
         assert "--cluster-secret-file" in command.log
 
 
-def test_https(started: Processes, model: str, tmp_path: Path) -> None:
-    if shutil.which("openssl") is None:
-        pytest.skip("no openssl here to make a certificate")
-    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj",
-         "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out",
-         str(certificate)],
-        check=True, capture_output=True,
-    )  # fmt: skip
+def test_https(started: Processes, model: str, certificate: tuple[Path, Path]) -> None:
+    public, key = certificate
     server = started.server(
         "serve", model, *SERVED, *FLAGS, "--ssl-keyfile", str(key), "--ssl-certfile",
-        str(certificate),
+        str(public),
     )  # fmt: skip
     url = server.url.replace("http:", "https:")
-    trusted = ssl.create_default_context(cafile=certificate)
+    trusted = ssl.create_default_context(cafile=public)
 
     def ready() -> bool:
         try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +11,8 @@ import httpx
 import psutil
 import pytest
 
-from tests.helpers.checkpoints import make_checkpoint
-from tests.helpers.processes import Command, Processes, processes
+from tests.helpers.processes import Command, Processes
 from tests.integration.test_cluster_processes import FLAGS, SERVED, Streams
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    make_checkpoint(folder, "qwen3", num_hidden_layers=2, hidden_size=64)
-    return str(folder)
-
-
-@pytest.fixture
-def started(tmp_path: Path) -> Iterator[Processes]:
-    with processes(tmp_path) as started:
-        yield started
 
 
 def order(server: Command, name: str, what: str, **body: Any) -> httpx.Response:

@@ -9,30 +9,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from tests.helpers.checkpoints import make_checkpoint
-from tests.helpers.processes import Command, Processes, processes
+from tests.helpers.processes import Command, Processes
 from tests.helpers.server import environment
 
 FLAGS = ("--dtype", "float32", "--kv-cache-memory-bytes", "32M", "--served-model-name", "m")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    make_checkpoint(folder, "qwen3", num_hidden_layers=2, hidden_size=64)
-    return str(folder)
-
-
-@pytest.fixture
-def started(tmp_path: Path) -> Iterator[Processes]:
-    with processes(tmp_path) as started:
-        yield started
 
 
 def penstock(*arguments: str, **variables: str) -> Any:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 import ssl
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -14,31 +11,10 @@ import psutil
 import pytest
 
 from tests.helpers.mock_openai import MockEngine
-from tests.helpers.processes import PATIENCE_S, Command, Processes, processes
+from tests.helpers.processes import PATIENCE_S, Command, Processes
 from tests.helpers.server import free_port
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
-
-
-@pytest.fixture
-def started(tmp_path: Path) -> Iterator[Processes]:
-    with processes(tmp_path) as started:
-        yield started
-
-
-@pytest.fixture
-def certificate(tmp_path: Path) -> tuple[Path, Path]:
-    """Its file and its key's: self-signed, for 127.0.0.1."""
-    if shutil.which("openssl") is None:
-        pytest.skip("no openssl here to make a certificate")
-    key, found = tmp_path / "key.pem", tmp_path / "cert.pem"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj",
-         "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out",
-         str(found)],
-        check=True, capture_output=True,
-    )  # fmt: skip
-    return found, key
 
 
 def router(started: Processes, *flags: str, engines: list[MockEngine]) -> Command:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tests.helpers.checkpoints import make_checkpoint
+from tests.helpers.checkpoints import LLAMA3, YARN, make_checkpoint
 from tests.helpers.gguf_files import ChooseType, dequantized_copy, q4_k_m, write_gguf
 
 from penstock.checkpoint import Checkpoint, resolve
@@ -23,15 +23,6 @@ from penstock.engine.platforms.cpu.platform import CpuPlatform
 FLOAT32_TOLERANCE = 3e-5
 LENGTH = 40
 
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500_000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4}
 
 VARIANTS: dict[str, tuple[str, ChooseType | str, dict[str, Any]]] = {

@@ -12,7 +12,7 @@ import torch
 import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.helpers.checkpoints import make_checkpoint
+from tests.helpers.checkpoints import LLAMA3, YARN, make_checkpoint
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from penstock.checkpoint import Checkpoint
@@ -31,16 +31,6 @@ BLOCK = 16
 LENGTH = 50
 #: Of logits with a standard deviation of about 1.
 FLOAT32_TOLERANCE = 3e-5
-
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500_000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama2": ("llama", {"num_key_value_heads": 4}),

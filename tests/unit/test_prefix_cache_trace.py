@@ -5,10 +5,10 @@ from __future__ import annotations
 import gzip
 import json
 import os
-from collections import OrderedDict
 from pathlib import Path
 
 import pytest
+from benchmarks.cluster_hits import plain_lru_hits
 
 from penstock.engine.scheduler.block_pool import BlockPool
 from penstock.protocol.kv import KEY_BYTES
@@ -27,20 +27,6 @@ def read(path: Path) -> list[list[int]]:
     with gzip.open(path, "rt", encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
     return [row["hash_ids"] if isinstance(row, dict) else row for row in rows]
-
-
-def plain_lru_hits(trace: list[list[int]], capacity: int) -> int:
-    """Blocks found. A request touches its blocks from the last to the first."""
-    cache: OrderedDict[int, None] = OrderedDict()
-    hits = 0
-    for ids in trace:
-        hits += sum(block_id in cache for block_id in ids)
-        for block_id in reversed(ids):
-            cache[block_id] = None
-            cache.move_to_end(block_id)
-        while len(cache) > capacity:
-            cache.popitem(last=False)
-    return hits
 
 
 def pool_hits(trace: list[list[int]], num_blocks: int) -> int:
