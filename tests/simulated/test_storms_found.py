@@ -10,7 +10,7 @@ from penstock.service.core import ServiceCore, ServiceCoreConfig
 from penstock.service.generation import GenerationSpec
 from penstock.service.policies.view import Candidate, ClusterView, Decision, RouteRequest
 from penstock.simulator.storms.play import play
-from penstock.simulator.storms.storm import Ask, Cut, Shape, Storm
+from penstock.simulator.storms.storm import Ask, Crash, Cut, RegistryLoss, Shape, Storm
 from penstock.simulator.world import World
 
 
@@ -91,3 +91,18 @@ def test_instances_that_keep_coming_do_not_put_off_the_services_clock() -> None:
     assert again.at_s == 2.05
     newest = core.add_instance("last", 1.9)
     assert [e.at_s for e in newest if isinstance(e, SetTimer)] == [2.05]
+
+
+def test_a_service_that_knows_no_instance_yet_keeps_to_what_its_requests_wait() -> None:
+    """Its clock began to tick with the first instance. Who asked a service that had started while
+    the registry was away waited for that, whatever budget of time he had."""
+    storm = Storm(
+        seed=10287,
+        shape=Shape(num_instances=1, registry=True),
+        asks=(Ask(number=1, at_s=1.6, family=1, max_tokens=1, budget_s=1.0),),
+        faults=(
+            Crash(at_s=1.0, node="s", again_after_s=0.0),
+            RegistryLoss(at_s=1.0, for_s=3.0),
+        ),
+    )
+    assert play(storm).failure == ""

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from penstock.protocol.codec import PROTOCOL_VERSION, Message
 from penstock.protocol.effects import Effect, Reply, Send, SetTimer
 from penstock.protocol.errors import (
-    EngineUnavailable,
     ErrorInfo,
     Overloaded,
     PenstockError,
@@ -127,7 +126,7 @@ class ServiceCore:
         spec = spec.with_slos(self.config.ttft_slo_s, self.config.tpot_slo_s)
         entries = [Entry.of(spec, choice, now) for choice in range(spec.n)]
         self.placement.admit(entries[0], now)
-        effects: list[Effect] = []
+        effects = self._begin_to_tick(now) if self._next_tick_s is None else []
         for entry in entries:
             effects += self.placement.accept(entry, now)
             expected_tokens = self.prospects.expected_output_tokens(entry)
@@ -148,9 +147,7 @@ class ServiceCore:
             effects = self._give_up(old, now)
             old.left()
         instance = self.instances[name] = Instance(name, self.placement.changes, heard_s=now)
-        if self._next_tick_s is None:  # else the next one stays as it is, however many come
-            self._next_tick_s = now + self.config.tick_s
-        return [*effects, *self._look_after(instance, now), SetTimer(self._next_tick_s)]
+        return [*effects, *self._look_after(instance, now), *self._begin_to_tick(now)]
 
     def expect(self, name: str, coming: bool) -> None:
         """The driver is (re)starting `name`: sequences without an instance may wait longer."""
@@ -423,14 +420,16 @@ class ServiceCore:
         effects += self.placement.hurry(now)
         if self.roles.is_due(now):
             effects += self.roles.keep(*self.placement.sight(now), self.prospects.attainment, now)
-        for entry in [e for e in self.journal if e.deadline_s is not None and now > e.deadline_s]:
-            error = EngineUnavailable("the request's time budget ran out before it finished")
-            reply = Reply(
-                entry.request_id, TokenDelta(entry.choice, [], "error", error=error.info())
-            )
-            effects += [*self.placement.withdraw(entry, "error: out of time"), reply]
+        effects += self.placement.expire(now)
         self._next_tick_s = now + self.config.tick_s
         return [*effects, SetTimer(self._next_tick_s)]
+
+    def _begin_to_tick(self, now: float) -> list[Effect]:
+        """With the first instance, or the first request if that comes earlier: its bounds hold
+        though there is nobody. Afterwards the next tick stays as it is, however many come."""
+        if self._next_tick_s is None:
+            self._next_tick_s = now + self.config.tick_s
+        return [SetTimer(self._next_tick_s)]
 
     def _forgive_own_pause(self, now: float) -> None:
         """A timer that comes late means that this process was stopped (or the machine was):

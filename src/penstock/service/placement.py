@@ -320,6 +320,16 @@ class Placement:
         delta = TokenDelta(entry.choice, [], "error", error=error)
         return [*effects, Reply(entry.request_id, delta)]
 
+    def expire(self, now: float) -> list[Effect]:
+        """Those whose time budget has run out."""
+        effects: list[Effect] = []
+        for entry in [e for e in self.journal if e.deadline_s is not None and now > e.deadline_s]:
+            error = EngineUnavailable("the request's time budget ran out before it finished")
+            delta = TokenDelta(entry.choice, [], "error", error=error.info())
+            effects += self.withdraw(entry, "error: out of time")
+            effects.append(Reply(entry.request_id, delta))
+        return effects
+
     def withdraw(self, entry: Entry, finish: str = "cancelled") -> list[Effect]:
         """Close it, and tell its instance."""
         name, attempt = entry.instance, entry.attempt
