@@ -31,11 +31,13 @@ from penstock.simulator.storms.storm import (
     Storm,
 )
 from tests.helpers.checkpoints import make_checkpoint
-from tests.helpers.cluster import Answer, ask, instances, wait_for
+from tests.helpers.cluster import Answer, ask, instances
 from tests.helpers.processes import Command, Processes, processes
 from tests.helpers.server import free_port
 
 SHAPE = Shape(num_instances=3, registry=True, policy="slo-aware", pd="auto")
+#: That is the model's context.
+MAX_TOKENS = 512
 #: Of the instances this one is left alone, so that every request can be finished.
 SPARED = "c"
 FLAGS = (
@@ -47,22 +49,25 @@ FLAGS = (
 def live_storm(seed: int) -> Storm:
     """Within a few seconds, and of what can be done to processes from outside."""
     draw = random.Random(seed)
-    asks = tuple(
-        Ask(
-            number=number,
-            at_s=round(draw.random() * 1.5, 2),
-            shared_tokens=draw.choice((0, 48, 96)),
-            own_tokens=draw.choice((1, 40, 150)),
-            max_tokens=draw.choice((40, 200, 300)),
-        )
-        for number in range(12)
-    )
+    asks = tuple(_one_of_them(draw, number) for number in range(12))
     faults = [_fault(draw, round(0.2 + draw.random() * 2.0, 2)) for _ in range(3)]
     return Storm(
         seed=seed,
         shape=SHAPE,
         asks=asks,
         faults=tuple(sorted(faults, key=lambda fault: fault.at_s)),
+    )
+
+
+def _one_of_them(draw: random.Random, number: int) -> Ask:
+    at_s = round(draw.random() * 1.5, 2)
+    shared, own = draw.choice((0, 48, 96)), draw.choice((1, 40, 150))
+    return Ask(
+        number=number,
+        at_s=at_s,
+        shared_tokens=shared,
+        own_tokens=own,
+        max_tokens=min(draw.choice((40, 200, 300)), MAX_TOKENS - shared - own),
     )
 
 
@@ -94,11 +99,15 @@ class Live:
         )
 
     def all_are_there(self) -> None:
-        """Whoever has ended is started again."""
-        for name, worker in list(self.workers.items()):
-            if worker.process.poll() is not None:
-                self.start(name)
-        self.started.until(lambda: self.router.active() == set(SHAPE.instances))
+        """Whoever has ended, or does so now (who is emptied takes his time), is started again."""
+
+        def there() -> bool:
+            for name, worker in list(self.workers.items()):
+                if worker.process.poll() is not None:
+                    self.start(name)
+            return self.router.active() == set(SHAPE.instances)
+
+        self.started.until(there)
 
     async def strike(self, fault: Fault) -> None:
         await asyncio.sleep(fault.at_s)
@@ -114,7 +123,7 @@ class Live:
             case RegistryLoss(for_s=for_s):
                 await self._halt(self.registry, for_s)
             case Drain(node=node):
-                async with httpx.AsyncClient(timeout=20.0) as client:
+                async with httpx.AsyncClient(timeout=60.0) as client:
                     url = f"{self.router.url}/admin/instances/{node}/drain"
                     answer = await client.post(url)
                 # It may have gone a moment before.
@@ -130,7 +139,7 @@ class Live:
 
     async def play(self, storm: Storm, salt: str) -> list[Answer]:
         """What clients see, in the order of the asks. `salt`: so that nothing is cached before."""
-        async with httpx.AsyncClient(timeout=60.0) as client:
+        async with httpx.AsyncClient(timeout=120.0) as client:
             strikes = [asyncio.create_task(self.strike(fault)) for fault in storm.faults]
             asked = [asyncio.create_task(self._ask(client, a, salt)) for a in storm.asks]
             answers = await asyncio.gather(*asked)
@@ -156,7 +165,7 @@ class Live:
             found = instances(self.router.url).values()
             return not any(i["running"] or i["queue"] for i in found)
 
-        wait_for(idle, 30.0, "an idle cluster")
+        self.started.until(idle)
 
 
 @pytest.fixture(scope="module")
@@ -199,11 +208,13 @@ def weather(live: Live, storm: Storm) -> None:
     live.settle()
 
 
+@pytest.mark.timeout(400)  # five processes, and whatever else is here
 def test_one_storm_with_everything(live: Live) -> None:
     weather(live, storm_with_everything())
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("seed", range(1, 25))
 def test_more_storms(live: Live, seed: int) -> None:
     weather(live, live_storm(seed))

@@ -102,9 +102,11 @@ class Processes:
     def until(self, what: Callable[[], object], timeout_s: float = PATIENCE_S) -> None:
         deadline_s = time.monotonic() + timeout_s
         while not what():
-            logs = "\n".join(f"--- {c.log_file.name}\n{c.log}" for c in self._started)
-            assert time.monotonic() < deadline_s, f"it did not happen:\n{logs}"
+            assert time.monotonic() < deadline_s, f"it did not happen:\n{self._logs()}"
             time.sleep(0.05)
+
+    def _logs(self) -> str:
+        return "\n".join(f"--- {c.log_file.name}\n{c.log}" for c in self._started)
 
     def close(self) -> None:
         children: list[psutil.Process] = []

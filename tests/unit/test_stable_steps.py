@@ -139,6 +139,8 @@ class Twins(RuleBasedStateMachine):
         for one in (self.single, self.runs):
             assert one.scheduler.cancel(key) is not None
         self.cancelled.add(key[1])
+        if self.depth > 1:
+            self._evict_alike(False)  # before anybody looks for what only one of them has
 
     @precondition(lambda self: self.depth == 1)
     @rule(service=st.sampled_from(SERVICES))
