@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -30,6 +31,7 @@ from penstock.loadgen.traces import (
     spread_ticks,
     tick_of,
 )
+from penstock.simulator.build import limits
 from penstock.simulator.experiment import run
 from penstock.simulator.spec import ClusterSpec, LinkSpec, PoolSpec
 
@@ -54,8 +56,16 @@ class Result:
     ttft_mean_s: float
     ttft_p50_s: float
     ttft_p99_s: float
-    #: Cached tokens over prompt tokens.
+    #: Of the answered: TTFT within the SLO.
+    in_time: float
+    tpot_mean_s: float
+    #: Cached tokens over prompt tokens; and what there is to be had: with a cache that forgets
+    #: nothing, and with one cache as large as all instances have together (LRU).
     hit_rate: float
+    hit_rate_infinite: float
+    hit_rate_pooled: float
+    #: Of the instances: the time that the busiest one computed, over their mean.
+    busiest_over_mean: float
     unanswered: int
     wall_s: float
 
@@ -99,6 +109,22 @@ def hot_prefix(hot: dict[str, Any], requests_per_s: float, seed: int) -> list[Tr
     return found
 
 
+def ideal_hit_rate(requests: list[TraceRequest], kv_tokens: float) -> float:
+    """Of one cache of `kv_tokens` in front of everybody, whole blocks of the trace, LRU."""
+    cache: OrderedDict[int, None] = OrderedDict()
+    hits = 0
+    for request in requests:
+        ids = request.hash_ids
+        leading = next((i for i, block in enumerate(ids) if block not in cache), len(ids))
+        hits += min(leading * HASH_BLOCK_TOKENS, request.input_tokens)
+        for block in reversed(ids):  # of a chain, the end goes first
+            cache[block] = None
+            cache.move_to_end(block)
+        while len(cache) * HASH_BLOCK_TOKENS > kv_tokens:
+            cache.popitem(last=False)
+    return hits / sum(request.input_tokens for request in requests)
+
+
 def measure(experiment: dict[str, Any], case: Case, traces: Path) -> Result:
     cluster = experiment["cluster"]
     pool = PoolSpec(
@@ -116,9 +142,12 @@ def measure(experiment: dict[str, Any], case: Case, traces: Path) -> Result:
         link=LinkSpec(kv_gbit=cluster["kv_gbit"]),
     )
     requests = requests_of(experiment, case, traces)
-    outcome = run(spec, requests, seed=experiment["seed"])
+    outcome = run(spec, requests, seed=experiment["seed"], mode=experiment["mode"])
     answered = ~np.isnan(outcome.ttft_s)
     ttft_s = outcome.ttft_s[answered]
+    gaps = outcome.output_tokens - 1
+    tpot_s = ((outcome.end_s - outcome.first_s) / np.maximum(gaps, 1))[answered & (gaps > 0)]
+    kv_tokens = sum(bound.kv_tokens * bound.pool.count for bound in limits(spec))
     return Result(
         case=case.name,
         pace=case.pace,
@@ -127,9 +156,14 @@ def measure(experiment: dict[str, Any], case: Case, traces: Path) -> Result:
         ttft_mean_s=float(ttft_s.mean()),
         ttft_p50_s=float(np.quantile(ttft_s, 0.5)),
         ttft_p99_s=float(np.quantile(ttft_s, 0.99)),
+        in_time=float((ttft_s <= cluster["ttft_slo_s"]).mean()),
+        tpot_mean_s=float(tpot_s.mean()),
         hit_rate=float(
             outcome.cached_tokens[answered].sum() / outcome.input_tokens[answered].sum()
         ),
+        hit_rate_infinite=ideal_hit_rate(requests, np.inf),
+        hit_rate_pooled=ideal_hit_rate(requests, kv_tokens),
+        busiest_over_mean=float(outcome.busy_s.max() / outcome.busy_s.mean()),
         unanswered=int((~answered).sum()),
         wall_s=round(outcome.wall_s, 1),
     )
@@ -145,7 +179,10 @@ def main() -> None:
     experiment = yaml.safe_load(EXPERIMENT.read_text())
     work = [c for c in cases(experiment) if flags.case in (None, c.name)]
     results = []
-    print(f"{'':<12}{'pace':>6}  {'policy':<12}{'TTFT mean':>11}{'p50':>10}{'p99':>10}{'hits':>8}")
+    print(
+        f"{'':<12}{'pace':>6}  {'policy':<12}{'requests':>9}{'TTFT mean':>11}{'p50':>11}{'p99':>11}"
+        f"{'in time':>9}{'TPOT':>9}{'hits':>8}{'pooled':>8}{'infinite':>9}{'busiest':>9}"
+    )
     with ProcessPoolExecutor(flags.jobs) as pool:
         for done in [pool.submit(measure, experiment, c, flags.traces) for c in work]:
             r = done.result()
@@ -154,7 +191,10 @@ def main() -> None:
                 f"{1e3 * t:8.0f} ms" for t in (r.ttft_mean_s, r.ttft_p50_s, r.ttft_p99_s)
             )
             print(
-                f"{r.case:<12}{r.pace:>6g}  {r.policy:<12}{times}{100 * r.hit_rate:7.1f}%",
+                f"{r.case:<12}{r.pace:>6g}  {r.policy:<12}{r.requests:>9}{times}"
+                f"{100 * r.in_time:8.1f}%{1e3 * r.tpot_mean_s:6.1f} ms{100 * r.hit_rate:7.1f}%"
+                f"{100 * r.hit_rate_pooled:7.1f}%{100 * r.hit_rate_infinite:8.1f}%"
+                f"{r.busiest_over_mean:9.2f}",
                 flush=True,
             )
     if flags.json:

@@ -64,6 +64,21 @@ def test_equals_are_told_apart_by_place() -> None:
     assert kv_aware(make_view(50), request()).instance == "i0"
 
 
+def test_prompts_that_nobody_holds_go_in_turn_to_who_is_as_good() -> None:
+    """Idle instances whose models say a little more or less; one is busy, one is slow."""
+    view = make_view(5, queued_tokens=[0, 0, 0, 9000, 0], queued=[0, 0, 0, 2, 0])
+    view = replace(view, per_token_s=view.per_token_s * [1.0, 0.99, 1.02, 1.0, 1.5])
+
+    def chosen(number: int, **held: np.ndarray) -> str:
+        return kv_aware(view, replace(request(2000, **held), number=number)).instance
+
+    assert {chosen(n) for n in range(10)} == {"i0", "i1", "i2"}
+    assert [chosen(n) for n in (5, 6, 7)] == ["i0", "i1", "i2"]
+    # Who holds some of it has no equals, however quick they are.
+    assert {chosen(n, device_hits=hits(0, 0, 480, 0, 0)) for n in range(10)} == {"i2"}
+    assert "its turn" in kv_aware(view, replace(request(2000), number=5)).reason
+
+
 # --- caches ---------------------------------------------------------------------------------------
 
 
@@ -335,7 +350,7 @@ def test_every_decision_is_a_sound_one(situation, name) -> None:
 @settings(max_examples=200, deadline=None)
 @given(situations())
 def test_kv_aware_is_never_later_than_any_other_choice(situation) -> None:
-    """Against each way of each instance, one by one."""
+    """Against each way of each instance, one by one; those within 5% are as good."""
     view, wanted = situation
     decision = kv_aware(view, wanted)
     s = predict.speeds(view)
@@ -356,7 +371,7 @@ def test_kv_aware_is_never_later_than_any_other_choice(situation) -> None:
         for found, fetch_s in ways:
             prefill = predict.prefill_s(s, q, wanted.num_tokens, float(found))[i]
             best = min(best, s.ratio[i] * (max(q.queue_s[i], fetch_s) + prefill))
-    assert decision.predicted_ttft_s <= best * (1 + 1e-9) + 1e-6
+    assert decision.predicted_ttft_s <= best * 1.05 + 1e-6
 
 
 def test_the_best_few_of_many_are_the_least() -> None:

@@ -8,24 +8,53 @@ they are block counts under tuned weights and a TTFT estimate (docs/design/polic
 
 from __future__ import annotations
 
+import numpy as np
+
 from penstock.service.policies.outlook import Outlook, look
+from penstock.service.policies.pools import least
 from penstock.service.policies.simple import by_time
-from penstock.service.policies.view import ClusterView, Decision, RouteRequest, best_few
+from penstock.service.policies.view import (
+    KEPT,
+    ClusterView,
+    Decision,
+    Floats,
+    RouteRequest,
+    best_few,
+)
+
+#: Predicted times that differ by less are the same.
+_ALIKE = 0.05
 
 
 def kv_aware(view: ClusterView, request: RouteRequest) -> Decision:
     assert view.names, "a decision needs at least one candidate"
     o = look(view, request)
-    best = best_few(by_time(o))
+    score = by_time(o)
+    i = _in_turn(o, score, request)
+    turn = "" if i == int(score.argmin()) else "; it is its turn among those as good as the first"
+    best = [i, *(other for other in best_few(score) if other != i)][:KEPT]
     source, source_tokens = o.source_of(best[0])
     return Decision(
         policy="kv-aware",
         instance=view.names[best[0]],
         candidates=o.candidates(best),
-        reason=f"{explain(o, best[0], request)}{o.doubt(best[0])}",
+        reason=f"{explain(o, best[0], request)}{turn}{o.doubt(best[0])}",
         source=source,
         source_tokens=source_tokens,
     )
+
+
+def _in_turn(o: Outlook, score: Floats, request: RouteRequest) -> int:
+    """Of those who are as good as the best one, whose turn it is: who holds as much, and is within
+    what predictions may err by. Otherwise under a light load the one whose model flatters it most
+    would get every new prompt, and lose old ones for it, while the caches of others stay empty."""
+    first = int(score.argmin())
+    held = o.hits_WI[0]
+    alike = (score <= (1.0 + _ALIKE) * score[first]) & (held == held[first])
+    if np.count_nonzero(alike) < 2:
+        return first
+    turns = (np.arange(len(score)) - request.number) % len(score)
+    return least(turns.astype(np.float64), alike)
 
 
 def explain(o: Outlook, i: int, request: RouteRequest) -> str:

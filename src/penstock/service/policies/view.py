@@ -224,7 +224,8 @@ class Decision:
 
 Policy = Callable[[ClusterView, RouteRequest], Decision]
 
-_KEPT = 4
+#: Candidates that a decision names.
+KEPT = 4
 
 
 def some(marks: Bools | Floats) -> bool:
@@ -236,7 +237,7 @@ def every(marks: Bools) -> bool:
     return int(np.count_nonzero(marks)) == marks.size
 
 
-def best_few(score: Floats, keep: int = _KEPT) -> list[int]:
+def best_few(score: Floats, keep: int = KEPT) -> list[int]:
     """Places of the smallest scores, best first. A tie for the best goes to the first place."""
     first = int(score.argmin())
     few = score.argpartition(keep)[:keep] if len(score) > keep else np.arange(len(score))
