@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
+import math
 from typing import NamedTuple
 
 
@@ -28,7 +28,19 @@ class StepTimes(NamedTuple):
 
     def under_way(self, elapsed_s: float) -> int:
         """The step that is computed so long after the start of the first one."""
-        ended = bisect_right(range(1, self.steps), elapsed_s, key=self.end_s)
+        if self.steps == 1 or elapsed_s < self.first_s:
+            return 1
+        # `end_s` solved for the number, in a form that holds without growth, too; then rounding is
+        # put right.
+        once_s = self.first_s - self.growth_s / 2
+        root_s = math.sqrt(once_s * once_s + 2.0 * elapsed_s * self.growth_s)
+        ended = self.steps - 1
+        if once_s + root_s > 0.0:
+            ended = min(ended, int(2.0 * elapsed_s / (once_s + root_s)))
+        while ended < self.steps - 1 and self.end_s(ended + 1) <= elapsed_s:
+            ended += 1
+        while self.end_s(ended) > elapsed_s:
+            ended -= 1
         return ended + 1
 
     def shortened(self, steps: int) -> StepTimes:

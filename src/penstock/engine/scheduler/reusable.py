@@ -68,8 +68,8 @@ class Reusable:
         before = len(queue)
         for block in blocks:
             now += step
-            entry_of[block] = now + block
-            queue.append(now + block)
+            entry_of[block] = entry = now + block
+            queue.append(entry)
         self._now = now
         self._num_evictable += len(queue) - before
 
