@@ -5,7 +5,7 @@ retry.
 
 Eight instances (h100:llama3.1-8b:bf16), two minutes of Azure's conversation trace of 2023, sped up
 and repeated; every few seconds the process of an instance dies, and is back after `--restart`
-seconds. Each row is all seeds together:
+seconds. A figure is the median over the seeds, with the least and the greatest of them:
 
 * *resume*: the service goes on from its journal, wherever and however that is predicted to be
   fastest;
@@ -62,11 +62,13 @@ class Setup:
 
 @dataclass(frozen=True)
 class Row:
+    """What came of one setup under one seed."""
+
     pd: str
     kv: str
     detection: str
     how: str
-    seeds: int
+    seed: int
     requests: int
     failed: int
     crashes: int
@@ -236,19 +238,19 @@ def _spec(setup: Setup) -> ClusterSpec:
 
 
 def measure(
-    setup: Setup, trace: Sequence[TraceRequest], seeds: int, every_s: float, back_s: float
+    setup: Setup, trace: Sequence[TraceRequest], seed: int, every_s: float, back_s: float
 ) -> Row:
-    began_s = time.perf_counter()
-    runs = [Run(setup, trace, seed, every_s, back_s) for seed in range(seeds)]
-    hits = [hit for run in runs for hit in run.hits]
-    ends = [c.finish for run in runs for c in dict.fromkeys(run.callers.values())]
+    began_s = time.process_time()
+    run = Run(setup, trace, seed, every_s, back_s)
+    hits = list(run.hits)
+    ends = [c.finish for c in dict.fromkeys(run.callers.values())]
     assert all(ends), "a request without an end"
     # Who was on a dead instance and had all of its answer on the way needs no further token.
     waited = [hit for hit in hits if not np.isnan(hit.next_s)]
     crash_s = np.array([hit.next_s - hit.crashed_s for hit in waited])
     known_s = np.array([max(0.0, hit.next_s - hit.known_s) for hit in waited])
     token_s = np.array([hit.token_s - hit.crashed_s for hit in waited])
-    recomputed = sum(run.recomputed_tokens for run in runs)
+    recomputed = run.recomputed_tokens
     ways, predicted_s, actual_s = dict.fromkeys(WAYS, 0), 0.0, 0.0
     placements = [hit.placement() for hit in hits]
     for placement in [p for p in placements if p is not None and p.way is not None]:
@@ -258,14 +260,15 @@ def measure(
         if placement.predicted_ttft_s and placement.actual_ttft_s:
             predicted_s += placement.predicted_ttft_s
             actual_s += placement.actual_ttft_s
-    took_s = time.perf_counter() - began_s
-    print(f"{setup}: {len(hits)} interrupted, {took_s:.1f} s", file=sys.stderr, flush=True)
+    took_s = time.process_time() - began_s
+    told = f"{setup}, seed {seed}: {len(hits)} interrupted, {took_s:.1f} s of CPU"
+    print(told, file=sys.stderr, flush=True)
     return Row(
         **asdict(setup),
-        seeds=seeds,
+        seed=seed,
         requests=len(ends),
         failed=sum(end not in ("length", "stop") for end in ends),
-        crashes=sum(run.num_crashes for run in runs),
+        crashes=run.num_crashes,
         interrupted=len(hits),
         token_p50_s=_quantile(token_s, 0.5),
         token_p99_s=_quantile(token_s, 0.99),
@@ -296,20 +299,36 @@ def the_trace(speed: float, loops: int) -> list[TraceRequest]:
 
 
 def print_table(rows: list[Row]) -> None:
+    """One line for each setup: medians over its seeds, with their spread."""
     print(
-        "| pd | kv | detection | | interrupted | any token after the crash, p50 / p99 "
-        "| a new token after the crash | after its detection | computed again, each "
-        "| recompute / restore / fetch | actual / predicted |\n" + "|---" * 11 + "|"
+        "| pd | kv | detection | | interrupted | any token after the crash, p50 "
+        "| a new token after the crash, p50 | p99 | after its detection, p50 "
+        "| computed again, each | recompute / restore / fetch | actual / predicted |\n"
+        + "|---" * 12
+        + "|"
     )
-    for r in rows:
-        ways = " / ".join(str(r.ways[way]) for way in WAYS) if r.how == "resume" else "-"
+    setups = dict.fromkeys(Setup(r.pd, r.kv, r.detection, r.how) for r in rows)
+    for setup in setups:
+        mine = [r for r in rows if Setup(r.pd, r.kv, r.detection, r.how) == setup]
+        counts = (sum(r.ways[way] for r in mine) for way in WAYS)
+        ways = " / ".join(map(str, counts)) if setup.how == "resume" else "-"
+        ratios = [r.actual_over_predicted for r in mine if r.actual_over_predicted is not None]
         print(
-            f"| {r.pd} | {r.kv} | {r.detection} | {r.how} | {r.interrupted} "
-            f"| {r.token_p50_s:.3f} / {r.token_p99_s:.3f} s "
-            f"| {r.next_p50_s:.3f} / {r.next_p99_s:.3f} s | {r.known_p50_s:.3f} / "
-            f"{r.known_p99_s:.3f} s | {r.recomputed_tokens_each:.0f} tokens | {ways} "
-            f"| {r.actual_over_predicted or '-'} |"
+            f"| {setup.pd} | {setup.kv} | {setup.detection} | {setup.how} "
+            f"| {sum(r.interrupted for r in mine)} "
+            f"| {_spread([r.token_p50_s for r in mine])} s "
+            f"| {_spread([r.next_p50_s for r in mine])} s "
+            f"| {_spread([r.next_p99_s for r in mine])} s "
+            f"| {_spread([r.known_p50_s for r in mine])} s "
+            f"| {_spread([r.recomputed_tokens_each for r in mine], 0)} tokens | {ways} "
+            f"| {_spread(ratios, 2) if ratios else '-'} |"
         )
+
+
+def _spread(values: Sequence[float], digits: int = 3) -> str:
+    """The median of the seeds, the least and the greatest."""
+    low, middle, high = min(values), float(np.median(values)), max(values)
+    return f"{middle:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
 
 
 def main(arguments: list[str] | None = None) -> list[Row]:
@@ -330,7 +349,10 @@ def main(arguments: list[str] | None = None) -> list[Row]:
         options.pd, options.kv, options.detection, ("resume", "retry")
     ):
         setup = Setup(pd, kv, detection, how)
-        rows.append(measure(setup, trace, options.seeds, options.every, options.restart))
+        rows += [
+            measure(setup, trace, seed, options.every, options.restart)
+            for seed in range(options.seeds)
+        ]
     print_table(rows)
     if options.json is not None:
         options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
