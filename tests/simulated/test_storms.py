@@ -1,5 +1,5 @@
-"""Storms of seeded faults over the production cores. A seed that fails is played again, and made
-smaller, by the line that the test prints."""
+"""Storms (and hurricanes) of seeded faults over the production cores. A seed that fails is played
+again, and made smaller, by the line that the test prints."""
 
 from __future__ import annotations
 
@@ -11,13 +11,19 @@ from pathlib import Path
 
 import pytest
 
+from penstock.engine.core import InstanceCore
+from penstock.service.cluster.finder import IndexFinder
+from penstock.service.core import ServiceCore
 from penstock.simulator.storms.draw import storm_of
+from penstock.simulator.storms.hurricanes import hurricane_of
 from penstock.simulator.storms.play import play
-from penstock.simulator.storms.storm import Drain
+from penstock.simulator.storms.storm import Crash, Drain
 
 #: So many in one test: a failure leaves the rest to run.
 NUM_SEEDS = 320
 MANY_SEEDS = 10_000
+NUM_HURRICANES = 40
+MANY_HURRICANES = range(10_000, 15_000)
 A_TEST = 40
 
 
@@ -45,6 +51,43 @@ def test_storms(first: int) -> None:
 @pytest.mark.parametrize("first", range(NUM_SEEDS, MANY_SEEDS, 100))
 def test_many_storms(first: int) -> None:
     weather(first, 100)
+
+
+def hurricanes(first: int, count: int) -> None:
+    failed = []
+    for seed in range(first, first + count):
+        verdict = play(hurricane_of(seed))
+        if not verdict.ok:
+            line = f"python -m penstock.simulator.storms --hurricane {seed}"
+            failed.append(f"{line}  # {verdict.failure}")
+    assert not failed, "\n".join(failed)
+
+
+def test_hurricanes() -> None:
+    hurricanes(0, NUM_HURRICANES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", MANY_HURRICANES[::100])
+def test_many_hurricanes(first: int) -> None:
+    hurricanes(first, 100)
+
+
+def test_hurricanes_have_what_storms_leave_out() -> None:
+    cores: list[InstanceCore | ServiceCore] = []
+    seeds = range(100, 130)
+    for seed in seeds:
+        play(hurricane_of(seed), plant=cores.append)
+    services = [core for core in cores if isinstance(core, ServiceCore)]
+    tiers = [core.exchange.tiers.stats for core in cores if isinstance(core, InstanceCore)]
+    finders = [core.prospects.finder for core in services]
+    assert any(core.roles.num_rollbacks for core in services)
+    assert any(f.index.stats().num_evicted for f in finders if isinstance(f, IndexFinder))
+    assert sum(t["store"].loaded for t in tiers if "store" in t) > 10
+    kinds = [{type(fault) for fault in hurricane_of(seed).faults} for seed in seeds]
+    assert sum(len(found) >= 5 for found in kinds) > len(kinds) / 3
+    crashes = [[f.at_s for f in hurricane_of(s).faults if isinstance(f, Crash)] for s in seeds]
+    assert any(len(set(times)) < len(times) for times in crashes), "a host is lost"
 
 
 def test_storms_are_hostile() -> None:

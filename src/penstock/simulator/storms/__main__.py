@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 
 from penstock.simulator.storms.draw import storm_of
+from penstock.simulator.storms.hurricanes import hurricane_of
 from penstock.simulator.storms.play import Verdict, play
 from penstock.simulator.storms.shrink import Shrinker
 from penstock.simulator.storms.storm import Storm
@@ -18,12 +19,13 @@ from penstock.simulator.storms.storm import Storm
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     logging.getLogger("penstock").setLevel(logging.CRITICAL)
+    drawn, flag = (hurricane_of, "--hurricane ") if options.hurricane else (storm_of, "")
     first, _, last = options.seeds.partition("-")
     failed = 0
     began_s = time.perf_counter()
     seeds = range(int(first), int(last or first) + 1)
     for seed in seeds:
-        storm = _only(storm_of(seed), options.only)
+        storm = _only(drawn(seed), options.only)
         verdict = play(storm, until_s=options.until)
         if len(seeds) == 1 and verdict.ok:
             print(storm)
@@ -33,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(
                 f"seed {seed}: {verdict.failure} [{verdict.where}] at {verdict.failed_at_s:.4f} s"
             )
-            print(f"    python -m penstock.simulator.storms {seed}", flush=True)
+            print(f"    python -m penstock.simulator.storms {flag}{seed}", flush=True)
             if len(seeds) == 1:
                 print(verdict.trace)
                 smallest = Shrinker(play).shrink(verdict)
@@ -62,6 +64,7 @@ def _summary(v: Verdict) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m penstock.simulator.storms")
     parser.add_argument("seeds", help="SEED, or FIRST-LAST")
+    parser.add_argument("--hurricane", action="store_true", help="many faults at once")
     parser.add_argument("--only", help="leave out all faults but these, by number: 0,2")
     parser.add_argument("--until", type=float, help="stop after so many virtual seconds")
     return parser

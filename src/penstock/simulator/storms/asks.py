@@ -35,7 +35,10 @@ def spec_of(ask: Ask) -> GenerationSpec:
         sampling=SamplingParams(max_tokens=ask.max_tokens),
         n=ask.n,
         request_class=ask.request_class,
+        priority=ask.priority,
+        cache_salt=ask.salt,
         total_budget_s=ask.budget_s,
+        ttft_slo_s=ask.ttft_slo_s,
     )
 
 

@@ -16,6 +16,7 @@ from penstock.service.cluster.finder import IndexFinder
 from penstock.service.cluster.roles import RoleKeeperConfig
 from penstock.service.core import ServiceCore, ServiceCoreConfig
 from penstock.service.kv_index.index import KvIndex
+from penstock.service.placement import PlacementConfig
 from penstock.service.policies.roles import RolesConfig
 from penstock.service.policies.routing import Policy, policy_named
 from penstock.service.policies.view import Candidate, ClusterView, Decision, RouteRequest
@@ -29,7 +30,8 @@ from penstock.simulator.world import World
 
 #: A supervisor's first try after an end that nobody asked for.
 RESTART_S = 0.3
-_INDEX_BLOCKS = 2048
+#: Who was put behind the others goes before them all after this long.
+_OVERDUE_S = 1.0
 Plant = Callable[[InstanceCore | ServiceCore], None]
 
 
@@ -67,6 +69,8 @@ class Cluster:
         self.instances: dict[str, InstanceCore] = {}
         self.callers = [Caller(ask, lambda: self.world.now) for ask in storm.asks]
         self._plant = plant
+        #: What the shared store has.
+        self._store: dict[bytes, list[int]] = {}
         #: Transfers that peers have asked for: (owner, peer, transfer).
         self._pulls: dict[tuple[str, str, str], None] = {}
         for name in shape.instances:
@@ -98,7 +102,7 @@ class Cluster:
             host=f"host-{number % shape.num_hosts}",
             means=shape.means,
             num_windows=shape.num_windows if "map" in shape.means else 0,
-            tiers=TierSizes(shape.host_blocks, shape.disk_blocks),
+            tiers=TierSizes(shape.host_blocks, shape.disk_blocks, shape.store),
             core=CoreConfig(
                 credit_window=shape.credit_window, max_run_steps=shape.max_run_steps, max_run_s=0.2
             ),
@@ -108,6 +112,9 @@ class Cluster:
     def _instance_is_up(self, name: str) -> None:
         core = self.instances[name] = self.world.core(name)
         self._begin(name, core)
+        device = self.world.node(name).device
+        assert device is not None
+        device.data_plane.tiers["store"] = self._store
         self._pulls = {pull: None for pull in self._pulls if pull[0] != name}
         self._note_pulls(name, core)
         if self.registry is not None:
@@ -168,13 +175,19 @@ class Cluster:
         config = ServiceCoreConfig(
             max_queue=shape.max_queue,
             ttft_slo_s=shape.ttft_slo_s,
-            roles=RoleKeeperConfig(policy=None if shape.pd == "off" else roles),
+            tpot_slo_s=shape.tpot_slo_s,
+            placement=PlacementConfig(refuses_late=shape.refuses_late, overdue_s=_OVERDUE_S),
+            roles=RoleKeeperConfig(
+                policy=None if shape.pd == "off" else roles,
+                judged_after=shape.judged_after,
+                hold_s=2.0,
+            ),
         )
         self.world.add_service(
             name,
             () if self.registry is not None else shape.instances,
             policy=_policy(shape.policy),
-            finder=lambda: IndexFinder(KvIndex(_INDEX_BLOCKS)),
+            finder=lambda: IndexFinder(KvIndex(shape.index_blocks)),
             config=config,
         )
         self._service_is_up(name)

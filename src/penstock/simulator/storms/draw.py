@@ -45,27 +45,27 @@ _ROLES = tuple(role for role in get_args(Role) if role != "encode")
 
 def storm_of(seed: int) -> Storm:
     draw = random.Random(seed)
-    shape = _shape(draw)
+    shape = shape_of(draw)
     span_s = draw.choice((0.5, 2.0, 4.0))
     num_asks = draw.randint(16, 28) if draw.random() < 0.15 else draw.randint(4, 14)
-    asks = tuple(_ask(draw, shape, number, span_s) for number in range(num_asks))
+    asks = tuple(ask_of(draw, shape, number, span_s) for number in range(num_asks))
     storm = Storm(seed=seed, shape=shape, asks=asks)
-    kinds = draw.sample(_kinds(shape), k=draw.choice((1, 1, 2, 2, 3, 4)))
+    kinds = draw.sample(kinds_for(shape), k=draw.choice((1, 1, 2, 2, 3, 4)))
     faults: list[Fault] = []
     for _ in range(draw.choice((0, 1, 2, 3, 4, 6, 10))):
         if draw.random() < 0.6:  # while something is done for a request
-            at_s = _s(draw.choice(asks).at_s + draw.expovariate(1 / 0.06))
+            at_s = rounded(draw.choice(asks).at_s + draw.expovariate(1 / 0.06))
         else:
-            at_s = _s(draw.uniform(FIRST_ASK_S - 0.3, FIRST_ASK_S + span_s + 2.0))
+            at_s = rounded(draw.uniform(FIRST_ASK_S - 0.3, FIRST_ASK_S + span_s + 2.0))
         faults.append(draw.choice(kinds)(draw, storm, at_s))
-    return Storm(seed=seed, shape=shape, asks=asks, faults=_in_order(shape, faults))
+    return Storm(seed=seed, shape=shape, asks=asks, faults=in_order(faults))
 
 
-def _s(seconds: float) -> float:
+def rounded(seconds: float) -> float:
     return round(seconds, 4)
 
 
-def _shape(draw: random.Random) -> Shape:
+def shape_of(draw: random.Random) -> Shape:
     num_instances = draw.choice((2, 2, 3, 3, 3, 4, 5))
     return Shape(
         num_instances=num_instances,
@@ -97,7 +97,7 @@ def _shape(draw: random.Random) -> Shape:
     )
 
 
-def _ask(draw: random.Random, shape: Shape, number: int, span_s: float) -> Ask:
+def ask_of(draw: random.Random, shape: Shape, number: int, span_s: float) -> Ask:
     """A request fits the smallest pool there is, alone."""
     most_tokens = shape.num_blocks * BLOCK_TOKENS - 1
     shared = draw.choice((0, 0, 16, 48, 96, 160))
@@ -106,7 +106,7 @@ def _ask(draw: random.Random, shape: Shape, number: int, span_s: float) -> Ask:
     shared = min(shared, most_tokens - max_tokens - 1)
     return Ask(
         number=number,
-        at_s=_s(FIRST_ASK_S + draw.choice((draw.random(), draw.random() ** 4, 0.0)) * span_s),
+        at_s=rounded(FIRST_ASK_S + draw.choice((draw.random(), draw.random() ** 4, 0.0)) * span_s),
         service=draw.choice(shape.services),
         family=draw.choice((0, 0, 1)),
         shared_tokens=shared,
@@ -114,18 +114,18 @@ def _ask(draw: random.Random, shape: Shape, number: int, span_s: float) -> Ask:
         max_tokens=max_tokens,
         n=draw.choice((1, 1, 1, 2, 3)),
         request_class=draw.choice(("online", "online", "offline")),
-        cancel_after_s=_s(draw.random() ** 2 * 3) if draw.random() < 0.12 else None,
+        cancel_after_s=rounded(draw.random() ** 2 * 3) if draw.random() < 0.12 else None,
         budget_s=draw.choice((0.3, 1.0, 4.0)) if draw.random() < 0.1 else None,
     )
 
 
 # --- kinds of fault ------------------------------------------------------------------------------
 
-_Kind = Callable[[random.Random, Storm, float], Fault]
+Kind = Callable[[random.Random, Storm, float], Fault]
 
 
-def _kinds(shape: Shape) -> list[_Kind]:
-    kinds: list[_Kind] = [
+def kinds_for(shape: Shape) -> list[Kind]:
+    kinds: list[Kind] = [
         *(_crash, _crash, _crash, _halt, _slow, _cut, _cut_some, _cut_one_way, _noise),
         *(_raise, _raise, _hang, _skew, _drain, _scale_up, _assignment),
         *(_crash_service, _leave),
@@ -143,11 +143,11 @@ def _kinds(shape: Shape) -> list[_Kind]:
 
 def _for_s(draw: random.Random) -> float:
     """Below, between and above what makes an instance suspect (1.25) and lost (2.5)."""
-    return _s(draw.choice((0.05, 0.4, 1.5, 2.4, 3.2, 6.0)) * draw.uniform(0.8, 1.2))
+    return rounded(draw.choice((0.05, 0.4, 1.5, 2.4, 3.2, 6.0)) * draw.uniform(0.8, 1.2))
 
 
 def _crash(draw: random.Random, storm: Storm, at_s: float) -> Fault:
-    again_after_s = _s(draw.choice((0.01, 0.5, 1.2, 3.0)) * draw.uniform(0.8, 1.2))
+    again_after_s = rounded(draw.choice((0.01, 0.5, 1.2, 3.0)) * draw.uniform(0.8, 1.2))
     return Crash(
         at_s=at_s,
         node=draw.choice(storm.shape.instances),
@@ -159,12 +159,12 @@ def _crash(draw: random.Random, storm: Storm, at_s: float) -> Fault:
 
 def _crash_service(draw: random.Random, storm: Storm, at_s: float) -> Fault:
     node = draw.choice(storm.shape.services)
-    return Crash(at_s=at_s, node=node, again_after_s=_s(draw.uniform(0.1, 4.0)))
+    return Crash(at_s=at_s, node=node, again_after_s=rounded(draw.uniform(0.1, 4.0)))
 
 
 def _leave(draw: random.Random, storm: Storm, at_s: float) -> Fault:
     service = draw.choice(storm.shape.services)
-    return Leave(at_s=at_s, service=service, again_after_s=_s(draw.uniform(0.1, 4.0)))
+    return Leave(at_s=at_s, service=service, again_after_s=rounded(draw.uniform(0.1, 4.0)))
 
 
 def _halt(draw: random.Random, storm: Storm, at_s: float) -> Fault:
@@ -174,7 +174,7 @@ def _halt(draw: random.Random, storm: Storm, at_s: float) -> Fault:
 
 def _slow(draw: random.Random, storm: Storm, at_s: float) -> Fault:
     node, factor = draw.choice(storm.shape.instances), draw.choice((3.0, 20.0, 100.0))
-    return Slow(at_s=at_s, node=node, factor=factor, for_s=_s(draw.uniform(0.2, 3.0)))
+    return Slow(at_s=at_s, node=node, factor=factor, for_s=rounded(draw.uniform(0.2, 3.0)))
 
 
 def _hang(draw: random.Random, storm: Storm, at_s: float) -> Fault:
@@ -206,7 +206,7 @@ def _cut_some(draw: random.Random, storm: Storm, at_s: float) -> Fault:
 def _noise(draw: random.Random, storm: Storm, at_s: float) -> Fault:
     return Noise(
         at_s=at_s,
-        for_s=_s(draw.uniform(0.3, 4.0)),
+        for_s=rounded(draw.uniform(0.3, 4.0)),
         loss=draw.choice((0.0, 0.01, 0.05, 0.2)),
         duplicate=draw.choice((0.0, 0.1, 0.3)),
         jitter_s=draw.choice((0.0, 0.005, 0.1)),
@@ -230,7 +230,7 @@ def _skew(draw: random.Random, storm: Storm, at_s: float) -> Fault:
         node=draw.choice((*storm.shape.instances, *storm.shape.services)),
         jump_s=draw.choice((0.0, 0.3, 2.0, 10.0)),
         drift=draw.choice((0.0, -0.04, -0.01, 0.01, 0.04)),
-        for_s=_s(draw.uniform(0.5, 4.0)),
+        for_s=rounded(draw.uniform(0.5, 4.0)),
     )
 
 
@@ -262,5 +262,5 @@ def _registry_cut(draw: random.Random, storm: Storm, at_s: float) -> Fault:
     return Cut(at_s=at_s, these=(node,), those=(REGISTRY,), for_s=_for_s(draw))
 
 
-def _in_order(shape: Shape, faults: list[Fault]) -> tuple[Fault, ...]:
+def in_order(faults: list[Fault]) -> tuple[Fault, ...]:
     return tuple(sorted(faults, key=lambda fault: fault.at_s))

@@ -44,7 +44,8 @@ def may_refuse(storm: Storm, ask: Ask, code: str, refused_s: float) -> bool:
     """Its service is down, or has a bound: on its queue, or on the time to a first token."""
     if code == "overloaded":
         shape = storm.shape
-        return shape.ttft_slo_s is not None or shape.max_queue < num_sequences(storm)
+        asked = ask.ttft_slo_s is not None or shape.ttft_slo_s is not None
+        return (asked and shape.refuses_late) or shape.max_queue < num_sequences(storm)
     return code == "engine_unavailable" and any(
         fault.at_s <= refused_s
         and (refused_s <= fault.over_s or fault.again_after_s is None)

@@ -133,6 +133,7 @@ def _plainer_shapes(shape: Shape) -> Iterator[Shape]:
         "num_hosts", "job_fails", "job_hangs", "block_spoilt", "credit_window", "num_blocks",
         "max_num_seqs", "max_num_batched_tokens", "max_waiting", "max_queue", "max_run_steps",
         "latency_s", "enable_prefix_caching", "max_chunk_tokens", "ttft_slo_s",
+        "tpot_slo_s", "refuses_late", "judged_after", "store", "index_blocks",
     ):  # fmt: skip
         if getattr(shape, name) != getattr(plain, name):
             yield _replaced(shape, name, getattr(plain, name))
@@ -146,6 +147,9 @@ def _plainer_asks(ask: Ask) -> Iterator[Ask]:
         ("cancel_after_s", None),
         ("budget_s", None),
         ("request_class", "online"),
+        ("ttft_slo_s", None),
+        ("priority", 0),
+        ("salt", ""),
         ("shared_tokens", 0),
         ("own_tokens", min(16, ask.own_tokens)),
         ("max_tokens", min(2, ask.max_tokens)),

@@ -32,6 +32,10 @@ class Shape:
     num_windows: int = 64
     host_blocks: int = 0
     disk_blocks: int = 0
+    #: Is there a store that all instances share?
+    store: bool = False
+    #: Keys that a service's KV index has room for.
+    index_blocks: int = 2048
     #: How blocks move between instances, best first.
     means: tuple[str, ...] = ("map", "tcp")
     num_hosts: int = 1
@@ -43,6 +47,11 @@ class Shape:
     max_queue: int = 1024
     max_waiting: int = 1024
     ttft_slo_s: float | None = None
+    tpot_slo_s: float | None = None
+    #: A request that will be late is refused; otherwise it waits behind the others.
+    refuses_late: bool = True
+    #: A change of roles is judged, and maybe taken back, after so many requests that have SLOs.
+    judged_after: int = 20
     #: Above 1: instances compute runs of steps, as in large worlds.
     max_run_steps: int = 1
     #: Of a frame, at the least.
@@ -81,6 +90,10 @@ class Ask:
     #: The caller goes away so long after asking.
     cancel_after_s: float | None = None
     budget_s: float | None = None
+    ttft_slo_s: float | None = None
+    priority: int = 0
+    #: Those of one salt share prefixes, and their turn.
+    salt: str = ""
 
 
 # --- faults --------------------------------------------------------------------------------------
