@@ -16,7 +16,7 @@ class StepTimes(NamedTuple):
 
     @property
     def total_s(self) -> float:
-        return self.end_s(self.steps)
+        return self.steps * (self.first_s + self.growth_s * (self.steps - 1) / 2)
 
     def of_step(self, number: int) -> float:
         """Seconds of step `number`, which counts from 1."""

@@ -95,16 +95,17 @@ class Reusable:
     def take_oldest_ones(self, count: int) -> list[int]:
         """So many times `take_oldest`; there must be as many."""
         entry_of, queue, step, place = self._entry_of, self._queue, self._num_blocks, self._head
+        self._num_evictable -= count
         found: list[int] = []
-        while len(found) < count:
+        while count:
             entry = queue[place]
             block = entry % step
             place += 1
             if entry_of[block] == entry:
                 entry_of[block] = 0
                 found.append(block)
+                count -= 1
         self._head = place
-        self._num_evictable -= count
         self._tidy()
         return found
 
