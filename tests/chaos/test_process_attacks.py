@@ -93,7 +93,7 @@ async def test_five_deaths_in_a_row_under_load(checkpoint: str) -> None:
             await next_engine(server, engine)
             await asyncio.to_thread(server.wait_ready)
         stop.set()
-        await asyncio.wait_for(asyncio.gather(*clients), 60.0)
+        await asyncio.wait_for(asyncio.gather(*clients), 100.0)
         assert len(all_ends) >= 8
         assert all(len(ends) == 1 for ends in all_ends), all_ends
         assert {ends[0] for ends in all_ends} <= {"length"} | TYPED
@@ -114,7 +114,7 @@ async def test_killed_again_while_it_starts(checkpoint: str) -> None:
             engine.kill()
             # What comes meanwhile waits, too.
             waiting.append(asyncio.create_task(ends_of(server.port, 7)))
-        ends = await asyncio.wait_for(asyncio.gather(*waiting), 60.0)
+        ends = await asyncio.wait_for(asyncio.gather(*waiting), 100.0)
         assert ends == [["length"]] * len(waiting)
         settle(server)
 
@@ -136,7 +136,7 @@ async def test_sigterm_while_the_engine_is_dead(checkpoint: str) -> None:
         await asyncio.sleep(0.1)
         server.engine().kill()
         server.process.send_signal(signal.SIGTERM)
-        assert await asyncio.wait_for(asyncio.gather(*waiting), 60.0) == [["length"]] * 4
+        assert await asyncio.wait_for(asyncio.gather(*waiting), 100.0) == [["length"]] * 4
         assert await asyncio.to_thread(server.process.wait, 20) == 0
 
 
@@ -158,7 +158,7 @@ async def test_signals(checkpoint: str, signals: list[signal.Signals]) -> None:
         for each in signals:
             server.process.send_signal(each)
             await asyncio.sleep(0.1)
-        ends = await asyncio.wait_for(asyncio.gather(*tasks), 30.0)
+        ends = await asyncio.wait_for(asyncio.gather(*tasks), 100.0)
         # The first finishes what runs, the second does not wait for it; nobody is left unanswered.
         if len(signals) == 1:
             assert ends == [["length"] * 16] * 8
@@ -190,7 +190,7 @@ async def test_in_process(checkpoint: str) -> None:
         task = asyncio.create_task(ends_of(server.port, 1, max_tokens=480))
         assert await complete(server.port) == "length"
         server.process.send_signal(signal.SIGTERM)
-        assert await asyncio.wait_for(task, 30.0) == ["length"]
+        assert await asyncio.wait_for(task, 100.0) == ["length"]
         assert await asyncio.to_thread(server.process.wait, 20) == 0
         assert "Traceback" not in server.log, server.log
 
@@ -324,6 +324,7 @@ def _path(first: Path) -> str:
 
 
 @pytest.mark.slow  # the kernels are compiled, and cannot be kept
+@pytest.mark.timeout(600)
 async def test_a_full_disk_under_everything_that_is_written(
     checkpoint: str, tmp_path: Path
 ) -> None:
@@ -339,11 +340,12 @@ async def test_a_full_disk_under_everything_that_is_written(
         with contextlib.suppress(OSError):
             (tiny / "filler").write_bytes(bytes(1 << 20))
         env = {"TMPDIR": str(tiny), "PENSTOCK_CACHE": str(tiny / "cache")}
-        with running(checkpoint, *FLAGS, env=env) as server:
+        with running(checkpoint, *FLAGS, env=env, ready=False) as server:
+            server.wait_ready(400.0)
             assert await complete(server.port) == "length"
             assert "Traceback" not in server.log, server.log
-    finally:
-        subprocess.run(["umount", str(tiny)], check=True)
+    finally:  # a compiler may still be at it
+        subprocess.run(["umount", "--lazy", str(tiny)], check=True)
 
 
 @pytest.mark.slow

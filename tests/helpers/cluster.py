@@ -124,7 +124,7 @@ def instances(url: str) -> dict[str, dict[str, Any]]:
     return {i["name"]: i for i in cluster_report(url)["instances"]}
 
 
-def wait_for(condition: Any, timeout_s: float = 30.0, what: str = "") -> Any:
+def wait_for(condition: Any, timeout_s: float = 90.0, what: str = "") -> Any:
     """What `condition` returns once it is true."""
     deadline_s = time.monotonic() + timeout_s
     while True:
@@ -146,7 +146,7 @@ def send_signal(pid: int, number: signal.Signals) -> None:
     os.kill(pid, number)
 
 
-def settle(server: Server, timeout_s: float = 20.0) -> None:
+def settle(server: Server, timeout_s: float = 60.0) -> None:
     """Nothing runs any more, by the service's count and by the engines' own."""
 
     def idle() -> bool:

@@ -48,7 +48,7 @@ class Command:
     def child(self, word: str) -> psutil.Process:
         """The child whose command line has this word, as soon as there is one: who has just been
         killed is a zombie without one for a moment."""
-        deadline_s = time.monotonic() + 20.0
+        deadline_s = time.monotonic() + PATIENCE_S
         while True:
             children = psutil.Process(self.process.pid).children()
             found = [c for c in children if word in _words(c)]

@@ -48,7 +48,7 @@ class Server:
         child.send_signal(signal.SIGKILL)
         return int(child.pid)
 
-    def wait_ready(self, timeout_s: float = 60.0) -> None:
+    def wait_ready(self, timeout_s: float = 90.0) -> None:
         deadline_s = time.monotonic() + timeout_s
         while time.monotonic() < deadline_s:
             assert self.process.poll() is None, f"the server ended:\n{self.log}"
