@@ -53,41 +53,37 @@ def test_many_storms(first: int) -> None:
     weather(first, 100)
 
 
-def hurricanes(first: int, count: int) -> None:
+def hurricanes(first: int, count: int) -> list[InstanceCore | ServiceCore]:
+    """Who has lived through them."""
     failed = []
+    cores: list[InstanceCore | ServiceCore] = []
     for seed in range(first, first + count):
-        verdict = play(hurricane_of(seed))
+        verdict = play(hurricane_of(seed), plant=cores.append)
         if not verdict.ok:
             line = f"python -m penstock.simulator.storms --hurricane {seed}"
             failed.append(f"{line}  # {verdict.failure}")
     assert not failed, "\n".join(failed)
+    return cores
 
 
-def test_hurricanes() -> None:
-    hurricanes(0, NUM_HURRICANES)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("first", MANY_HURRICANES[::100])
-def test_many_hurricanes(first: int) -> None:
-    hurricanes(first, 100)
-
-
-def test_hurricanes_have_what_storms_leave_out() -> None:
-    cores: list[InstanceCore | ServiceCore] = []
-    seeds = range(100, 130)
-    for seed in seeds:
-        play(hurricane_of(seed), plant=cores.append)
+def test_hurricanes_and_that_they_have_what_storms_leave_out() -> None:
+    cores = hurricanes(0, NUM_HURRICANES)
     services = [core for core in cores if isinstance(core, ServiceCore)]
     tiers = [core.exchange.tiers.stats for core in cores if isinstance(core, InstanceCore)]
     finders = [core.prospects.finder for core in services]
     assert any(core.roles.num_rollbacks for core in services)
     assert any(f.index.stats().num_evicted for f in finders if isinstance(f, IndexFinder))
     assert sum(t["store"].loaded for t in tiers if "store" in t) > 10
-    kinds = [{type(fault) for fault in hurricane_of(seed).faults} for seed in seeds]
-    assert sum(len(found) >= 5 for found in kinds) > len(kinds) / 3
-    crashes = [[f.at_s for f in hurricane_of(s).faults if isinstance(f, Crash)] for s in seeds]
+    faults = [hurricane_of(seed).faults for seed in range(NUM_HURRICANES)]
+    assert sum(len(set(map(type, some))) >= 5 for some in faults) > NUM_HURRICANES / 3
+    crashes = [[fault.at_s for fault in some if isinstance(fault, Crash)] for some in faults]
     assert any(len(set(times)) < len(times) for times in crashes), "a host is lost"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", MANY_HURRICANES[::100])
+def test_many_hurricanes(first: int) -> None:
+    hurricanes(first, 100)
 
 
 def test_storms_are_hostile() -> None:
