@@ -19,6 +19,8 @@ import pytest
 from penstock.protocol.errors import ConfigError, Overloaded
 from penstock.protocol.request import SamplingParams
 from penstock.service import recorder
+from penstock.service.assemble import open_tape
+from penstock.service.config import ClusterConfig, ServeConfig
 from penstock.service.core import ServiceCore, ServiceCoreConfig
 from penstock.service.generation import GenerationSpec
 from penstock.service.recipe import CoreRecipe
@@ -317,6 +319,11 @@ def test_it_may_stop_while_it_takes(tmp_path: Path) -> None:
 def test_where_nothing_can_be_written(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--record .* cannot be written"):
         FileTape(tmp_path / "no" / "folder")
+    for worker in (None, 1):
+        cluster = ClusterConfig(api_worker=worker)
+        with pytest.raises(ConfigError, match=r"is a folder: name a file in it, .*/incident"):
+            open_tape(ServeConfig("toy", ("toy",), record=str(tmp_path), cluster=cluster))
+    assert list(tmp_path.parent.glob(f"{tmp_path.name}.*")) == []
 
 
 def test_calls_are_packed_with_their_keywords() -> None:

@@ -229,6 +229,31 @@ def test_the_time_line_for_programs(taped: FileTape, capsys: pytest.CaptureFixtu
     assert len(arrivals) == 60 and arrivals[7]["requests"] == ["r7"]
 
 
+@pytest.mark.parametrize(
+    ("flags", "code", "message"),
+    [
+        (["--request", "zzzz"], 2, "nothing concerns request zzzz; the instances are: engine-0, "),
+        (["--instance", "zzz", "--step"], 2, "nothing concerns instance zzz; the instances"),
+        (["--instance", "zzz", "--json"], 2, "nothing concerns instance zzz"),
+        (["--request", "r7", "--instance", "zzz"], 2, "request r7 with instance zzz;"),
+        (["--request", "r7", "--until", "1s"], 2, "request r7 up to 1 s;"),
+        (["--request", "r7", "--from", "11s"], 0, "in this stretch of time; elsewhere something"),
+        (["--from", "1h"], 2, "nothing is recorded from 3600 s on: it ends at 1"),
+        (["--from", "20s", "--until", "10s"], 2, "--until 10 s is before --from 20 s"),
+        (["--request", "r7", "--change", "instances=+1"], 2, "--request is about the time line"),
+        (["--seed", "2"], 2, "give it with --change"),
+    ],
+)
+def test_what_is_not_there_is_said(
+    busy: Path, flags: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["replay", str(busy), *flags]) == code
+    said = capsys.readouterr()
+    assert message in said.out + said.err
+    if "--json" in flags:
+        assert json.loads(said.out)["timeline"] == [] and message in said.err
+
+
 def test_a_change_and_a_trace_by_command(
     busy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -264,6 +264,7 @@ def test_bench_takes_lengths_at_a_rate(server: FakeServer, says: Says, tmp_path:
     ("arguments", "message"),
     [
         (["--speed", "2"], "give one with --trace"),
+        (["--trace", "x.csv", "--speed", "0"], "--speed: '0' is no number above 0"),
         (["--trace", "x.csv", "--random-input-len", "5"], "has its own lengths"),
         (["--trace", "x.csv"], "cannot be read"),
         (["--trace", "generate:rate=1"], "needs a duration"),
@@ -279,6 +280,31 @@ def test_bench_says_what_does_not_fit(
 ) -> None:
     code, out, err = says("bench", "--url", server.url, *arguments)
     assert code == 2 and message in err and not out
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("as_json", [True, False])
+def test_an_interrupted_bench_says_what_it_has(
+    server: FakeServer, says: Says, number: signal.Signals, code: int, as_json: bool
+) -> None:
+    server.delay_s = 0.01
+
+    def strike() -> None:
+        while sum(path == "/v1/completions" for path, _, _ in server.requests) < 4:
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=strike, daemon=True).start()
+    flags = ["--num-prompts", "5000", "--max-concurrency", "1", "--random-output-len", "2"]
+    found, out, err = says("bench", "--url", server.url, *flags, *["--json"] * as_json)
+    assert found == code and not err
+    if not as_json:
+        assert f"interrupted ({number.name}): " in out and "more were not sent" in out
+        return
+    result = json.loads(out)
+    assert result["interrupted_by"] == number.name and result["failed"] == 0
+    assert result["completed"] >= 3 and result["completed"] + result["given_up"] == 5000
+    assert result["output_tokens"] == 2 * result["completed"] and result["tpot_ms"]
 
 
 def test_the_summary() -> None:

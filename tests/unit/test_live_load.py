@@ -135,6 +135,26 @@ async def test_an_open_loop_waits_for_nobody_and_a_closed_one_does() -> None:
     assert max(o.late_s for o in outcomes) > 0.05  # and that is said
 
 
+async def test_what_is_not_answered_when_it_stops_is_left_out() -> None:
+    stop, asked = asyncio.Event(), 0
+
+    async def answer(request: httpx.Request) -> httpx.Response:
+        nonlocal asked
+        asked += 1
+        if asked > 2:
+            stop.set()
+            await asyncio.sleep(60)
+        return events(token(), USAGE)
+
+    async with httpx.AsyncClient(
+        transport=httpx.MockTransport(answer), base_url="http://server"
+    ) as http:
+        shots = [Shot(0.0, {}), Shot(0.0, {}), Shot(0.0, {}), Shot(60.0, {})]
+        outcomes, duration_s = await play(http, shots, concurrency=1, stop=stop)
+    assert [outcome.error for outcome in outcomes] == ["", ""] and asked == 3
+    assert 0 < duration_s < 30
+
+
 def test_goodput_counts_failures_as_missed() -> None:
     outcomes = [
         Outcome("", ttft_s=0.1, end_s=1.0, output_tokens=10),

@@ -9,8 +9,10 @@ import math
 import os
 import random
 import re
+import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +85,8 @@ def make_parser() -> Parser:
 
 
 def run(arguments: list[str]) -> int:
-    """0 if every request was answered, else 1."""
+    """0 if every request was answered, else 1; interrupted, 128 and the signal's number, with what
+    was measured until then."""
     options = vars(make_parser().parse(arguments))
     _check(options)
     url = client.base_url(options.get("url", "http://127.0.0.1:8000"))
@@ -100,17 +103,21 @@ def run(arguments: list[str]) -> int:
     concurrency = options.get("max_concurrency", None if timed else _CONCURRENCY)
     body = {"model": model, "ignore_eos": True}
     shots = [Shot(shot.at_s, body | dict(shot.body)) for shot in shots]
-    outcomes, duration_s = asyncio.run(_load(url, key, shots, concurrency, timeout_s))
+    outcomes, duration_s, by = asyncio.run(_load(url, key, shots, concurrency, timeout_s))
     result = summary(
         outcomes,
         duration_s,
         slos_s=dict(options.get("goodput", ())),
         percentiles=options.get("metric_percentiles", PERCENTILES),
     )
+    result["interrupted_by"] = None if by is None else by.name
+    result["given_up"] = len(shots) - len(outcomes)
     if options.get("json"):
         print(json.dumps(result, indent=2))
     else:
         _show(model, result)
+    if by is not None:
+        return 128 + by
     return 0 if result["completed"] == len(shots) else 1
 
 
@@ -205,18 +212,47 @@ def _ask(http: client.Http, path: str, body: Mapping[str, Any]) -> httpx.Respons
 
 async def _load(
     url: str, key: str | None, shots: Sequence[Shot], concurrency: int | None, timeout_s: float
-) -> tuple[list[Outcome], float]:
+) -> tuple[list[Outcome], float, signal.Signals | None]:
+    """What was answered, in how many seconds, and the signal that ended it early."""
     limits = httpx.Limits(max_connections=concurrency)
     async with httpx.AsyncClient(
         base_url=url, headers=client.headers(key), timeout=client.TIMEOUT, limits=limits
     ) as http:
-        return await play(
-            http,
-            shots,
-            concurrency=concurrency,
-            timeout_s=timeout_s,
-            ended=_progress(len(shots)),
-        )
+        stop = asyncio.Event()
+        with _stops(stop) as came:
+            outcomes, duration_s = await play(
+                http,
+                shots,
+                concurrency=concurrency,
+                timeout_s=timeout_s,
+                ended=_progress(len(shots)),
+                stop=stop,
+            )
+    return outcomes, duration_s, came[0] if came else None
+
+
+@contextmanager
+def _stops(stop: asyncio.Event) -> Iterator[list[signal.Signals]]:
+    """Ctrl-C and SIGTERM set `stop` and are put into the list, unless they were ignored anyway."""
+    came: list[signal.Signals] = []
+
+    def take(number: signal.Signals) -> None:
+        came.append(number)
+        stop.set()
+
+    loop = asyncio.get_running_loop()
+    wanted = [
+        number
+        for number in (signal.SIGINT, signal.SIGTERM)
+        if signal.getsignal(number) != signal.SIG_IGN
+    ]
+    for number in wanted:
+        loop.add_signal_handler(number, take, number)
+    try:
+        yield came
+    finally:
+        for number in wanted:
+            loop.remove_signal_handler(number)
 
 
 def _progress(total: int) -> Callable[[int], None]:
@@ -297,6 +333,12 @@ def _show(model: str, result: Mapping[str, Any]) -> None:
         console.print(
             f"requests were sent up to {max(late.values()):.0f} ms late: "
             "they waited for others (--max-concurrency), or this client is too slow for the load"
+        )
+    if result["interrupted_by"]:
+        console.print(
+            f"interrupted ({result['interrupted_by']}): {result['given_up']} more were not sent, "
+            "or not answered yet, and count nowhere here",
+            style="red",
         )
     if result["failed"]:
         console.print(f"{result['failed']} failed", style="red")

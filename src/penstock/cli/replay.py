@@ -10,9 +10,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from penstock import __version__
+from penstock import PROJECT, __version__
 from penstock.cli.parser import Parser
 from penstock.cli.trace_flags import seconds_of
+from penstock.protocol.errors import ConfigError
 from penstock.service.recording import Recording, code_digest, open_recording
 from penstock.simulator.incident import Moment, Replay
 from penstock.simulator.timeline import Line, Timeline, everything, is_about
@@ -50,18 +51,76 @@ def make_parser() -> Parser:
 
 #: The exit code where the recording is damaged or torn: what there is of it came out as recorded.
 INCOMPLETE = 3
+#: Where what was asked for is nowhere in the recording.
+NOT_THERE = 2
+#: Of the time line, which runs with a change do not have.
+_OF_THE_TIME_LINE = ("from_s", "until_s", "request", "instance", "step")
 
 
 def run(arguments: Sequence[str]) -> int:
     """0 if everything came out as it was recorded, 1 if something did not, `INCOMPLETE` if that was
-    not all of it (unless --until asked for no more)."""
+    not all of it (unless --until asked for no more), `NOT_THERE` if nothing of it was asked for."""
     said = vars(make_parser().parse(arguments))
     recording = open_recording(Path(said["incident"]))
     if "change" in said or "export_trace" in said:
         from penstock.cli.replay_changed import run as run_changed
 
+        for name in _OF_THE_TIME_LINE:
+            if name in said:
+                flag = name.removesuffix("_s")
+                raise ConfigError(f"--{flag} is about the time line, which a plain replay shows")
         return run_changed(recording, said)
+    if "seed" in said:
+        raise ConfigError("--seed is of a simulation: give it with --change")
     return _ForPrograms(said).run(recording) if "json" in said else _Shown(said).run(recording)
+
+
+class _Wanted:
+    """The part of a run that was asked for, and whether there is any of it."""
+
+    def __init__(self, said: Mapping[str, Any]) -> None:
+        """Raises `ConfigError` for a stretch of time that ends before it begins."""
+        self._from_s, self.until_s = said.get("from_s", 0.0), said.get("until_s", float("inf"))
+        if self.until_s < self._from_s:
+            raise ConfigError(f"--until {self.until_s:g} s is before --from {self._from_s:g} s")
+        self._request, self._instance = said.get("request"), said.get("instance")
+        self.filters = self._request is not None or self._instance is not None
+        self._moments = self._lines = self._lines_then = 0
+        self._instances: dict[str, None] = {}
+
+    def is_shown(self, moment: Moment) -> bool:
+        return moment.at_s >= self._from_s or bool(moment.difference)
+
+    def of(self, moment: Moment, lines: list[Line]) -> list[Line]:
+        """Told of every moment until then."""
+        self._instances |= dict.fromkeys(name for line in lines for name in line.instances)
+        lines = [line for line in lines if is_about(line, self._request, self._instance)]
+        self._lines += len(lines)
+        if self.is_shown(moment):
+            self._moments += 1
+            self._lines_then += len(lines)
+        return lines
+
+    @property
+    def is_nowhere(self) -> bool:
+        asked_for = self.filters or self._from_s > 0
+        return asked_for and not (self._moments and (self._lines or not self.filters))
+
+    def missed(self, end_s: float) -> str:
+        """Why nothing was shown; "" if something was."""
+        if not self._moments and end_s > self.until_s:
+            return f"nothing is recorded from {self._from_s:g} s to {self.until_s:g} s"
+        if not self._moments:
+            return f"nothing is recorded from {self._from_s:g} s on: it ends at {end_s:.3f} s"
+        if not self.filters or self._lines_then:
+            return ""
+        asked = (("request", self._request), ("instance", self._instance))
+        whom = " with ".join(f"{what} {name}" for what, name in asked if name is not None)
+        if self._lines:
+            return f"nothing concerns {whom} in this stretch of time; elsewhere something does"
+        known = ", ".join(self._instances) or "none"
+        upto = f" up to {self.until_s:g} s" if self.until_s < end_s else ""
+        return f"nothing concerns {whom}{upto}; the instances are: {known}"
 
 
 class _Shown:
@@ -69,6 +128,7 @@ class _Shown:
 
     def __init__(self, said: Mapping[str, Any]) -> None:
         self._said = said
+        self._wanted = _Wanted(said)
         self._steps = "step" in said
         self._asks = self._steps and sys.stdin.isatty() and sys.stdout.isatty()
 
@@ -80,10 +140,10 @@ class _Shown:
         for moment in replay:
             last = moment
             lines = timeline.lines(moment)
-            if moment.at_s > self._said.get("until_s", float("inf")) and not moment.difference:
+            if moment.at_s > self._wanted.until_s and not moment.difference:
                 break
-            shown = moment.at_s >= self._said.get("from_s", 0.0) or moment.difference
-            if shown and not self.show(moment, lines):
+            lines = self._wanted.of(moment, lines)
+            if self._wanted.is_shown(moment) and not self.show(moment, lines):
                 break
         return self.end(replay, last)
 
@@ -98,19 +158,14 @@ class _Shown:
 
     def show(self, moment: Moment, lines: list[Line]) -> bool:
         """False: the reader has seen enough."""
-        lines = [line for line in lines if self._wanted(line)]
         if self._steps:
-            filtered = "request" in self._said or "instance" in self._said
-            if not filtered or lines:
+            if not self._wanted.filters or lines:
                 _print(moment.at_s, f"step {moment.number}", everything(moment))
                 return not self._asks or _goes_on()
             return True
         for line in lines:
             _print(line.at_s, line.text, line.why)
         return True
-
-    def _wanted(self, line: Line) -> bool:
-        return is_about(line, self._said.get("request"), self._said.get("instance"))
 
     def end(self, replay: Replay, last: Moment | None) -> int:
         if last is None:
@@ -122,6 +177,8 @@ class _Shown:
             print(f"step {last.number} at {last.at_s:.3f} s differs: {last.difference}")
             print(blame(replay.recording))
             return 1
+        if missed := self._wanted.missed(last.at_s):
+            print(missed)
         print(
             f"{last.number + 1} steps in {last.at_s:.1f} s: all that came of them came again, "
             "effect by effect"
@@ -129,7 +186,9 @@ class _Shown:
         return self._code(replay)
 
     def _code(self, replay: Replay) -> int:
-        return INCOMPLETE if replay.recording.problem and "until_s" not in self._said else 0
+        if replay.recording.problem and "until_s" not in self._said:
+            return INCOMPLETE
+        return NOT_THERE if self._wanted.is_nowhere else 0
 
 
 class _ForPrograms(_Shown):
@@ -143,7 +202,7 @@ class _ForPrograms(_Shown):
         pass
 
     def show(self, moment: Moment, lines: list[Line]) -> bool:
-        self._found += [asdict(line) for line in lines if self._wanted(line)]
+        self._found += [asdict(line) for line in lines]
         return True
 
     def end(self, replay: Replay, last: Moment | None) -> int:
@@ -166,6 +225,8 @@ class _ForPrograms(_Shown):
             "timeline": self._found,
         }
         print(json.dumps(result, indent=1))
+        if not differs and last is not None and (missed := self._wanted.missed(last.at_s)):
+            print(f"{PROJECT}: {missed}", file=sys.stderr)
         return 1 if differs else self._code(replay)
 
 

@@ -25,7 +25,7 @@ BurstGPT's traces. Made up: generate:rate=4,duration=10m and any of
 
 def add_cut_flags(parser: argparse.ArgumentParser, limit: str = "--limit") -> None:
     add = parser.add_argument
-    add("--speed", type=float, metavar="X", help="the trace X times as fast (1)")
+    add("--speed", type=_speed, metavar="X", help="the trace X times as fast (1)")
     add("--window", type=seconds_of, metavar="SECONDS", help="only its busiest stretch (all of it)")
     if limit == "--limit":
         add("--limit", type=count, metavar="N", help="only so many requests")
@@ -39,6 +39,16 @@ def requests_of(source: str, said: Mapping[str, Any]) -> list[TraceRequest]:
         window_s=said.get("window"),
         limit=said.get("limit"),
     )
+
+
+def _speed(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return value
 
 
 def seconds_of(text: str) -> float:

@@ -70,9 +70,11 @@ async def play(
     concurrency: int | None = None,
     timeout_s: float = TIMEOUT_S,
     ended: Callable[[int], None] = lambda count: None,
+    stop: asyncio.Event | None = None,
 ) -> tuple[list[Outcome], float]:
     """What came of each of the shots, and the seconds until the last of them was answered; `ended`
-    is told how many are. Every failure is an `Outcome`."""
+    is told how many are. Every failure is an `Outcome`. Once `stop` is set nothing more is sent,
+    and what is not answered by then is given up, and left out of what is returned."""
     gate = asyncio.Semaphore(concurrency or len(shots) or 1)
     start_s = time.perf_counter()
     done = 0
@@ -88,8 +90,19 @@ async def play(
         ended(done)
         return outcome
 
-    outcomes = await asyncio.gather(*(one(shot) for shot in shots))
-    return list(outcomes), time.perf_counter() - start_s
+    async def give_up() -> None:
+        await (stop or asyncio.Event()).wait()
+        for task in tasks:
+            task.cancel()
+
+    tasks = [asyncio.create_task(one(shot)) for shot in shots]
+    watch = asyncio.create_task(give_up())
+    try:
+        await asyncio.gather(*tasks, return_exceptions=True)
+    finally:
+        watch.cancel()
+    duration_s = time.perf_counter() - start_s
+    return [task.result() for task in tasks if not task.cancelled()], duration_s
 
 
 async def request(

@@ -52,7 +52,7 @@ def open_tape(config: ServeConfig) -> Tape:
     if config.record is None:
         return NO_TAPE
     path, worker = Path(config.record), config.cluster.api_worker
-    if worker is not None:
+    if worker is not None and not path.is_dir():
         path = path.with_name(f"{path.name}.api-{worker}")
     facts = {"model": config.model, "seed": str(config.seed)}
     return FileTape(path, config.record_max_bytes, facts)

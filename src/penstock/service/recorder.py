@@ -164,6 +164,8 @@ class FileTape(Tape):
 
 
 def _create(path: Path) -> tuple[Path, int]:
+    if path.is_dir():
+        raise ConfigError(f"--record {path} is a folder: name a file in it, {path / 'incident'}")
     number = 0
     while True:
         named = path if not number else path.with_name(f"{path.name}.{number}")
