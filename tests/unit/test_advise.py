@@ -180,7 +180,11 @@ def test_the_busiest_stretch_is_what_counts(cost: str) -> None:
 @pytest.mark.parametrize(
     ("more", "changed", "message"),
     [
-        (dict(tpot_slo_s=0.001), {}, "nobody can hold a TPOT of 1 ms .* 4.1 ms a token"),
+        (
+            dict(tpot_slo_s=0.001),
+            {},
+            "hold a TPOT of 1 ms .* 4.1 ms a token. 90% .* TPOT",
+        ),
         (dict(ttft_slo_s=0.001), {}, r"nobody can hold a TTFT of 0.001 s .* \(60 tokens\)"),
         ({}, dict(kv_tokens=5000), "room for 5000 tokens of KV, and one request .* needs 6001"),
     ],
@@ -190,6 +194,16 @@ def test_what_nobody_can_meet_is_said(tmp_path: Path, more, changed, message) ->
     path.write_text(json.dumps(COST | changed))
     with pytest.raises(ConfigError, match=message):
         advise(bursts(), question(str(path), **more))
+
+
+def test_what_would_meet_an_slo_that_no_setup_meets_is_said(cost: str) -> None:
+    tight = advise(bursts(), question(cost, instances=1, tpot_slo_s=0.00425))
+    assert any("it takes more instances" in said for said in tight.because)
+    ttft_s, tpot_s = tight.best.held_s
+    held = f"TTFT of up to {1e3 * ttft_s:,.0f} ms, and 90% a TPOT of up to {1e3 * tpot_s:.3g} ms"
+    assert held in tight.because[-1]
+    beyond = advise(bursts(), question(cost, instances=1, tpot_slo_s=0.0041209))
+    assert any("no number of instances keeps 90%" in said for said in beyond.because)
 
 
 def trace_file(tmp_path: Path) -> str:

@@ -173,17 +173,17 @@ def test_shared_prefixes_are_counted_once() -> None:
 
 def test_what_is_in_reach() -> None:
     requests = [TraceRequest(0, 100, 50)] * 90 + [TraceRequest(0, 10_000, 50)] * 10
-    all_of_it = reach(MODEL, requests, 10.0, 1.0, 0.9)
+    all_of_it = reach([MODEL], requests, 10.0, 1.0, 0.9)
     assert all_of_it.share == 1.0 and all_of_it.ttft_s == pytest.approx(MODEL.prefill_s(10_000))
-    short = reach(MODEL, requests, MODEL.prefill_s(100), 1.0, 0.9)
+    short = reach([MODEL], requests, MODEL.prefill_s(100), 1.0, 0.9)
     assert short.share == pytest.approx(0.9)
-    slow = reach(MODEL, requests, 10.0, 1e-3, 0.9)
+    slow = reach([MODEL], requests, 10.0, 1e-3, 0.9)
     assert slow.share == 0.0 and slow.tpot_s > 4e-3
     one_token = [TraceRequest(0, 100, 1)]
-    assert reach(MODEL, one_token, 10.0, 1e-3, 0.9).share == 1.0
+    assert reach([MODEL], one_token, 10.0, 1e-3, 0.9).share == 1.0
     # A long prompt may be in a cache: then nobody knows how soon its first token can be.
     cached = [TraceRequest(n, 10_000, 5, tuple(range(20))) for n in range(3)]
-    assert reach(MODEL, cached, 0.01, 1.0, 0.9).share == 1.0
+    assert reach([MODEL], cached, 0.01, 1.0, 0.9).share == 1.0
 
 
 def test_prompts_share_of_the_work() -> None:

@@ -85,6 +85,26 @@ def test_numbers_are_what_their_definitions_say() -> None:
     assert found["simulated"]["seconds_per_wall_s"] == pytest.approx(26)
 
 
+def test_a_rate_is_requests_over_the_time_that_they_came_in() -> None:
+    short = outcome()
+    short.arrival_s = short.arrival_s / 50  # all within 0.2 s
+    assert metrics(short)["rate_per_s"] == pytest.approx(6 / 0.2)
+    short.arrival_s = short.arrival_s * 0
+    at_once = metrics(short)
+    assert at_once["rate_per_s"] is None and sweep([at_once, at_once | {"speed": 2.0}]) == []
+    assert table.NONE in table.cells(at_once)
+
+
+def test_what_was_held_where_the_slo_was_not() -> None:
+    # TTFTs of 0.1, 0.3, 2.0, 0.5, never and 0.5 s; TPOTs of 0.04, 0.01, 0.1 s.
+    assert outcome().held_s(0.5) == pytest.approx((0.5, 0.04))
+    assert outcome().held_s(0.9) == pytest.approx((np.inf, 0.1))
+    said = table.pool_lines(metrics(outcome()))[-1]
+    assert "90% of the requests never came to one, and 90% had a TPOT of up to 100 ms" in said
+    lax = metrics(outcome(spec(ttft_slo_s=None, tpot_slo_s=None)))
+    assert not any("90%" in line for line in table.pool_lines(lax))
+
+
 def test_utilisation_is_by_pool_and_by_role() -> None:
     use = metrics(outcome())["utilisation"]
     assert use["mean"] == pytest.approx(0.5)
@@ -174,6 +194,7 @@ def report(runs: list[dict[str, Any]]) -> dict[str, Any]:
         },
         "runs": runs,
         "sweep": sweep(runs),
+        "unmet": ["nobody <holds> it"],
     }  # fmt: skip
 
 
@@ -236,6 +257,7 @@ def test_the_page_holds_every_number_of_the_table() -> None:
             assert line in text
     for line in table.sweep_lines(report(runs)):
         assert line in text
+    assert "nobody <holds> it" in text
     assert "6.0 s" in text and "is decode" in text and "name: <b>&amp;" in text
 
 

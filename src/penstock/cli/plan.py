@@ -20,9 +20,9 @@ from penstock.protocol.errors import ConfigError
 from penstock.service.policies.routing import policy_named
 from penstock.simulator.crew import Crew, Progress
 from penstock.simulator.experiment import MODES
-from penstock.simulator.planner import MODEL_ERROR, Measure, Planner, Question, ms
+from penstock.simulator.planner import MODEL_ERROR, Measure, Planner, Question
 from penstock.simulator.prices import DEFAULT_USD, SOURCE, prices_of
-from penstock.simulator.quantities import slos_of
+from penstock.simulator.quantities import ms, slos_of
 from penstock.simulator.report.html import to_json
 from penstock.simulator.report.table import NONE, number, share
 
@@ -143,7 +143,7 @@ def _print(report: dict[str, Any], console: Console) -> None:
     if not busiest["is_whole"]:
         lines.append(
             f"busiest stretch: {busiest['requests']:,} requests in {busiest['seconds']:,.0f} s, "
-            f"{busiest['requests_per_s']:.1f} a second"
+            f"{number(busiest['requests_per_s'])} a second"
         )
     console.print(Text("\n".join(lines) + "\n"))
     if not report["plans"]:

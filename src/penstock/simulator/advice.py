@@ -7,6 +7,7 @@ the SLOs, and the simpler setup where that makes no difference.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +19,8 @@ from penstock.loadgen.traces import TraceRequest
 from penstock.protocol.errors import ConfigError
 from penstock.simulator.crew import Crew, Progress, Task
 from penstock.simulator.outcome import Outcome
+from penstock.simulator.planning import Reach, reach
+from penstock.simulator.quantities import ms
 from penstock.simulator.spec import ClusterSpec, LinkSpec, PoolSpec
 from penstock.simulator.stretch import busiest, faster
 
@@ -27,6 +30,7 @@ WORTH_ATTAINED = 0.01
 WORTH_GAP = 1.5
 #: Below this nobody is served well: the advice is about more instances then.
 ENOUGH_ATTAINED = 0.9
+_ENOUGH = f"{100 * ENOUGH_ATTAINED:.0f}%"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +68,8 @@ class Simulated:
     gap_p99_s: float
     #: Share of requests with both TTFT and TPOT within the SLOs.
     attained: float
+    #: The TTFT, and the TPOT, that `ENOUGH_ATTAINED` of the requests had at most.
+    held_s: tuple[float, float]
     num_split: int
     role_changes: int
     utilisation: float
@@ -94,7 +100,7 @@ def advise(
     """Raises `ConfigError` where no setup could ever keep the SLOs."""
     chosen = busiest(faster(requests, question.rate), question.window_s)
     work = _work(chosen, question)
-    _check_possible(chosen, question)
+    least = _check_possible(chosen, question)
     setups = _setups(question)
     with Crew(chosen, _simulated, min(jobs, len(setups))) as crew:
         simulated = crew.run([Task(spec=s, mode=question.mode) for s in setups], progress)
@@ -107,14 +113,14 @@ def advise(
         simulated=tuple(simulated),
         best=best,
         together=together,
-        because=tuple(_because(best, together, others, question, work)),
+        because=tuple(_because(best, together, others, question, work, least)),
         work=work,
     )
 
 
 def _work(requests: Sequence[TraceRequest], question: Question) -> dict[str, float]:
     model, count = question.model, question.instances
-    seconds = max(requests[-1].arrival_s, 1.0)
+    seconds = requests[-1].arrival_s
     prompts = np.array([r.input_tokens for r in requests])
     outputs = np.array([r.output_tokens for r in requests])
     prefill_s = sum(model.prefill_s(int(n)) for n in prompts)
@@ -125,36 +131,44 @@ def _work(requests: Sequence[TraceRequest], question: Question) -> dict[str, flo
     return {
         "requests": float(len(requests)),
         "seconds": seconds,
-        "requests_per_s": len(requests) / seconds,
+        "requests_per_s": len(requests) / seconds if seconds else math.inf,
         "mean_prompt_tokens": float(prompts.mean()),
         "mean_output_tokens": float(outputs.mean()),
-        "prefill_share": float(prefill_s / (seconds * count)),
+        "prefill_share": float(prefill_s / (max(seconds, 1.0) * count)),
         "peak_to_mean_prompt_tokens": float(per_10_s.max() / max(per_10_s.mean(), 1e-9)),
         "mixed_step_s": model.step_s(chunk, 1, long, chunk * long),
         "decode_step_s": model.step_s(1, 1, int(prompts.mean()), int(prompts.mean())),
     }
 
 
-def _check_possible(requests: Sequence[TraceRequest], question: Question) -> None:
+def _check_possible(requests: Sequence[TraceRequest], question: Question) -> Reach:
+    """What any number of instances could do at best."""
     model = question.model
+    slos = question.ttft_slo_s, question.tpot_slo_s
+    least = reach([model], requests, *slos, ENOUGH_ATTAINED)
+    held = (
+        f"{_ENOUGH} of the requests, each alone on an instance, have at best {least}: ask for no "
+        "less (--slo), or for other hardware"
+    )
     shortest = min(r.input_tokens for r in requests)
     longest = max(r.input_tokens + r.output_tokens for r in requests)
     least_s = model.step_s(1, 1, shortest, shortest)
     if question.tpot_slo_s < least_s:
         raise ConfigError(
             f"nobody can hold a TPOT of {1e3 * question.tpot_slo_s:g} ms with {model.name}: one "
-            f"sequence alone takes {1e3 * least_s:.1f} ms a token"
+            f"sequence alone takes {1e3 * least_s:.1f} ms a token. {held}"
         )
     if question.ttft_slo_s < model.prefill_s(shortest):
         raise ConfigError(
             f"nobody can hold a TTFT of {question.ttft_slo_s:g} s with {model.name}: the shortest "
-            f"prompt ({shortest} tokens) alone takes {model.prefill_s(shortest):.3f} s"
+            f"prompt ({shortest} tokens) alone takes {model.prefill_s(shortest):.3f} s. {held}"
         )
     if longest > model.kv_tokens:
         raise ConfigError(
             f"{model.name} has room for {model.kv_tokens} tokens of KV, and one request of the "
             f"trace needs {longest}"
         )
+    return least
 
 
 def _setups(question: Question) -> list[ClusterSpec]:
@@ -192,6 +206,7 @@ def _simulated(outcome: Outcome, task: Task) -> Simulated:
         tpot_s=tpot_s[~np.isnan(tpot_s)],
         gap_p99_s=outcome.gaps.quantile(0.99),
         attained=float(outcome.attained(spec.ttft_slo_s, spec.tpot_slo_s).mean()),
+        held_s=outcome.held_s(ENOUGH_ATTAINED),
         num_split=outcome.handovers,
         role_changes=sum(change.at_s >= 0 for change in outcome.role_changes),
         utilisation=float(outcome.busy_s.mean()) / end_s,
@@ -215,6 +230,7 @@ def _because(
     others: Sequence[Simulated],
     question: Question,
     work: dict[str, float],
+    least: Reach,
 ) -> list[str]:
     mixed_ms, slo_ms = 1e3 * work["mixed_step_s"], 1e3 * question.tpot_slo_s
     said = [
@@ -237,11 +253,25 @@ def _because(
             f"is {1e3 * best.gap_p99_s:.1f} ms, against {1e3 * together.gap_p99_s:.1f} ms"
         )
     if best.attained < ENOUGH_ATTAINED:
-        said.append(
-            f"no setup of {question.instances} keeps {100 * ENOUGH_ATTAINED:.0f}% of the requests "
-            "within the SLOs: it takes more instances, faster ones, or looser SLOs"
-        )
+        said += _what_would_do(best, question, least)
     return said
+
+
+def _what_would_do(best: Simulated, question: Question, least: Reach) -> list[str]:
+    """Where the best keeps too few."""
+    if least.share < ENOUGH_ATTAINED:
+        first = (
+            f"no number of instances keeps {_ENOUGH} of the requests within the SLOs: with each "
+            f"alone on one, {_ENOUGH} have at best {least}. It takes other hardware or looser SLOs"
+        )
+    else:
+        first = (
+            f"no setup of {question.instances} keeps {_ENOUGH} of the requests within the SLOs: it "
+            "takes more instances, faster ones, or looser SLOs"
+        )
+    ttft, tpot = (ms(s) if math.isfinite(s) else "none at all" for s in best.held_s)
+    held = f"{_ENOUGH} had a TTFT of up to {ttft}, and {_ENOUGH} a TPOT of up to {tpot}"
+    return [first, f"with {best.setup}, {held}"]
 
 
 def as_dict(advice: Advice) -> dict[str, Any]:
@@ -251,6 +281,7 @@ def as_dict(advice: Advice) -> dict[str, Any]:
         def at(seconds: np.ndarray, share: float) -> float:
             return float(np.quantile(seconds, share)) if len(seconds) else 0.0
 
+        held_s = (s if math.isfinite(s) else None for s in outcome.held_s)
         return {
             "setup": outcome.setup,
             "attained": outcome.attained,
@@ -259,6 +290,7 @@ def as_dict(advice: Advice) -> dict[str, Any]:
             "tpot_p50_s": at(outcome.tpot_s, 0.5),
             "tpot_p99_s": at(outcome.tpot_s, 0.99),
             "gap_p99_s": outcome.gap_p99_s,
+            "held": {"share": ENOUGH_ATTAINED} | dict(zip(("ttft_s", "tpot_s"), held_s)),
             "split_requests": outcome.num_split,
             "role_changes": outcome.role_changes,
             "utilisation": outcome.utilisation,
@@ -270,7 +302,7 @@ def as_dict(advice: Advice) -> dict[str, Any]:
         "disaggregate": advice.splits,
         "because": list(advice.because),
         "setups": [row(outcome) for outcome in advice.simulated],
-        "work": advice.work,
+        "work": {name: x if math.isfinite(x) else None for name, x in advice.work.items()},
         "instances": question.instances,
         "model_cost": question.model.name,
         "slo": {"ttft_s": question.ttft_slo_s, "tpot_s": question.tpot_slo_s},

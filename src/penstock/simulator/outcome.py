@@ -87,6 +87,14 @@ class Outcome:
         span_s = max(float(self.arrival_s[-1]), float(ends.max()) if len(ends) else 0.0)
         return span_s if span_s > 0 else 1.0
 
+    def held_s(self, share: float) -> tuple[float, float]:
+        """The TTFT, and the TPOT, that this share of the requests had at most; infinite where so
+        many never came to that. Who got no token waited longer than all others, and one token has
+        no TPOT."""
+        ttft_s = np.where(np.isnan(self.ttft_s), np.inf, self.ttft_s)
+        tpot_s = self.tpot_s[~np.isnan(self.tpot_s)]
+        return _at(ttft_s, share), _at(tpot_s, share)
+
     @property
     def utilisation(self) -> Floats:
         """The share of the run that each instance computed."""
@@ -116,3 +124,7 @@ class Outcome:
         in_time = self.ttft_s <= ttft_slo_s
         steady = np.isnan(self.tpot_s) | (self.tpot_s <= tpot_slo_s)
         return answered & in_time & steady
+
+
+def _at(seconds: Floats, share: float) -> float:
+    return float(np.quantile(seconds, share, method="higher")) if len(seconds) else np.inf

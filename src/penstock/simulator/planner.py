@@ -32,6 +32,7 @@ from penstock.simulator.planning import (
     prefill_share,
     reach,
 )
+from penstock.simulator.quantities import ms
 from penstock.simulator.spec import ClusterSpec, LinkSpec, PoolSpec
 from penstock.simulator.stretch import busiest
 
@@ -89,16 +90,10 @@ class Measure:
         busy = [float(np.mean(s.busy)) for s in outcome.samples if 0 < s.at_s <= span_s + 1]
         return Measured(
             float(outcome.attained(spec.ttft_slo_s, spec.tpot_slo_s).mean()),
-            # Who never got a token waited longer than all others; who got one has no TPOT.
-            _at(np.where(np.isnan(outcome.ttft_s), np.inf, outcome.ttft_s), self._wanted),
-            _at(outcome.tpot_s[~np.isnan(outcome.tpot_s)], self._wanted),
+            *outcome.held_s(self._wanted),
             float(np.mean(busy)) if busy else 0.0,
             float(np.nansum(outcome.output_tokens)) / span_s,
         )
-
-
-def _at(seconds: np.ndarray, share: float) -> float:
-    return float(np.quantile(seconds, share, method="higher")) if len(seconds) else math.inf
 
 
 class Planner:
@@ -157,7 +152,7 @@ class Planner:
                     f"{longest}"
                 )
                 continue
-            can = reach(model, self._stretch, q.ttft_slo_s, q.tpot_slo_s, q.wanted)
+            can = reach([model], self._stretch, q.ttft_slo_s, q.tpot_slo_s, q.wanted)
             reached[name] = can
             if can.share < q.wanted:
                 self.left_out[name] = _too_slow(can)
@@ -295,6 +290,7 @@ class Planner:
 
     def _about(self) -> dict[str, Any]:
         q, stretch = self.question, self._stretch
+        seconds = stretch[-1].arrival_s
         return {
             "penstock": __version__,
             "requests": len(self._requests),
@@ -302,8 +298,8 @@ class Planner:
             "busiest": {
                 "is_whole": self._is_whole,
                 "requests": len(stretch),
-                "seconds": stretch[-1].arrival_s,
-                "requests_per_s": len(stretch) / max(stretch[-1].arrival_s, 1.0),
+                "seconds": seconds,
+                "requests_per_s": len(stretch) / seconds if seconds else None,
             },
             "slo": {"ttft_s": q.ttft_slo_s, "tpot_s": q.tpot_slo_s, "attainment": q.wanted},
             "max_gpus": q.max_gpus,
@@ -374,16 +370,9 @@ def _best(reached: Mapping[str, Reach]) -> list[str]:
     fastest: dict[str, str] = {}
     for name, can in reached.items():
         kind = name.rpartition(":")[0]
-        if kind not in fastest or can.ttft_s < reached[fastest[kind]].ttft_s:
+        if kind not in fastest or can.order < reached[fastest[kind]].order:
             fastest[kind] = name
-    return [
-        f"TTFT {ms(reached[name].ttft_s)} and TPOT {ms(reached[name].tpot_s)} on {name}"
-        for name in fastest.values()
-    ]
-
-
-def ms(seconds: float) -> str:
-    return f"{1e3 * seconds:,.0f} ms" if seconds >= 0.1 else f"{1e3 * seconds:.3g} ms"
+    return [f"{reached[name]} on {name}" for name in fastest.values()]
 
 
 def _too_slow(can: Reach) -> str:

@@ -18,6 +18,7 @@ import numpy as np
 
 from penstock.loadgen.costs import InstanceModel
 from penstock.loadgen.traces import TraceRequest
+from penstock.simulator.quantities import ms
 
 #: off: together; auto: roles that follow the work; split: so many of each, for good.
 Kind = Literal["off", "auto", "split"]
@@ -85,7 +86,7 @@ def least_instances(
     work_s, allowed_s = [], 0.0
     shared: set[int] = set()
     for r in requests:
-        again = sum(h in shared for h in r.hash_ids) * 512
+        again = sum(h in shared for h in r.hash_ids) * r.block_tokens
         shared.update(r.hash_ids)
         prompt, output = max(r.input_tokens - again, 1), r.output_tokens - 1
         read = r.input_tokens + 0.5 * output
@@ -118,34 +119,52 @@ def prefill_share(model: InstanceModel, requests: Sequence[TraceRequest], tpot_s
 @dataclass(frozen=True, slots=True)
 class Reach:
     """What an instance could do with each request alone: `share` of them within both SLOs; the
-    least TTFT and TPOT that the wanted share of them could be held to."""
+    least TTFT and TPOT that the wanted share of them could be held to. A TTFT that caches of shared
+    prefixes may shorten is not known (None)."""
 
     share: float
-    ttft_s: float
+    ttft_s: float | None
     tpot_s: float
+
+    def __str__(self) -> str:
+        ttft = "" if self.ttft_s is None else f"TTFT {ms(self.ttft_s)} and "
+        return f"{ttft}TPOT {ms(self.tpot_s)}"
+
+    @property
+    def order(self) -> tuple[float, float]:
+        """The fastest first."""
+        return self.ttft_s or 0.0, self.tpot_s
 
 
 def reach(
-    model: InstanceModel, requests: Sequence[TraceRequest], ttft_s: float, tpot_s: float,
+    models: Sequence[InstanceModel], requests: Sequence[TraceRequest], ttft_s: float, tpot_s: float,
     wanted: float,
 ) -> Reach:  # fmt: skip
-    prompts = np.array([r.input_tokens for r in requests])
-    first_s = {int(n): model.prefill_s(int(n)) for n in np.unique(prompts)}
-    ttfts = np.array([first_s[int(n)] for n in prompts])
-    reads = prompts + 0.5 * np.array([r.output_tokens for r in requests])
-    c = model.cost
-    tpots = (
-        c.base_s + c.per_token_s + c.per_row_s + (c.per_context_token_s + c.per_attention_s) * reads
-    )
-    # A request of one token has no TPOT. What prefixes share may make a TTFT shorter, never a TPOT.
-    tpots = np.where([r.output_tokens > 1 for r in requests], tpots, 0.0)
+    """Of several models, each request has the best of each."""
+    ttfts = np.min([_ttfts(model, requests) for model in models], axis=0)
+    tpots = np.min([_tpots(model, requests) for model in models], axis=0)
     shares = any(r.hash_ids for r in requests)
     in_time = np.ones(len(ttfts), dtype=bool) if shares else ttfts <= ttft_s
     return Reach(
         float((in_time & (tpots <= tpot_s)).mean()),
-        float(np.quantile(ttfts, wanted, method="higher")),
+        None if shares else float(np.quantile(ttfts, wanted, method="higher")),
         float(np.quantile(tpots, wanted, method="higher")),
     )
+
+
+def _ttfts(model: InstanceModel, requests: Sequence[TraceRequest]) -> np.ndarray:
+    prompts = [r.input_tokens for r in requests]
+    first_s = {n: model.prefill_s(n) for n in set(prompts)}
+    return np.array([first_s[n] for n in prompts])
+
+
+def _tpots(model: InstanceModel, requests: Sequence[TraceRequest]) -> np.ndarray:
+    """A request of one token has none: 0."""
+    reads = np.array([r.input_tokens + 0.5 * r.output_tokens for r in requests])
+    c = model.cost
+    alone_s = c.base_s + c.per_token_s + c.per_row_s
+    found = alone_s + (c.per_context_token_s + c.per_attention_s) * reads
+    return np.where([r.output_tokens > 1 for r in requests], found, 0.0)
 
 
 @dataclass(slots=True)

@@ -36,6 +36,11 @@ def text_of(seconds: float) -> str:
     return f"{seconds:.20f}".rstrip("0") + "s"
 
 
+def ms(seconds: float) -> str:
+    """For people: "6.33 ms", "1,234 ms"."""
+    return f"{1e3 * seconds:,.0f} ms" if seconds >= 0.1 else f"{1e3 * seconds:.3g} ms"
+
+
 def slos_of(text: str) -> tuple[float, float]:
     """ "ttft=1s,tpot=50ms" as (TTFT, TPOT) in seconds. Raises `ConfigError`."""
     found: dict[str, float] = {}

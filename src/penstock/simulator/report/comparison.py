@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -13,12 +13,10 @@ from penstock.loadgen.traces import TraceRequest
 from penstock.simulator.cluster_file import write_cluster
 from penstock.simulator.crew import Crew, Progress, Task
 from penstock.simulator.outcome import Outcome
-from penstock.simulator.report.metrics import gpus_of, metrics, rate_at
+from penstock.simulator.report.metrics import WANTED, gpus_of, metrics, rate_at
+from penstock.simulator.report.unmet import floor, unmet_lines
 from penstock.simulator.spec import ClusterSpec
 from penstock.simulator.stretch import busiest
-
-#: Attainment at which rates are compared.
-WANTED = 0.9
 
 
 def tasks(
@@ -58,6 +56,7 @@ def compare(
         found = crew.run(runs, progress)
     spec, window_s = runs[0].spec, runs[0].window_s
     chosen = busiest(requests, window_s)
+    least = floor(spec, chosen, WANTED)
     return {
         "about": {
             "penstock": __version__,
@@ -75,6 +74,9 @@ def compare(
         },
         "runs": found,
         "sweep": sweep(found),
+        # With each request alone on an instance: no number of them does better.
+        "floor": {"wanted": WANTED} | asdict(least),
+        "unmet": unmet_lines(spec, least, [run["attainment"] for run in found], WANTED),
     }
 
 
@@ -86,7 +88,7 @@ def sweep(runs: Sequence[dict[str, Any]], wanted: float = WANTED) -> list[dict[s
     """Attainment against rate, of each setup that was run at several speeds with an SLO."""
     lines: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for run in runs:
-        if run["attainment"] is not None:
+        if run["attainment"] is not None and run["rate_per_s"] is not None:
             lines.setdefault((run["policy"], run["pd"]), []).append(run)
     found = []
     for (policy, pd), members in lines.items():

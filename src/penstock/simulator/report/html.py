@@ -57,6 +57,7 @@ def render(report: dict[str, Any]) -> str:
         _tag("h1", "Simulation: " + about["cluster_name"]),
         _tag("p", headline(about)),
         _table(report),
+        *(_tag("p", line) for line in report["unmet"]),
     ]
     if plots is None:
         parts.append(_tag("p", NO_PLOTS))

@@ -1,12 +1,14 @@
 """What came of a run, in numbers: `Outcome` to plain data that JSON can hold.
 
-Formulas, for N requests of which the last one arrives at T seconds (T is at least 1). Spans go from
-the first arrival to the last answer: what is answered late, after the arrivals, takes time as well.
+Formulas, for N requests of which the last one arrives at T seconds. Spans go from the first arrival
+to the last answer: what is answered late, after the arrivals, takes time as well.
 
 * attainment: requests that were answered with TTFT and TPOT within the SLO, over N. Whoever was
   refused or failed has missed it. TPOT is the mean over a request's tokens after the first.
-* rate: N / T, what is offered. Tokens a second: output tokens of answered requests, over the span.
-  Goodput: requests (or their output tokens) within the SLO, over the span.
+* rate: N / T, what is offered; None where all come at once. Tokens a second: output tokens of
+  answered requests, over the span. Goodput: requests (or their output tokens) within the SLO, over
+  the span.
+* held: the TTFT, and the TPOT, that 90% of all requests had at most.
 * utilisation: seconds that instances computed in the span, over the span and their number; by pool,
   and by the role that they had at the time.
 * KV hit rate: prompt tokens found in a cache, over prompt tokens, of answered requests.
@@ -26,9 +28,12 @@ import numpy as np
 
 from penstock.loadgen.costs import hardware_or_file
 from penstock.simulator.outcome import Floats, Outcome, Sample
+from penstock.simulator.report.unmet import held
 from penstock.simulator.spec import ClusterSpec
 
 PERCENTILES = (50, 90, 99)
+#: Attainment at which rates are compared.
+WANTED = 0.9
 #: Points on a time line, and instances that have a line of their own.
 _POINTS, _LINES = 300, 40
 _ROLES = ("prefill", "decode", "any", "prefill_to_decode", "decode_to_prefill", "encode")
@@ -39,7 +44,7 @@ def metrics(outcome: Outcome, speed: float = 1.0) -> dict[str, Any]:
     spec = outcome.spec
     answered = np.array([f in ("stop", "length") for f in outcome.finish], dtype=bool)
     refused = sum(f == "refused" for f in outcome.finish)
-    seconds = max(float(outcome.arrival_s[-1]), 1.0)
+    seconds = float(outcome.arrival_s[-1])
     span_s = outcome.span_s
     tokens = float(outcome.output_tokens[answered].sum())
     within = _within(outcome)
@@ -55,13 +60,14 @@ def metrics(outcome: Outcome, speed: float = 1.0) -> dict[str, Any]:
         "failed": int(len(answered) - answered.sum() - refused),
         "seconds": seconds,
         "span_s": span_s,
-        "rate_per_s": len(answered) / seconds,
+        "rate_per_s": len(answered) / seconds if seconds else None,
         "output_tokens_per_s": tokens / span_s,
         "attainment": None if within is None else float(within.mean()),
         "goodput_per_s": None if within is None else float(within.sum()) / span_s,
         "goodput_tokens_per_s": None
         if within is None
         else float(outcome.output_tokens[within].sum()) / span_s,
+        "held": held(outcome, WANTED),
         "ttft_s": _percentiles(outcome.ttft_s[answered]),
         "tpot_s": _percentiles(outcome.tpot_s[answered]),
         "e2e_s": _percentiles((outcome.end_s - outcome.arrival_s)[answered]),

@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from penstock.simulator.report.unmet import held_line
+
 Run = dict[str, Any]
 #: For what does not exist.
 NONE = "–"
@@ -84,7 +86,8 @@ def cells(run: Run) -> list[str]:
 
 
 def pool_lines(run: Run) -> list[str]:
-    """ "h100: 4 busy 38.0%, KV 2.1% (at most 9.0%)" of each pool, then of each role."""
+    """ "h100: 4 busy 38.0%, KV 2.1% (at most 9.0%)" of each pool, then of each role; and what was
+    held where the SLO was not."""
     use = run["utilisation"]
     lines = [
         f"{p['name']}: {p['instances']} instances of {p['hardware']}, busy {share(p['busy'])}, "
@@ -97,7 +100,7 @@ def pool_lines(run: Run) -> list[str]:
             f"average, busy {share(r['busy'])}"
             for r in use["roles"]
         ]
-    return lines
+    return lines + [line for line in [held_line(run)] if line]
 
 
 def name_of(run: Run) -> str:
@@ -138,6 +141,8 @@ def print_tables(report: dict[str, Any], console: Console) -> None:
         )
     if report["sweep"]:
         console.print(Text("\n" + "\n".join(sweep_lines(report))))
+    if report["unmet"]:
+        console.print(Text("\n" + "\n".join(report["unmet"])))
 
 
 def headline(about: dict[str, Any]) -> str:
