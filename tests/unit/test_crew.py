@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +66,43 @@ def test_errors_of_a_run_are_told(spec: ClusterSpec, jobs: int) -> None:
 def test_a_process_that_was_killed_is_said_to_be(spec: ClusterSpec) -> None:
     with pytest.raises(NotEnoughMemory, match="--jobs 1"), Crew(REQUESTS, dies, 2) as crew:
         crew.run(tasks(spec))
+
+
+class Waits:
+    """For ever, once it has left a file with the number of its process."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __call__(self, outcome: Outcome, task: Task) -> None:
+        (self._folder / f"{os.getpid()}.pid").touch()
+        while True:
+            time.sleep(60)
+
+
+def _run_waiting(spec: ClusterSpec, folder: Path) -> None:
+    with Crew(REQUESTS, Waits(folder), 2) as crew:
+        crew.run(tasks(spec))
+
+
+def test_processes_end_with_a_parent_that_is_killed(spec: ClusterSpec, tmp_path: Path) -> None:
+    parent = multiprocessing.get_context("spawn").Process(
+        target=_run_waiting, args=(spec, tmp_path)
+    )
+    parent.start()
+    try:
+        until_s = time.monotonic() + 60
+        while len(left := list(tmp_path.glob("*.pid"))) < 2 and time.monotonic() < until_s:
+            time.sleep(0.05)
+        assert len(left) == 2
+        processes = [psutil.Process(int(file.stem)) for file in left]
+    finally:
+        parent.kill()
+        parent.join()
+    _, alive = psutil.wait_procs(processes, timeout=30)
+    for process in alive:
+        process.kill()
+    assert alive == []
 
 
 # --- parts of traces ------------------------------------------------------------------------------

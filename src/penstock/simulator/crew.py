@@ -6,10 +6,13 @@ Every run is a function of its task alone, so results do not depend on how many 
 from __future__ import annotations
 
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing import connection
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
@@ -128,6 +131,15 @@ _process: _Process | None = None
 def _begin(requests: Sequence[TraceRequest], measure: Any, shares: Any) -> None:
     global _process
     _process = _Process(requests, measure, shares)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Who is killed cannot end its processes, and these would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    connection.wait([parent.sentinel])
+    os._exit(1)
 
 
 def _run(place: int, task: Task) -> Any:
