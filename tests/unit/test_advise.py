@@ -102,13 +102,31 @@ def test_only_coarse_clocks_are_spread_and_that_is_said(
         ("arrival_s,input_tokens,output_tokens\n1,2.5,3\n", "whole numbers"),
         ("arrival_s,input_tokens,output_tokens\n1,0,3\n", "at least 1 of a prompt"),
         ("arrival_s,input_tokens,output_tokens\nnan,2,3\n", "arrival_s is nan"),
-        ("arrival_s,input_tokens,output_tokens\n1,2\n", "output_tokens is not a number: None"),
+        ("arrival_s,input_tokens,output_tokens\n1,2\n", "line 2: output_tokens has no value"),
+        ("arrival_s,input_tokens,output_tokens\n\n0,1,1024,9\n", "line 3 has 4 values, .* 3 col"),
+        ("0,5,10\n1,5,10\n", "begins with '0, 5, 10': its first line has to be a header"),
+        ("0,0,10\n", "first line has to be a header"),
+        ("2023-11-16 18:17:03.9799600,4808,10\n", "first line has to be a header"),
         ("TIMESTAMP,ContextTokens,GeneratedTokens\nnoon,2,3\n", "not a date: 'noon'"),
         ('{"timestamp": 0, "input_length": 5}\n', "lacks the column output_length"),
         ('{"timestamp": 0,\n', "line 1 is not JSON"),
         (
             '{"timestamp": 0, "input_length": 5, "output_length": 1, "hash_ids": "x"}\n',
             "hash_ids is not a list",
+        ),
+        (
+            '{"timestamp": 0, "input_length": 1000, "output_length": 1, "hash_ids": [1, 2, 3]}\n',
+            "there are 3 hash_ids for a prompt of 1000 tokens: in blocks of 512 it has 2",
+        ),
+        (
+            '{"timestamp": 0, "input_length": 1024, "output_length": 1, "hash_ids": [1]}\n',
+            "1 hash_ids for a prompt of 1024 tokens",
+        ),
+        (
+            '{"arrival_s": 0, "input_tokens": 99, "output_tokens": 1, "hash_ids": [1, 2], '
+            '"block_tokens": 64, "more": [1, 2]}\n{"arrival_s": 0, "input_tokens": 99, '
+            '"output_tokens": 1, "hash_ids": [1, 2]}',
+            "line 2: there are 2 hash_ids for a prompt of 99 tokens: in blocks of 512 it has 1",
         ),
     ],
 )

@@ -16,6 +16,8 @@ from typing import Any
 from penstock.protocol.errors import ConfigError
 
 Row = Mapping[str, Any]
+#: What no column may be called.
+_TOO_MANY = "\0"
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, Row]]:
@@ -30,11 +32,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, Row]]:
             if start in ("{", "["):
                 yield from _json_rows(path, file)
             else:
-                rows = csv.DictReader(file)
-                columns = rows.fieldnames or []
-                if twice := [c for c in dict.fromkeys(columns) if columns.count(c) > 1]:
-                    raise ConfigError(f"{path} has the column {twice[0]} twice")
-                yield from enumerate(rows, start=2)
+                yield from _csv_rows(path, file)
     except (OSError, EOFError, zlib.error) as exc:
         raise ConfigError(f"{path} cannot be read: {exc}") from None
     except (UnicodeDecodeError, csv.Error) as exc:
@@ -44,6 +42,8 @@ def read_rows(path: Path) -> Iterator[tuple[int, Row]]:
 def number(row: Row, column: str, where: str) -> float:
     """Finite. Raises `ConfigError`."""
     found: Any = row.get(column)
+    if found is None:
+        raise ConfigError(f"{where}: {column} has no value")
     try:
         value = math.nan if isinstance(found, bool) else float(found)
     except (TypeError, ValueError, OverflowError):
@@ -76,6 +76,34 @@ def _open(path: Path) -> Any:
     if zipped:
         return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
     return path.open(encoding="utf-8-sig", newline="")
+
+
+def _csv_rows(path: Path, lines: Iterator[str]) -> Iterator[tuple[int, Row]]:
+    rows = csv.DictReader(lines, restkey=_TOO_MANY)
+    columns = list(rows.fieldnames or [])
+    if any(_is_number(c) for c in columns):
+        raise ConfigError(
+            f"{path} begins with {_short(', '.join(columns))}: its first line has to be a header, "
+            "with the names of the columns"
+        )
+    if twice := [c for c in dict.fromkeys(columns) if columns.count(c) > 1]:
+        raise ConfigError(f"{path} has the column {twice[0]} twice")
+    for row in rows:
+        too_many: Any = row.pop(_TOO_MANY, ())
+        if any(value.strip() for value in too_many):
+            raise ConfigError(
+                f"{path}, line {rows.line_num} has {len(columns) + len(too_many)} values, and the "
+                f"header has {len(columns)} columns"
+            )
+        yield rows.line_num, row
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return text.strip().lower() not in ("nan", "inf", "infinity")
 
 
 def _json_rows(path: Path, lines: Iterator[str]) -> Iterator[tuple[int, Row]]:

@@ -65,6 +65,8 @@ class _Format:
     session: str = ""
     #: What is known of the clock: seconds that its tick has at most; 0: times are what they say.
     tick_s: float = 0.0
+    #: Where there are hash ids, all blocks of a prompt have one.
+    covers_prompts: bool = False
     #: Only where all times are in whole seconds: as published, or as someone has rounded them.
     ticks_if_whole: bool = False
 
@@ -83,7 +85,14 @@ _FORMATS = (
     _Format(
         "TIMESTAMP", ("ContextTokens",), "GeneratedTokens", date, tick_s=1.0, ticks_if_whole=True
     ),
-    _Format("timestamp", ("input_length",), "output_length", _milliseconds, tick_s=3.0),
+    _Format(
+        "timestamp",
+        ("input_length",),
+        "output_length",
+        _milliseconds,
+        tick_s=3.0,
+        covers_prompts=True,
+    ),
     _Format("arrival_s", ("text_tokens", "image_tokens"), "output_tokens", number),
     _Format(
         "Timestamp", ("Request tokens",), "Response tokens", number, True, "Session ID", 1.0, True
@@ -223,11 +232,12 @@ def _requests(path: Path) -> Iterator[TraceRequest]:
         if tokens is None:
             continue
         session = str(row.get(known.session) or "") if known.session else ""
-        ids = sessions.ids(session, *tokens) if session else _hash_ids(row, tokens[0], where)
-        block_tokens = int(number(row, "block_tokens", where)) if row.get("block_tokens") else 0
-        if row.get("block_tokens") and not 16 <= block_tokens <= MAX_TOKENS:
-            raise ConfigError(f"{where}: block_tokens is {block_tokens}, less than 16 or too many")
-        yield TraceRequest(arrival_s, *tokens, ids, block_tokens or HASH_BLOCK_TOKENS)
+        block_tokens = _block_tokens(row, where)
+        if session:
+            ids = sessions.ids(session, *tokens)
+        else:
+            ids = _hash_ids(row, tokens[0], block_tokens, known.covers_prompts, where)
+        yield TraceRequest(arrival_s, *tokens, ids, block_tokens)
 
 
 def _format_of(row: Row, path: Path) -> _Format:
@@ -294,13 +304,29 @@ def _whole(row: Row, column: str, where: str) -> int:
     return int(value)
 
 
-def _hash_ids(row: Row, input_tokens: int, where: str) -> tuple[int, ...]:
+def _block_tokens(row: Row, where: str) -> int:
+    if not row.get("block_tokens"):
+        return HASH_BLOCK_TOKENS
+    found = int(number(row, "block_tokens", where))
+    if not 16 <= found <= MAX_TOKENS:
+        raise ConfigError(f"{where}: block_tokens is {found}, less than 16 or too many")
+    return found
+
+
+def _hash_ids(
+    row: Row, input_tokens: int, block_tokens: int, covers_prompt: bool, where: str
+) -> tuple[int, ...]:
+    """`covers_prompt`: all of it has ids, and not only what is shared."""
     ids = row.get("hash_ids") or ()
     whole = isinstance(ids, (list, tuple)) and all(type(i) is int and i >= 0 for i in ids)
     if not whole:
         raise ConfigError(f"{where}: hash_ids is not a list of numbers from 0")
-    if len(ids) > input_tokens:
-        raise ConfigError(f"{where}: there are {len(ids)} hash_ids for {input_tokens} tokens")
+    blocks = -(-input_tokens // block_tokens)
+    if len(ids) > blocks or (covers_prompt and 0 < len(ids) < input_tokens // block_tokens):
+        raise ConfigError(
+            f"{where}: there are {len(ids)} hash_ids for a prompt of {input_tokens} tokens: in "
+            f"blocks of {block_tokens} it has {blocks}"
+        )
     return tuple(ids)
 
 
