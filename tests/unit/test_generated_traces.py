@@ -108,7 +108,7 @@ def test_a_byte_order_mark_and_blank_lines(tmp_path: Path) -> None:
         ),
         (
             '{"timestamp": 0, "input_length": 4, "output_length": 1, "hash_ids": [1,2,3,4,5]}\n',
-            "5 hash_ids for 4 tokens",
+            "5 hash_ids for a prompt of 4 tokens",
         ),
         ('{"timestamp": -5, "input_length": 4, "output_length": 1}\n', "timestamp is negative"),
     ],
