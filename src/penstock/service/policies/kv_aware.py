@@ -22,7 +22,7 @@ from penstock.service.policies.view import (
     best_few,
 )
 
-#: Predicted times that differ by less are the same.
+#: Predicted times that differ by less of the time that the prompt itself takes are the same.
 _ALIKE = 0.05
 
 
@@ -50,7 +50,8 @@ def _in_turn(o: Outlook, score: Floats, request: RouteRequest) -> int:
     would get every new prompt, and lose old ones for it, while the caches of others stay empty."""
     first = int(score.argmin())
     held = o.hits_WI[0]
-    alike = (score <= (1.0 + _ALIKE) * score[first]) & (held == held[first])
+    own_s = o.speeds.ratio[first] * o.prefill_WI[o.way(first), first]
+    alike = (score <= score[first] + _ALIKE * own_s) & (held == held[first])
     if np.count_nonzero(alike) < 2:
         return first
     turns = (np.arange(len(score)) - request.number) % len(score)
