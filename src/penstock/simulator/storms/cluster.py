@@ -69,6 +69,8 @@ class Cluster:
         self.instances: dict[str, InstanceCore] = {}
         self.callers = [Caller(ask, lambda: self.world.now) for ask in storm.asks]
         self._plant = plant
+        #: Instances that a supervisor has started again.
+        self._awaited: dict[str, None] = {}
         #: What the shared store has.
         self._store: dict[bytes, list[int]] = {}
         #: Transfers that peers have asked for: (owner, peer, transfer).
@@ -220,7 +222,7 @@ class Cluster:
             for caller in self.callers:
                 if caller.ask.service == name and caller.began:
                     caller.reset()
-        elif fault.noticed:
+        elif fault.noticed or self._is_awaited(name):
             self._notice(name, coming_back=again)
         if again:
             assert fault.again_after_s is not None
@@ -249,6 +251,9 @@ class Cluster:
         if name not in core.instances:
             return
 
+        if coming_back:
+            self._awaited[name] = None
+
         def lost(now: float) -> list[Effect]:
             if name in self.out:
                 return core.on_drained(name, now)
@@ -256,6 +261,13 @@ class Cluster:
             return core.on_instance_lost(name, now)
 
         self.tell(first, lost)
+
+    def _is_awaited(self, name: str) -> bool:
+        """A supervisor has started it, and it is not known yet: he notices its end."""
+        known = self.services[SERVICES[0]].instances.get(name)
+        if name not in self._awaited or known is None:
+            return False
+        return known.is_gone or known.incarnation != self.instances[name].card.incarnation
 
     def start_again(self, name: str) -> None:
         if name in self.up or name in self.out:
