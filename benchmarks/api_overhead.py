@@ -11,6 +11,9 @@ Ratios of one run count; the absolute figures are the machine's.
 
 from __future__ import annotations
 
+import benchmarks.dev_packages  # noqa: F401  says what is missing
+
+# isort: split
 import argparse
 import asyncio
 import contextlib

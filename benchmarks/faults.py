@@ -15,6 +15,9 @@ their own, with a cable between them that is cut).
 
 from __future__ import annotations
 
+import benchmarks.dev_packages  # noqa: F401  says what is missing
+
+# isort: split
 import argparse
 import asyncio
 import contextlib

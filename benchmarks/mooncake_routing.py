@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from benchmarks import needs
 from penstock.loadgen.traces import (
     HASH_BLOCK_TOKENS,
     TraceRequest,
@@ -36,7 +37,7 @@ from penstock.simulator.experiment import run
 from penstock.simulator.spec import ClusterSpec, LinkSpec, PoolSpec
 
 EXPERIMENT = Path(__file__).parent / "experiments" / "mooncake_routing.yaml"
-TRACES = Path("../shared/data/traces")
+TRACES = Path("traces")
 
 
 @dataclass(frozen=True)
@@ -178,6 +179,8 @@ def main() -> None:
     flags = parser.parse_args()
     experiment = yaml.safe_load(EXPERIMENT.read_text())
     work = [c for c in cases(experiment) if flags.case in (None, c.name)]
+    if any(c.name == "mooncake" for c in work):
+        needs.traces([flags.traces / experiment["mooncake"]["file"]])
     results = []
     print(
         f"{'':<12}{'pace':>6}  {'policy':<12}{'requests':>9}{'TTFT mean':>11}{'p50':>11}{'p99':>11}"

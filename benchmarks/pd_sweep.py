@@ -24,13 +24,14 @@ from typing import Any
 import numpy as np
 import yaml
 
+from benchmarks import needs
 from penstock.loadgen.traces import TraceRequest, read_trace
 from penstock.simulator.experiment import MODES, run
 from penstock.simulator.outcome import Outcome
 from penstock.simulator.spec import ClusterSpec, LinkSpec, PoolSpec
 
 EXPERIMENT = Path(__file__).parent / "experiments" / "pd_azure.yaml"
-TRACES = Path("../shared/data/traces")
+TRACES = Path("traces")
 #: Where the search for the limit begins, and its first stride, in steps of speed.
 _FIRST_SPEED, _STRIDE = 4.0, 8
 
@@ -354,11 +355,11 @@ def main() -> None:
     experiment = yaml.safe_load(EXPERIMENT.read_text())
     groups = flags.groups.split(",") if flags.groups else list(experiment["setups"])
     window = "check_s" if flags.check else "window_s"
+    names = flags.trace or experiment["traces"]
+    needs.traces(flags.traces / experiment["traces"][name]["file"] for name in names)
+    needs.packages(*["matplotlib"] * (flags.plot is not None))
     work = [
-        (trace, setup)
-        for trace in flags.trace or experiment["traces"]
-        for setup in setups(experiment)
-        if setup.group in groups
+        (trace, setup) for trace in names for setup in setups(experiment) if setup.group in groups
     ]
     limits: list[Limit] = []
     with ProcessPoolExecutor(flags.jobs) as pool:

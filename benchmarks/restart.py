@@ -16,6 +16,9 @@ And the speed of a stream, since weights in shared memory may lie on smaller pag
 
 from __future__ import annotations
 
+import benchmarks.dev_packages  # noqa: F401  says what is missing
+
+# isort: split
 import argparse
 import json
 import os
@@ -30,6 +33,8 @@ from typing import Any
 import httpx
 import psutil
 from tests.helpers.server import Server, running
+
+from benchmarks.compare.checkpoint import make_model
 
 FLAGS = ("--served-model-name", "m", "--kv-cache-memory-bytes", "256M", "--max-model-len", "2048")
 MIB = 1 << 20
@@ -58,13 +63,15 @@ class Row:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.restart", description=__doc__)
     default = Path(tempfile.gettempdir()) / "penstock-bench-0.6b"
-    parser.add_argument("model", nargs="?", default=str(default))
+    parser.add_argument("model", nargs="?", type=Path, default=default,
+        help="random weights at Qwen3-0.6B dimensions by default, made once")  # fmt: skip
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--instances", type=int, default=2)
     parser.add_argument("--modes", nargs="*", choices=MODES, default=list(MODES))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
-    rows = [measure(options.model, m, options.repeats, options.instances) for m in options.modes]
+    model = str(make_model(default) if options.model == default else options.model)
+    rows = [measure(model, m, options.repeats, options.instances) for m in options.modes]
     for row in rows:
         print(json.dumps(asdict(row)))
     if options.json is not None:

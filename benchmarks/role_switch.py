@@ -12,6 +12,9 @@ those that arrived before, within a second after an order, and later.
 
 from __future__ import annotations
 
+import benchmarks.dev_packages  # noqa: F401  says what is missing
+
+# isort: split
 import argparse
 import asyncio
 import contextlib

@@ -12,6 +12,9 @@ could do. `direct` is the load on an engine without a router. Linux only (clocks
 
 from __future__ import annotations
 
+import benchmarks.dev_packages  # noqa: F401  says what is missing
+
+# isort: split
 import argparse
 import asyncio
 import contextlib

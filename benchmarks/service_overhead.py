@@ -10,6 +10,9 @@ of chunks is measured in the same run and is the ceiling for this HTTP stack.
 
 from __future__ import annotations
 
+import benchmarks.dev_packages  # noqa: F401  says what is missing
+
+# isort: split
 import argparse
 import asyncio
 import contextlib

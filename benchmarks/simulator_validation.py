@@ -14,6 +14,9 @@ what a request takes that needs no engine.
 
 from __future__ import annotations
 
+import benchmarks.dev_packages  # noqa: F401  says what is missing
+
+# isort: split
 import argparse
 import asyncio
 import contextlib
