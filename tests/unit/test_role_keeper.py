@@ -11,6 +11,7 @@ from penstock.protocol.instance import Assign, CostModel, Role
 from penstock.service.cluster.instances import Instance, Others
 from penstock.service.cluster.roles import Attainment, NotLeading, RoleKeeper, RoleKeeperConfig
 from penstock.service.cluster.view import LiveView
+from penstock.service.policies.forecast import Work
 from penstock.service.policies.roles import RolesConfig
 
 
@@ -42,15 +43,15 @@ class Cluster:
             if not self.keeper.is_due(self.now):
                 continue
             view = self.view.of(self.instances, self.now)
-            for send in self.keeper.keep(self.instances, view, self.attainment, self.now):
+            for send in self.keeper.keep(self.instances, view, self.attainment, 100.0, self.now):
                 self.said.append((send.peer, send.message))
                 if send.peer not in self.deaf:
                     instance = next(i for i in self.instances if i.name == send.peer)
                     instance.is_now(send.message.role, send.message.epoch)
 
     def end_requests(self, count: int, kept: int) -> None:
-        self.attainment.num_asked += count
-        self.attainment.num_kept += kept
+        for number in range(count):
+            self.attainment.ended(self.now, number < kept)
 
 
 def test_nothing_is_said_before_it_leads() -> None:
@@ -104,7 +105,7 @@ def test_a_change_that_makes_things_worse_is_taken_back() -> None:
     c.end_requests(100, kept=95)
     while not c.said and c.now < 20:
         for _ in range(3):
-            c.keeper.arrived(c.now, 600, 100)
+            c.keeper.arrived(c.now, 600)
         c.run(0.25)
     assert c.said[0][1].role != "any"
     c.end_requests(5, kept=0)
@@ -118,9 +119,23 @@ def test_a_change_that_makes_things_worse_is_taken_back() -> None:
     assert [assign.role for _, assign in c.said[num_said:]] == ["any", "any"]
     num_said = len(c.said)
     for _ in range(40):
-        c.keeper.arrived(c.now, 600, 100)
+        c.keeper.arrived(c.now, 600)
         c.run(0.25)
     assert len(c.said) == num_said  # nothing else is tried for a while
+
+
+def test_a_change_is_not_blamed_for_what_came_before_it() -> None:
+    c = Cluster(2, judged_after=10)
+    c.end_requests(100, kept=90)
+    before_s = c.now
+    c.keeper.lead(1, 0.0)
+    c.run(3.0)
+    for _ in range(50):
+        c.attainment.ended(before_s, False)
+    c.run(1.0)
+    c.end_requests(20, kept=19)
+    c.run(3.0)
+    assert c.keeper.num_rollbacks == 0 and sorted(c.roles) == ["decode", "prefill"]
 
 
 def test_a_change_that_helps_stays() -> None:
@@ -133,20 +148,24 @@ def test_a_change_that_helps_stays() -> None:
     assert c.keeper.num_rollbacks == 0 and sorted(c.roles) == ["decode", "prefill"]
 
 
+def work_of_all(c: Cluster) -> Work:
+    return c.keeper._of_all(c.keeper.forecast.work(c.now, 100.0))
+
+
 def test_work_of_other_services_is_reckoned_with() -> None:
     policy = RolesConfig(light_load=1e9)
     c = Cluster(2, policy=policy)
     c.keeper.lead(1, 0.0)
     for _ in range(60):
-        c.keeper.arrived(c.now, 100, 10)
+        c.keeper.arrived(c.now, 100)
         c.run(0.5)
-    alone = c.keeper._work(c.now).prompt_tokens_per_s
+    alone = work_of_all(c).prompt_tokens_per_s
     for instance in c.instances:
         instance.others = Others(running=4)
     for _ in range(60):
-        c.keeper.arrived(c.now, 100, 10)
+        c.keeper.arrived(c.now, 100)
         c.run(0.5)
-    assert c.keeper._work(c.now).prompt_tokens_per_s > 2 * alone
+    assert work_of_all(c).prompt_tokens_per_s > 2 * alone
 
 
 # --- several who were not elected -----------------------------------------------------------------
@@ -177,7 +196,7 @@ class Rivals:
             instance.is_now(*self._heard[0][instance.name])
         view = c.view.of(c.instances, now)
         if c.keeper.is_due(now):
-            for send in c.keeper.keep(c.instances, view, c.attainment, now):
+            for send in c.keeper.keep(c.instances, view, c.attainment, 100.0, now):
                 assign = send.message
                 if assign.epoch > self.truth[send.peer][1]:  # as an instance does it
                     self.truth[send.peer] = (assign.role, assign.epoch)

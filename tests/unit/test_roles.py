@@ -63,8 +63,8 @@ HEAVY = Work(requests_per_s=20, prompt_tokens_per_s=40_000, output_tokens_per_s=
 def test_a_steady_rate_is_found() -> None:
     forecast = Forecast()
     for tick in range(600):
-        forecast.observe(tick / 10, 100, 30)
-    work = forecast.work(60.0)
+        forecast.observe(tick / 10, 100)
+    work = forecast.work(60.0, 30.0)
     assert work.requests_per_s == pytest.approx(10, rel=0.05)
     assert work.prompt_tokens_per_s == pytest.approx(1000, rel=0.05)
     assert work.mean_output_tokens == pytest.approx(30, rel=0.05)
@@ -73,13 +73,13 @@ def test_a_steady_rate_is_found() -> None:
 def test_a_burst_is_seen_within_seconds_and_forgotten_within_minutes() -> None:
     forecast = Forecast()
     for second in range(60):
-        forecast.observe(float(second), 100, 10)
+        forecast.observe(float(second), 100)
     for tick in range(400):
-        forecast.observe(60 + tick / 100, 100, 10)
-    assert forecast.work(64.0).requests_per_s > 50
+        forecast.observe(60 + tick / 100, 100)
+    assert forecast.work(64.0, 10.0).requests_per_s > 50
     for second in range(64, 364):
-        forecast.observe(float(second), 100, 10)
-    assert forecast.work(364.0).requests_per_s < 2
+        forecast.observe(float(second), 100)
+    assert forecast.work(364.0, 10.0).requests_per_s < 2
 
 
 def test_a_rise_is_expected_to_go_on() -> None:
@@ -88,26 +88,26 @@ def test_a_rise_is_expected_to_go_on() -> None:
     for tick in range(1200):
         number += tick / 1200
         while number >= 1:
-            forecast.observe(tick / 10, 100, 10)
+            forecast.observe(tick / 10, 100)
             number -= 1
-    assert forecast.work(120.0).requests_per_s > 9.3
+    assert forecast.work(120.0, 10.0).requests_per_s > 9.3
 
 
 def test_silence_ends_in_nothing_and_is_not_counted_bin_by_bin() -> None:
     forecast = Forecast()
-    forecast.observe(0.0, 1000, 100)
-    assert forecast.work(0.5).prompt_tokens_per_s == pytest.approx(1000)
-    work = forecast.work(1e9)
+    forecast.observe(0.0, 1000)
+    assert forecast.work(0.5, 10.0).prompt_tokens_per_s == pytest.approx(1000)
+    work = forecast.work(1e9, 10.0)
     assert work.requests_per_s == pytest.approx(0, abs=1e-3)
 
 
-@given(st.lists(st.tuples(st.floats(0, 100), st.integers(0, 10**6), st.integers(0, 10**5))))
+@given(st.lists(st.tuples(st.floats(0, 100), st.integers(0, 10**6))))
 def test_rates_are_never_negative(steps) -> None:
     forecast, now = Forecast(), 0.0
-    for wait_s, prompt, output in steps:
+    for wait_s, prompt in steps:
         now += wait_s
-        forecast.observe(now, prompt, output)
-        work = forecast.work(now)
+        forecast.observe(now, prompt)
+        work = forecast.work(now, 10.0)
         rates = (work.requests_per_s, work.prompt_tokens_per_s, work.output_tokens_per_s)
         assert all(np.isfinite(rate) and rate >= 0 for rate in rates)
 

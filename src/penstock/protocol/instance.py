@@ -142,13 +142,15 @@ class TierLoad(msgspec.Struct, frozen=True, array_like=True):
 
 class MoveCounts(msgspec.Struct, frozen=True, array_like=True):
     """Since the instance's start, blocks that came by one means: "map", "mooncake" or "tcp" from
-    peers, "host", "disk" or "store" from tiers. `failed` were wanted and did not come whole."""
+    peers, "host", "disk" or "store" from tiers. `failed` were wanted and did not come whole.
+    `seconds` is the sum over jobs, in `busy_s` those that overlap count once."""
 
     means: str
     blocks: int
     failed: int
     num_bytes: int
     seconds: float
+    busy_s: float = 0.0
 
 
 class Load(msgspec.Struct, frozen=True, tag="load"):

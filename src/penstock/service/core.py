@@ -129,8 +129,7 @@ class ServiceCore:
         effects = self._begin_to_tick(now) if self._next_tick_s is None else []
         for entry in entries:
             effects += self.placement.accept(entry, now)
-            expected_tokens = self.prospects.expected_output_tokens(entry)
-            self.roles.arrived(now, len(entry.prompt_ids), expected_tokens)
+            self.roles.arrived(now, len(entry.prompt_ids))
         return effects
 
     def cancel(self, request_id: str, choice: int | None, now: float) -> list[Effect]:
@@ -419,7 +418,9 @@ class ServiceCore:
         effects += self.placement.house(now)
         effects += self.placement.hurry(now)
         if self.roles.is_due(now):
-            effects += self.roles.keep(*self.placement.sight(now), self.prospects.attainment, now)
+            p = self.prospects
+            mean_tokens = p.lengths.mean_tokens
+            effects += self.roles.keep(*self.placement.sight(now), p.attainment, mean_tokens, now)
         effects += self.placement.expire(now)
         self._next_tick_s = now + self.config.tick_s
         return [*effects, SetTimer(self._next_tick_s)]

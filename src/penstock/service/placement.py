@@ -291,7 +291,9 @@ class Placement:
                 entry.interrupted_s = None
         if not entry.emitted:
             self.num_queued -= 1
+        before = len(entry.emitted)
         entry.emitted += row.ids
+        self.prospects.lengths.said(before, len(entry.emitted))
         instance.running_tokens += len(row.ids)
         instance.touched = True
         entry.progress_s = now

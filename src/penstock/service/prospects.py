@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from penstock.protocol.kv import BLOCK_TOKENS
+from penstock.service.answer_lengths import AnswerLengths
 from penstock.service.cluster.finder import Finder
 from penstock.service.cluster.fit import Kind
 from penstock.service.cluster.instances import Instance
@@ -22,11 +23,9 @@ from penstock.service.journal import Entry
 from penstock.service.policies.view import Floats, Held, RouteRequest
 from penstock.service.waiting import Waiting
 
-#: Weight of the newest answer in the mean length of answers.
-_OUTPUT_WEIGHT = 0.05
 #: Of answers that have an SLO one in ten may be shorter than what steps are paced for. A hand-over
 #: costs about so many steps, which a short answer shares among few tokens.
-_SHORT, _HANDOVER_STEPS = 0.1, 3.0
+_HANDOVER_STEPS = 3.0
 _MOST_OF_TPOT = 0.9
 
 
@@ -35,10 +34,7 @@ class Prospects:
     finder: Finder
     #: What the instances are; None until one has attached.
     kind: Kind | None = None
-    #: Mean length of the answers of late, in tokens; 0 until there was one.
-    mean_output_tokens: float = 0.0
-    #: Nine answers of ten are longer, about; 0 until there was one.
-    short_output_tokens: float = 0.0
+    lengths: AnswerLengths = field(default_factory=AnswerLengths)
     attainment: Attainment = field(default_factory=Attainment)
     #: Decisions made so far.
     num_decisions: int = 0
@@ -140,33 +136,24 @@ class Prospects:
             self.finder.came_true(instance.name, predicted, actual, placement.num_tokens)
 
     def ended(self, entry: Entry) -> None:
-        output_tokens, record = len(entry.emitted), entry.record
+        record = entry.record
         if record.kept_slo is not None:
-            self.attainment.num_asked += 1
-            self.attainment.num_kept += record.kept_slo
-        if not output_tokens:
-            return
-        if not self.mean_output_tokens:
-            self.mean_output_tokens = float(output_tokens)
-        self.mean_output_tokens += _OUTPUT_WEIGHT * (output_tokens - self.mean_output_tokens)
-        # A quantile by stochastic approximation (Robbins and Monro, 1951).
-        if not self.short_output_tokens:
-            self.short_output_tokens = 0.5 * output_tokens
-        above = float(output_tokens >= self.short_output_tokens)
-        self.short_output_tokens *= 1.0 + _OUTPUT_WEIGHT * (above - (1.0 - _SHORT))
+            self.attainment.ended(entry.accepted_s, record.kept_slo)
+        if entry.emitted:
+            self.lengths.ended(len(entry.emitted))
 
     def _max_step_s(self, tpot_slo_s: float | None) -> float | None:
         """With g gaps and a hand-over of k steps, steps of t make a TPOT of t (g + k) / g."""
         if tpot_slo_s is None:
             return None
-        gaps = max(self.short_output_tokens - 1.0, 2.0)
-        return tpot_slo_s * min(gaps / (gaps + _HANDOVER_STEPS), _MOST_OF_TPOT)
+        gaps = max(self.lengths.short_tokens - 1.0, 2.0)
+        return tpot_slo_s * min(1.0 / (1.0 + _HANDOVER_STEPS / gaps), _MOST_OF_TPOT)
 
     def expected_output_tokens(self, entry: Entry) -> int:
         """What it may still say, or what others have said of late if that is less."""
         most = entry.sampling.max_tokens - len(entry.emitted)
-        usual = round(self.mean_output_tokens) - len(entry.emitted)
-        return most if self.mean_output_tokens == 0.0 else max(1, min(most, usual))
+        usual = self.lengths.mean_tokens
+        return max(1, min(most, round(usual) - len(entry.emitted))) if usual else most
 
 
 def _host(instance: Instance) -> str:

@@ -66,6 +66,8 @@ class Receiving:
         self._fenced: deque[tuple[int, Transfer, ImportJob | Load]] = deque()
         self._window_of: dict[int, Transfer] = {}
         self._moves: dict[str, Moves] = {}
+        #: Of each job under way.
+        self._counts_in: dict[int, Moves] = {}
         self._number = 0
         self._effects: list[Effect] = []
 
@@ -126,7 +128,7 @@ class Receiving:
         for first in range(0, len(pairs), self.config.blocks_a_job):
             part = tuple(pairs[first : first + self.config.blocks_a_job])
             number = self._job(transfer, start + first, len(part))
-            self._fence(transfer, Load(number, tiers[0], part))
+            self._fence(transfer, Load(number, tiers[0], part), now)
         return True
 
     def ask(self, want: Want, num_here: int, now: float) -> bool:
@@ -212,7 +214,7 @@ class Receiving:
         for first in range(0, len(incoming), self.config.blocks_a_job):
             part = tuple(incoming[first : first + self.config.blocks_a_job])
             number = self._job(transfer, expected + first, len(part))
-            self._fence(transfer, ImportJob(number, transfer.owner, part))
+            self._fence(transfer, ImportJob(number, transfer.owner, part), now)
         if len(taken) < len(offered):
             transfer.reason = "no room for all of it here"
             transfer.complete = True
@@ -239,7 +241,9 @@ class Receiving:
         if transfer.tier is not None:
             self.tiers.end_load(transfer.tier, imp.keys[start : start + count], ok)
         num_named = self._holds.filled(imp, start, ok)
-        self._count(transfer, sum(ok), count - sum(ok), moved)
+        moves = self._counts_in.pop(moved.number)
+        moves.ended(now)
+        moves.add(sum(ok), count - sum(ok), moved)
         transfer.news_s = now
         for want in transfer.wants:
             want.came_by[self._means_of(transfer)] += num_named
@@ -307,16 +311,19 @@ class Receiving:
             self._wanting.took_room(want, start + count)
         return number
 
-    def _fence(self, transfer: Transfer, job: ImportJob | Load) -> None:
+    def _fence(self, transfer: Transfer, job: ImportJob | Load, now: float) -> None:
         """Start it when no step in flight touches its blocks any more."""
         self._fenced.append((self._scheduler.fence(), transfer, job))
         transfer.num_fenced += 1
-        self._start_jobs()
+        self._start_jobs(now)
 
-    def _start_jobs(self) -> None:
+    def _start_jobs(self, now: float) -> None:
         while self._fenced and self._scheduler.passed(self._fenced[0][0]):
             _, transfer, job = self._fenced.popleft()
             transfer.num_fenced -= 1
+            moves = self._moves.setdefault(self._means_of(transfer), Moves())
+            moves.began(now)
+            self._counts_in[job.number] = moves
             self._effects.append(Move(job))
             if not transfer.importing:
                 self._effects.append(Move(Abandon((job.number,))))
@@ -338,7 +345,7 @@ class Receiving:
     def poll(self, now: float) -> None:
         """Start what waited for steps, give back windows, renew, ask again, give up."""
         if self._fenced:
-            self._start_jobs()
+            self._start_jobs(now)
         if self._scheduler.pool.num_windows:
             self._return_windows()
         for transfer in list(self.transfers.values()):
@@ -405,7 +412,7 @@ class Receiving:
 
     def move_counts(self) -> list[MoveCounts]:
         return [
-            MoveCounts(means, m.blocks, m.failed, m.num_bytes, m.seconds)
+            MoveCounts(means, m.blocks, m.failed, m.num_bytes, m.seconds, m.busy_s)
             for means, m in self._moves.items()
         ]
 
@@ -428,10 +435,3 @@ class Receiving:
         if transfer.tier is not None:
             return transfer.tier
         return transfer.owner.means if transfer.owner is not None else ""
-
-    def _count(self, transfer: Transfer, blocks: int, failed: int, moved: Moved) -> None:
-        moves = self._moves.setdefault(self._means_of(transfer), Moves())
-        moves.blocks += blocks
-        moves.failed += failed
-        moves.num_bytes += moved.num_bytes
-        moves.seconds += moved.seconds

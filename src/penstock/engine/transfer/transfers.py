@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from penstock.engine.scheduler.imports import Hold, Import
 from penstock.engine.scheduler.sequence import Key, Sequence, State
-from penstock.engine.transfer.jobs import Peer
+from penstock.engine.transfer.jobs import Moved, Peer
 from penstock.protocol.kv import KvSource, Tier
 
 
@@ -110,3 +110,24 @@ class Moves:
     failed: int = 0
     num_bytes: int = 0
     seconds: float = 0.0
+    busy_s: float = 0.0
+    _under_way: int = 0
+    _changed_s: float = 0.0
+
+    def add(self, blocks: int, failed: int, moved: Moved) -> None:
+        self.blocks += blocks
+        self.failed += failed
+        self.num_bytes += moved.num_bytes
+        self.seconds += moved.seconds
+
+    def began(self, now: float) -> None:
+        self._change(1, now)
+
+    def ended(self, now: float) -> None:
+        self._change(-1, now)
+
+    def _change(self, by: int, now: float) -> None:
+        if self._under_way:
+            self.busy_s += now - self._changed_s
+        self._changed_s = now
+        self._under_way += by

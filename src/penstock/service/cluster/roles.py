@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import inf
 
 from penstock.protocol.effects import Effect, Send
 from penstock.protocol.errors import InvalidRequest, UnsupportedFeature
@@ -52,9 +53,9 @@ class RoleKeeperConfig:
     every_s: float = 0.5
     #: An Assign that has shown no effect is said again after this long.
     repeat_s: float = 1.0
-    #: A change after which the share of requests within their SLOs has fallen by `worse_by`, as
-    #: soon as `judged_after` have ended and within `judged_within_s`, is taken back; nothing else
-    #: is changed for `hold_s` then.
+    #: A change is taken back where of the requests that came after it fewer are within their SLOs
+    #: than before, by `worse_by`, as soon as `judged_after` have ended and within
+    #: `judged_within_s`; nothing else is changed for `hold_s` then.
     worse_by: float = 0.15
     judged_after: int = 20
     judged_within_s: float = 15.0
@@ -63,10 +64,24 @@ class RoleKeeperConfig:
 
 @dataclass(slots=True)
 class Attainment:
-    """Requests that had an SLO, and those of them that kept it, since the start."""
+    """Requests that had an SLO, and those of them that kept it, since the start; and of these, those
+    that came after a change: what was there before says nothing about it when it ends."""
 
     num_asked: int = 0
     num_kept: int = 0
+    _changed_s: float = inf
+    num_new: int = 0
+    num_new_kept: int = 0
+
+    def ended(self, accepted_s: float, kept: bool) -> None:
+        self.num_asked += 1
+        self.num_kept += kept
+        if accepted_s >= self._changed_s:
+            self.num_new += 1
+            self.num_new_kept += kept
+
+    def changed(self, now: float) -> None:
+        self._changed_s, self.num_new, self.num_new_kept = now, 0, 0
 
     def share_since(self, earlier: Attainment) -> float | None:
         asked = self.num_asked - earlier.num_asked
@@ -134,9 +149,9 @@ class RoleKeeper:
         """An instance is not a part of this cluster any more."""
         self._asked.pop(name, None)
 
-    def arrived(self, now: float, prompt_tokens: int, output_tokens: int) -> None:
+    def arrived(self, now: float, prompt_tokens: int) -> None:
         if self.config.policy is not None:
-            self.forecast.observe(now, prompt_tokens, output_tokens)
+            self.forecast.observe(now, prompt_tokens)
 
     # --- by hand -------------------------------------------------------------------------------
 
@@ -169,9 +184,10 @@ class RoleKeeper:
         instances: Sequence[Instance],
         view: ClusterView,
         attainment: Attainment,
+        mean_output_tokens: float,
         now: float,
     ) -> list[Effect]:
-        """`instances` take work; `view` is of them."""
+        """`instances` take work; `view` is of them. `mean_output_tokens`: of answers."""
         if not instances:
             return []
         self._next_s = now + self.config.every_s
@@ -183,19 +199,28 @@ class RoleKeeper:
         if policy is None:
             return effects
         self._look_at_others(instances)
-        if back := self._taken_back(instances, attainment, now):
+        work = self.forecast.work(now, mean_output_tokens)
+        if back := self._taken_back(instances, attainment, work, now):
             return effects + back
-        plan = self.plan = decide_roles(view, self._work(now), self._state, policy, now)
-        self._state = plan.state
-        if plan.instance is None or plan.role is None:
-            return effects
-        instance = next(i for i in instances if i.name == plan.instance)
-        # Half a first split is not taken back alone.
-        if self._trial or instance.role != "any" or all(i.role == "any" for i in instances):
-            self._try(instance, attainment, now)
-        self.num_changes += 1
-        self.num_rollbacks += plan.rollback
-        return [*effects, self._assign(instance, plan.role, now)]
+        for _ in instances:
+            plan = self.plan = decide_roles(view, self._of_all(work), self._state, policy, now)
+            self._state = plan.state
+            if plan.instance is None or plan.role is None:
+                break
+            place = view.names.index(plan.instance)
+            instance = instances[place]
+            # Half a first split is not taken back alone.
+            if self._trial or instance.role != "any" or all(i.role == "any" for i in instances):
+                self._try(instance, attainment, work, now)
+            self.num_changes += 1
+            self.num_rollbacks += plan.rollback
+            effects.append(self._assign(instance, plan.role, now))
+            if instance.role != "any" and instance.role not in _FINAL:
+                break
+            # Those without a role have none to give up and get theirs all at once; so do those that
+            # have come to the end of a turn.
+            view = view.with_role(place, plan.role)
+        return effects
 
     def _meet_epochs(self, instances: Iterable[Instance]) -> None:
         """Those above ours: begin above them if they are of the past, else yield."""
@@ -237,9 +262,9 @@ class RoleKeeper:
                 effects.append(self._assign(instance, asked.role, now))
         return effects
 
-    def _work(self, now: float) -> Work:
+    def _of_all(self, mine: Work) -> Work:
         """Of all services: what comes here, and as much more as others have running."""
-        mine, share = self.forecast.work(now), max(self._own_share, 0.01)
+        share = max(self._own_share, 0.01)
         return Work(
             mine.requests_per_s / share,
             mine.prompt_tokens_per_s / share,
@@ -254,7 +279,7 @@ class RoleKeeper:
 
     # --- proof ---------------------------------------------------------------------------------
 
-    def _try(self, instance: Instance, attainment: Attainment, now: float) -> None:
+    def _try(self, instance: Instance, attainment: Attainment, work: Work, now: float) -> None:
         """A turn begins: it is judged by the share that was kept since the last one was judged."""
         if instance.role in _FINAL:
             return  # it comes to its end, which was part of the turn
@@ -265,28 +290,33 @@ class RoleKeeper:
             return  # too little is known of how it was
         share = attainment.share_since(self._checkpoint)
         assert share is not None
-        rate = self.forecast.work(now).requests_per_s
+        rate = work.requests_per_s
+        attainment.changed(now)
         self._trial = _Trial({instance.name: instance.role}, now, share, attainment.copy(), rate)
 
     def _taken_back(
-        self, instances: Sequence[Instance], attainment: Attainment, now: float
+        self, instances: Sequence[Instance], attainment: Attainment, work: Work, now: float
     ) -> list[Effect]:
         """Undo the changes on trial if fewer requests keep their SLOs than before."""
         trial, config = self._trial, self.config
         if trial is None:
             return []
-        ended = attainment.num_asked - trial.attainment.num_asked
+        if any(i.role in _FINAL and i.name in trial.roles_before for i in instances):
+            # Until it has come to its new role it is no better than before.
+            trial.began_s = now
+            attainment.changed(now)
+            return []
+        ended = attainment.num_new
         late = now - trial.began_s > config.judged_within_s
         if ended < config.judged_after and not late:
             return []
         self._trial, self._checkpoint = None, trial.attainment
-        share = attainment.share_since(trial.attainment)
-        if ended < config.judged_after or share is None:
+        if ended < config.judged_after:
             return []
-        if share >= trial.share_before - config.worse_by:
+        if attainment.num_new_kept / ended >= trial.share_before - config.worse_by:
             return []
         # More work keeps fewer SLOs, whoever does it.
-        if self.forecast.work(now).requests_per_s > _MORE_WORK * trial.requests_per_s:
+        if work.requests_per_s > _MORE_WORK * trial.requests_per_s:
             return []
         self._state = RoleState(turned_s=now + config.hold_s)
         effects: list[Effect] = []

@@ -20,7 +20,7 @@ _SAID = (
     "step_ends_s", "base_s", "per_token_s", "per_row_s", "per_context_token_s", "per_attention_s",
     "residual_s", "num_steps", "step_tokens", "max_running", "free_blocks", "total_blocks",
     "prompt_tokens", "map_s", "map_token_s", "copy_s", "copy_token_s", "tier_s", "tier_token_s",
-    "free_copy_token_s",
+    "link_token_s",
 )  # fmt: skip
 #: ... and one that is worked out at each look.
 _COLUMNS = (*_PLACED, *_SAID, "step_left_s")
@@ -200,7 +200,7 @@ def _said_by(i: Instance) -> tuple[float, ...]:
         *transfer.line("map"),
         *transfer.line("copy"),
         *transfer.line("tier"),
-        transfer.free_copy_token_s,
+        transfer.link_token_s,
     )
 
 
@@ -246,6 +246,6 @@ def _view(instances: Sequence[Instance], table: Floats, codes: Ints) -> ClusterV
             copy_token_s=column("copy_token_s"),
             tier_s=column("tier_s"),
             tier_token_s=column("tier_token_s"),
-            free_copy_token_s=column("free_copy_token_s"),
+            link_token_s=column("link_token_s"),
         ),
     )

@@ -75,6 +75,8 @@ class PrefillShare:
 
 #: So many tokens that what a transfer takes once hardly counts.
 _MANY_TOKENS = 4096
+#: What a link can do is forgotten at this rate with each look at it (one in a heartbeat, at most).
+_FORGOTTEN = 1.002
 
 
 @dataclass(slots=True)
@@ -112,10 +114,12 @@ class TransferFitter:
     """How long blocks take to come to one instance, by how they come."""
 
     _lines: dict[str, _Line] = field(default_factory=dict)
-    #: Blocks that came over networks, and the seconds of their jobs, when that was looked at last.
-    _copied: tuple[int, float] = (0, 0.0)
-    #: Seconds a token where nothing else is on the link: the least of late. 0: nothing has come.
-    free_copy_token_s: float = 0.0
+    #: Blocks that came over networks, the seconds of their jobs, and of the time that any of these
+    #: took, when that was looked at last.
+    _copied: tuple[int, float, float] = (0, 0.0, 0.0)
+    #: Seconds a token that the link takes when it is at work: the least of late, since it also
+    #: waits for who sends. 0: nothing has come.
+    link_token_s: float = 0.0
 
     def __post_init__(self) -> None:
         guess = TransferCosts()
@@ -140,12 +144,13 @@ class TransferFitter:
         fetch they hold no waiting for prompts to be computed."""
         copies = [m for m in moves if m.means in ("tcp", "mooncake")]
         blocks, seconds = sum([m.blocks for m in copies]), sum([m.seconds for m in copies])
+        busy_s = sum([m.busy_s for m in copies])
         tokens = (blocks - self._copied[0]) * BLOCK_TOKENS
         if tokens < 0:  # a new process counts from zero
-            self._copied = (0, 0.0)
+            self._copied = (0, 0.0, 0.0)
         elif tokens >= _MANY_TOKENS:
             seconds_of_these = seconds - self._copied[1]
-            token_s = seconds_of_these / tokens
-            self.free_copy_token_s = min(1.05 * self.free_copy_token_s or token_s, token_s)
-            self._copied = blocks, seconds
+            token_s = (busy_s - self._copied[2]) / tokens
+            self.link_token_s = min(_FORGOTTEN * self.link_token_s or token_s, token_s)
+            self._copied = blocks, seconds, busy_s
             self._lines["copy"].observe(tokens, seconds_of_these)

@@ -1,4 +1,4 @@
-"""How much work is coming: rates of requests, prompt tokens and output tokens.
+"""How much work is coming: rates of requests and of prompt tokens.
 
 Holt's linear smoothing (C. Holt, 1957) over bins of a second gives a level and a trend; beside it a
 fast average sees bursts, which the slow one would average away. What is expected is the greater of
@@ -7,6 +7,7 @@ the two.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -42,38 +43,43 @@ class ForecastConfig:
     horizon_s: float = 5.0
 
 
+#: Requests that make a mean.
+_ENOUGH = 400.0
+
+
 def _zeros() -> Floats:
-    return np.zeros(3)
+    return np.zeros(2)
 
 
 @dataclass(slots=True)
 class Forecast:
-    """`observe` arrivals (and the lengths of answers when they end, or are expected); `work`."""
+    """`observe` arrivals; `work`."""
 
     config: ForecastConfig = field(default_factory=ForecastConfig)
     _begun_s: float | None = None
     _bin_end_s: float = 0.0
     _bins: int = 0
-    #: Requests, prompt tokens and output tokens of the bin that is being filled.
+    #: Requests and prompt tokens of the bin that is being filled.
     _bin: Floats = field(default_factory=_zeros)
     _level: Floats = field(default_factory=_zeros)
     _trend: Floats = field(default_factory=_zeros)
     _fast: Floats = field(default_factory=_zeros)
 
-    def observe(self, now: float, prompt_tokens: int, output_tokens: int) -> None:
-        """A request with that prompt has come (`prompt_tokens` > 0), and so many output tokens are
-        to be expected of it; or an answer has turned out longer by `output_tokens`."""
+    def observe(self, now: float, prompt_tokens: int) -> None:
+        """A request with that prompt has come."""
         self._advance(now)
-        self._bin += (1.0 if prompt_tokens > 0 else 0.0, prompt_tokens, output_tokens)
+        self._bin += (1.0, prompt_tokens)
 
-    def work(self, now: float) -> Work:
-        """What is expected over the next `horizon_s`. Rates are never negative."""
+    def work(self, now: float, mean_output_tokens: float) -> Work:
+        """What is expected over the next `horizon_s`, if answers are so long. Rates are never
+        negative."""
         self._advance(now)
         coming = self._level + self._trend * (self.config.horizon_s / self.config.bin_s)
         rates = np.maximum(np.maximum(coming, self._fast), 0.0) / self.config.bin_s
         if self._bins == 0 and self._begun_s is not None:  # the first bin is all there is
             rates = self._bin / self.config.bin_s
-        return Work(*(float(rate) for rate in rates))
+        requests, prompt_tokens = (float(rate) for rate in rates)
+        return Work(requests, prompt_tokens, requests * mean_output_tokens)
 
     def _advance(self, now: float) -> None:
         if self._begun_s is None:
@@ -90,9 +96,12 @@ class Forecast:
     def _close_bin(self) -> None:
         c, bins = self.config, self._bins + 1
         # While there are few bins they weigh the same, as in a plain mean.
-        alpha = max(c.bin_s / c.level_s, 1.0 / bins)
+        # As many bins as hold so many requests that chance has little part in it.
+        level_s = min(max(_ENOUGH / max(self._level[0], 1e-9), c.burst_s), c.level_s)
+        alpha = max(c.bin_s / level_s, 1.0 / bins)
         beta = c.bin_s / c.trend_s
-        fast = max(c.bin_s / c.burst_s, 1.0 / bins)
+        # The more arrivals a bin has, the less of it is chance.
+        fast = max(c.bin_s / c.burst_s, 1.0 / bins, 1.0 - 1.0 / math.sqrt(1.0 + self._bin[0]))
         before = self._level
         self._level = alpha * self._bin + (1.0 - alpha) * (before + self._trend)
         if bins > 1:

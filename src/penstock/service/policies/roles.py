@@ -22,7 +22,7 @@ from penstock.service.policies.view import ROLES, Bools, ClusterView, Floats, Sp
 ANY, PREFILL, DECODE = ROLES.index("any"), ROLES.index("prefill"), ROLES.index("decode")
 ENCODE = ROLES.index("encode")
 #: Of the TPOT: what pools are planned for.
-_PACED = 0.8
+_PACED = 0.9
 P_TO_D, D_TO_P = ROLES.index("prefill_to_decode"), ROLES.index("decode_to_prefill")
 
 
@@ -40,7 +40,7 @@ class RolesConfig:
     #: How long, and by what share, another split must look better before an instance is turned;
     #: and how long after a turn no other one begins.
     patience_s: float = 2.0
-    margin: float = 0.15
+    margin: float = 0.1
     pause_s: float = 5.0
     #: Below this pressure nobody needs roles: instances without any stay so.
     light_load: float = 0.3
@@ -104,6 +104,8 @@ def decide_roles(
 # --- pressure -------------------------------------------------------------------------------------
 
 
+#: So many sequences that decode tell how long such are.
+_MANY = 32.0
 #: A link that is busy for more than this share of the time makes what comes over it late.
 _LINK_USABLE = 0.85
 
@@ -120,6 +122,8 @@ class Loads:
     share: float
     decode_beside: Floats
     held_up: Floats
+    #: Whether how long answers are is known, and with that what decoding asks for.
+    answers_known: bool
 
     @classmethod
     def of(cls, view: ClusterView, work: Work, config: RolesConfig) -> Loads:
@@ -127,9 +131,11 @@ class Loads:
         prompt = max(round(work.mean_prompt_tokens), 1)
         q = predict.queues(_emptied(view), s, 1, 1)
         service_s = predict.prefill_s(s, q, prompt, 0.0) * s.ratio
-        busy = work.requests_per_s * service_s
+        # In full steps, which is what it comes to where it matters, and what the fit knows best.
+        token_s = s.base_s / view.step_tokens + s.token_s + 0.5 * prompt * s.attention_s
+        busy = work.prompt_tokens_per_s * token_s + work.requests_per_s * s.row_s
         share = min(_pooled(busy, view.roles != ENCODE), predict.MAX_SHARE)
-        context, output = prompt + 0.5 * work.mean_output_tokens, work.output_tokens_per_s
+        context, output = _mean_context(view, work), work.output_tokens_per_s
         slo_s = config.tpot_slo_s
         left_s = None if slo_s is None else slo_s * (1.0 - share)
         # Those that decode take in prompts when the others cannot, in steps of so much of the TPOT.
@@ -138,14 +144,15 @@ class Loads:
         if slo_s is not None:
             held_up = (s.base_s + np.minimum(view.step_tokens, prompt) * s.token_s) / slo_s
         # The KV of all prompts comes to those that decode. What one link does, others will.
-        free_s = float(np.max(view.transfer.free_copy_token_s))
-        link = work.prompt_tokens_per_s * free_s / _LINK_USABLE
+        link_token_s = float(np.max(view.transfer.link_token_s))
+        link = work.prompt_tokens_per_s * link_token_s / _LINK_USABLE
         return cls(
             prefill=busy / _usable(service_s, config.ttft_slo_s),
             decode=np.maximum(output / _decode_rate(view, s, context, paced_s), link),
             share=share,
             decode_beside=output / _decode_rate(view, s, context, left_s),
             held_up=held_up,
+            answers_known=work.output_tokens_per_s > 0.0,
         )
 
     def split(self, prefilling: Bools, decoding: Bools) -> float:
@@ -159,6 +166,15 @@ class Loads:
         if self.share > 0.01:
             pressure = max(pressure, float(self.held_up[members].mean()))
         return pressure
+
+
+def _mean_context(view: ClusterView, work: Work) -> float:
+    """Of those that decode: what is seen, where there are many (long prompts have short answers, or
+    the other way round); else a prompt and half an answer."""
+    running = float(view.running.sum())
+    if running >= _MANY:
+        return float(view.running_tokens.sum()) / running
+    return work.mean_prompt_tokens + 0.5 * work.mean_output_tokens
 
 
 def _emptied(view: ClusterView) -> ClusterView:
@@ -257,17 +273,21 @@ def _adaptive(
     settled = pools.counts == (target, total - target)
     numbers = f"pressure {present:.2f} now, {splits[target]:.2f} with {target} P"
     kept = replace(state, better_since_s=None, better_prefill=-1)
+    if neutral and not load.answers_known:
+        return _stay(pools, kept, "too few answers have ended to know how long they are")
     if neutral and present < config.light_load:
         return _stay(pools, kept, f"the load is light: {numbers}", present, splits[target])
     unsettled = not neutral and bool(pools.neutral.any())
     if settled or not (better or unsettled):
         return _stay(pools, kept, f"the split stays: {numbers}", present, splits[target])
     since = state.better_since_s
-    # Another target than before is the same wish if it lies on the same side.
-    same = (state.better_prefill > pools.counts[0]) == (target > pools.counts[0])
+    wished, have = state.better_prefill, pools.counts[0]
+    # Another target than before is the same wish if it lies on the same side; but a first split is
+    # made all at once, and waits until what it is to be holds still.
+    same = abs(wished - target) < 2 if neutral else (wished > have) == (target > have)
     if since is None or not same:
-        since = now
-    waiting = replace(state, better_since_s=since, better_prefill=target)
+        since, wished = now, target
+    waiting = replace(state, better_since_s=since, better_prefill=wished)
     # Who has no role gives none up: it need not be waited for.
     pause_s = 0.0 if pools.neutral.any() else config.pause_s
     if now - since < config.patience_s or now - state.turned_s < pause_s:
@@ -337,13 +357,14 @@ def _towards(
     elif have_d < num_decode:
         candidates = pools.neutral if pools.neutral.any() else pools.prefill
         i = _cheapest(view, pools, load, candidates, DECODE)
-        final, turning, busy = DECODE, P_TO_D, bool(view.queued[i] > 0)
+        # Prompts that wait where nobody had a role go on there, among what is decoded.
+        final, turning, busy = DECODE, P_TO_D, bool(view.queued[i] > 0 and not pools.neutral[i])
     else:
         return RolePlan(
             num_prefill=num_prefill, num_decode=num_decode, reason=f"as wanted: {why}", state=state
         )
-    # Who has nothing of its old role's to do changes at once; so does who had none.
-    role = ROLES[turning if busy and not pools.neutral[i] else final]
+    # Who has nothing of its old role's to do changes at once.
+    role = ROLES[turning if busy else final]
     before = ROLES[pools.roles[i]]
     name = view.names[i]
     reason = (

@@ -111,15 +111,26 @@ def _has_room(k: _Stakes) -> bool:
 
 
 def _when_it_decodes(o: Outlook, request: RouteRequest) -> Outlook:
-    """Who is still to come is not there all at once: by Little's law as much of them as the time
-    that they decode is of the time until they have come and gone."""
-    view, s = o.view, o.speeds
-    if view.coming is None or view.coming_tokens is None or not some(view.coming):
-        return o
-    decodes_s = max(request.expected_output_tokens, 1) * o.tpot_s
-    away = 1.0 - decodes_s / np.maximum(decodes_s + float(o.ttft_s.min()), 1e-9)
-    fewer_s = away * (view.coming * s.decode_s + view.coming_tokens * s.read_s)
-    return replace(o, tpot_s=np.maximum(o.tpot_s - fewer_s, s.base_s))
+    """Who is still to come is not there all at once, and by then others have gone: who decodes goes
+    at a rate of one in the time that an answer takes, and who is to come does so evenly over the
+    time that prompts wait. Whoever finds all slots taken waits until one is free, of so many that
+    go on for as long as it does."""
+    view, s, tpot_s, running = o.view, o.speeds, o.tpot_s, o.view.running
+    if view.coming is not None and view.coming_tokens is not None and some(view.coming):
+        prefilling = PREFILL[view.roles]
+        waits_s = float((o.ttft_s[prefilling] if some(prefilling) else o.ttft_s).min())
+        answers = waits_s / (max(request.expected_output_tokens, 1) * np.maximum(tpot_s, 1e-9))
+        gone = -np.expm1(-answers)
+        gone_of_coming = 1.0 - gone / np.maximum(answers, 1e-9)
+        less = gone * (running - view.coming) + gone_of_coming * view.coming
+        less_tokens = gone * (view.running_tokens - view.coming_tokens)
+        less_tokens += gone_of_coming * view.coming_tokens
+        tpot_s = np.maximum(tpot_s - less * s.decode_s - less_tokens * s.read_s, s.base_s)
+        running = running - less
+    before = running + 1.0 - view.max_running
+    if float(before.max()) > 0.0:
+        tpot_s = tpot_s * (1.0 + np.maximum(before, 0.0) / view.max_running)
+    return o if tpot_s is o.tpot_s else replace(o, tpot_s=tpot_s)
 
 
 # --- numbers --------------------------------------------------------------------------------------

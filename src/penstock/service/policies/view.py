@@ -8,7 +8,7 @@ and what it decided can be explained afterwards from what it saw.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 import numpy as np
@@ -41,8 +41,8 @@ class TransferCosts:
     copy_token_s: Floats | float = 1e-4
     tier_s: Floats | float = 2e-3
     tier_token_s: Floats | float = 5e-5
-    #: `copy_token_s` where nothing else is on the link: what it can do; 0 where that is unknown.
-    free_copy_token_s: Floats | float = 0.0
+    #: Of the link's own time for each token, however many share it; 0 where that is unknown.
+    link_token_s: Floats | float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +119,12 @@ class ClusterView:
     #: `predict.speeds` of this view, where whoever keeps it has them: they change with heartbeats,
     #: not with requests. None: worked out for each decision.
     speeds: Speeds | None = None
+
+    def with_role(self, i: int, role: Role) -> ClusterView:
+        """The same with another role of instance `i`."""
+        roles = self.roles.copy()
+        roles[i] = ROLES.index(role)
+        return replace(self, roles=roles)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
