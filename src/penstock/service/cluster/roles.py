@@ -64,7 +64,7 @@ class RoleKeeperConfig:
 
 @dataclass(slots=True)
 class Attainment:
-    """Requests that had an SLO, and those of them that kept it, since the start; and of these, those
+    """Requests that had an SLO, and those of them that kept it, since the start; and apart those
     that came after a change: what was there before says nothing about it when it ends."""
 
     num_asked: int = 0
