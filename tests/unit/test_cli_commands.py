@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from penstock.checkpoint import TOY, Checkpoint
-from penstock.cli.banner import CHAT_PROMPTS, Banner
+from penstock.cli.banner import CHAT_PROMPTS, Banner, command
 from penstock.cli.bench import Outcome, summary
 from penstock.cli.main import main
 from penstock.cli.serve import config_of, make_parser
@@ -447,8 +447,24 @@ def test_the_banner_has_everything_to_begin_with(server: FakeServer) -> None:
     text = banner(server.url, "--port", "9000").text(server.url)
     assert server.url in text
     assert all(prompt in text for prompt in CHAT_PROMPTS)
-    assert f"penstock chat --url {server.url}" in text
-    assert "penstock serve /path/to/checkpoint --port 9000" in text
+    assert f"{command()} chat --url {server.url}" in text
+    assert f"{command()} serve /path/to/checkpoint --port 9000" in text
+
+
+def test_the_banner_knows_what_a_shell_knows_us_by(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = tmp_path / "the venv" / "bin" / "penstock"
+    ours.parent.mkdir(parents=True)
+    monkeypatch.setattr(sys, "executable", str(ours.with_name("python")))
+    monkeypatch.setenv("PATH", os.defpath)
+    assert command() == "penstock"  # nothing is there to be called
+    ours.touch(mode=0o755)
+    assert command() == f"'{ours}'"
+    monkeypatch.chdir(tmp_path)
+    assert command() == "'the venv/bin/penstock'"
+    monkeypatch.setenv("PATH", str(ours.parent))
+    assert command() == "penstock"
 
 
 @pytest.mark.parametrize("key", [None, "it's-$ecret"], ids=["open", "with a key"])

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from penstock import PROJECT, __version__
 from penstock.checkpoint import Checkpoint
@@ -36,14 +39,14 @@ class Banner:
         parts = [
             head + "  (Ctrl-C stops it)",
             "Three prompts to try:\n" + "\n".join(f"  {prompt}" for prompt in prompts),
-            f"In the terminal:\n{PROJECT} chat --url {url}{self._key_flag()}",
+            f"In the terminal:\n{command()} chat --url {url}{self._key_flag()}",
             "With curl:\n" + self.curl(url),
             "In Python (pip install openai):\n" + self.python(url),
         ]
         if self._config.model == "toy":
             parts.append(
                 "This is the small carried model. Your own checkpoint, a folder or a hub id:\n"
-                f"{PROJECT} serve /path/to/checkpoint --port {self._config.port}\n"
+                f"{command()} serve /path/to/checkpoint --port {self._config.port}\n"
                 f"PORT={self._config.port} MODEL=/path/to/checkpoint make serve"
             )
         return "\n" + "\n\n".join(parts) + "\n"
@@ -85,6 +88,17 @@ class Banner:
 
     def _key_flag(self) -> str:
         return f" --api-key ${KEY_VARIABLES[0]}" if self._config.api_keys else ""
+
+
+def command() -> str:
+    """What a shell in this folder knows us by: where the environment that we are installed in is
+    not active there, as after `make serve`, the path of our command."""
+    ours = Path(sys.executable).with_name(PROJECT)
+    found = shutil.which(PROJECT)
+    if not ours.is_file() or (found is not None and Path(found) == ours):
+        return PROJECT
+    here = Path.cwd()
+    return shlex.quote(str(ours.relative_to(here) if ours.is_relative_to(here) else ours))
 
 
 def has_chat_template(checkpoint: Checkpoint) -> bool:
