@@ -6,6 +6,7 @@ from penstock.engine.scheduler.block_pool import BlockPool
 from penstock.engine.scheduler.config import SchedulerConfig
 from penstock.protocol.effects import SetTimer
 from penstock.protocol.request import SamplingParams
+from penstock.registry.leases import Leases
 from penstock.service.core import ServiceCore, ServiceCoreConfig
 from penstock.service.generation import GenerationSpec
 from penstock.service.policies.view import Candidate, ClusterView, Decision, RouteRequest
@@ -106,3 +107,14 @@ def test_a_service_that_knows_no_instance_yet_keeps_to_what_its_requests_wait() 
         ),
     )
     assert play(storm).failure == ""
+
+
+def test_a_registration_that_was_overtaken_does_not_take_its_key_along() -> None:
+    """A put that comes late, behind one with a newer lease, would end the key with the older lease,
+    while its owner keeps the newer one alive and is never found again."""
+    leases = Leases()
+    older, newer = leases.grant(3.0, 0.0), leases.grant(3.0, 1.0)
+    assert leases.put("instances/b", b"here", newer, 1.0)
+    assert not leases.put("instances/b", b"here", older, 2.0)
+    assert leases.keep_alive(newer, 2.5)
+    assert leases.get("instances/b", 4.0) == b"here"

@@ -62,6 +62,11 @@ class Leases:
         self.expire(now)
         if lease is not None and lease not in self._leases:
             return False
+        held = self._items.get(key)
+        if lease is not None and held is not None and held.lease is not None and lease < held.lease:
+            # Overtaken on its way: whoever said it has been granted another lease since, and keeps
+            # that one alive. The key would go with this one.
+            return False
         self._items[key] = _Item(value, lease)
         self.changes.append(Put(key, value))
         return True
