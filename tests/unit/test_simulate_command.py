@@ -11,6 +11,7 @@ import pytest
 
 from penstock.cli import main, plan, simulate
 from penstock.protocol.errors import ConfigError
+from penstock.simulator.prices import DEFAULT_USD, prices_of
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 CLUSTER, TRACE = str(EXAMPLES / "simulate.yaml"), str(EXAMPLES / "azure_code_5min.csv")
@@ -243,6 +244,21 @@ def test_a_price_changes_the_plan(
     assert run_json(plan.run, capsys, *flags)["plans"][0]["hardware"] == "fast:m:bf16:tp1"
 
 
+def test_prices_are_of_those_that_are_named_and_the_others_stay(tmp_path: Path) -> None:
+    assert prices_of("h100=2") == {**DEFAULT_USD, "h100": 2.0}
+    (tmp_path / "prices.yaml").write_text("b300: 9\n")
+    assert prices_of(str(tmp_path / "prices.yaml")) == {**DEFAULT_USD, "b300": 9.0}
+
+
+def test_too_few_gpus_for_any_cluster_and_how_many_it_takes(
+    small: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--slo", "ttft=1s,tpot=50ms", "--model", "llama3.1-70b", "--hardware", "h100"]
+    assert plan.run([small[1], *flags, "--max-gpus", "1"]) == plan.EXIT_NONE
+    said = capsys.readouterr().out
+    assert "no cluster of up to 1 GPU could do this work: it takes 4 or more (--max-g" in said
+
+
 def test_an_slo_beyond_the_gpus_that_may_be_had(
     small: tuple[str, str], known: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -252,7 +268,7 @@ def test_an_slo_beyond_the_gpus_that_may_be_had(
     assert found["plans"] == [] and found["nearest"]["attainment"] < 0.9
     assert plan.run(flags) == plan.EXIT_NONE
     said = capsys.readouterr().out
-    assert "no cluster of up to 1 GPUs keeps 90%" in said
+    assert "no cluster of up to 1 GPU keeps 90%" in said
     assert (
         f"TTFT of up to {1e3 * found['nearest']['ttft_s']:,.0f} ms" in said and "--max-gpus" in said
     )
@@ -281,12 +297,12 @@ def long_trace(beside: str) -> str:
     [
         ([], "which SLO"),
         (["--slo", "ttft=1s"], "has to give a ttft and a tpot"),
-        (["--slo", "ttft=1s,tpot=1s", "--hardware", "abacus"], "no price of abacus"),
+        (["--slo", "ttft=1s,tpot=1s", "--hardware", "abacus"], "in place of abacus write a100"),
         (["--slo", "ttft=1s,tpot=1s", "--prices", "h100"], "--prices h100 cannot be read"),
         (["--slo", "ttft=1s,tpot=1s", "--prices", "h100=x,h200=1"], "'x', not a number"),
         (["--slo", "ttft=1s,tpot=1s", "--prices", "h100=0,h200=1"], "price of h100 is 0"),
         (["--slo", "ttft=1s,tpot=1s", "--attainment", "1.5"], "a share of the requests"),
-        (["--slo", "ttft=1s,tpot=1s", "--model", "gpt5"], "no cost model of gpt5 in bf16 on h100"),
+        (["--slo", "ttft=1s,tpot=1s", "--model", "gpt5"], "in place of gpt5 write llama3.1-70b"),
         (["--slo", "ttft=1s,tpot=1s", "--max-gpus", "0"], "at least 1"),
         (["--slo", "ttft=1s,tpot=1s", "--policy", "best"], "choose one of"),
     ],

@@ -15,7 +15,7 @@ from penstock.loadgen import costs
 from penstock.protocol.errors import ConfigError
 from penstock.simulator.advice import Advice, Question, advise, as_dict
 from penstock.simulator.experiment import MODES
-from penstock.simulator.quantities import slos_of
+from penstock.simulator.quantities import counted, slos_of
 
 _HARDWARE = "h100:llama3.1-8b:bf16:tp1"
 _WINDOW_S = 120.0
@@ -92,7 +92,7 @@ def _text(advice: Advice, trace: str) -> str:
         f"{trace}: {work['requests']:.0f} requests in {work['seconds']:.0f} s, "
         f"{work['mean_prompt_tokens']:.0f} prompt and {work['mean_output_tokens']:.0f} output "
         "tokens on average",
-        f"{q.instances} instances of {q.model.name}; SLO: TTFT {q.ttft_slo_s:g} s, "
+        f"{counted(q.instances, 'instance')} of {q.model.name}; SLO: TTFT {q.ttft_slo_s:g} s, "
         f"TPOT {1e3 * q.tpot_slo_s:g} ms",
         "",
         f"{'setup':<10}{'in SLO':>8}{'TTFT p50':>11}{'p99':>9}{'TPOT p50':>11}{'p99':>8}"

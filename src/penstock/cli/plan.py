@@ -22,7 +22,7 @@ from penstock.simulator.crew import Crew, Progress
 from penstock.simulator.experiment import MODES
 from penstock.simulator.planner import MODEL_ERROR, Measure, Planner, Question
 from penstock.simulator.prices import DEFAULT_USD, SOURCE, prices_of
-from penstock.simulator.quantities import ms, slos_of
+from penstock.simulator.quantities import counted, ms, slos_of
 from penstock.simulator.report.html import to_json
 from penstock.simulator.report.table import NONE, number, share
 
@@ -95,6 +95,8 @@ def _question(flags: Namespace) -> Question:
     ttft_s, tpot_s = slos_of(flags.slo)
     gpus = tuple(words_of(flags, "hardware")) or ("h100", "h200")
     prices = prices_of(getattr(flags, "prices", None))
+    for gpu in gpus:
+        costs.matching_hardware(gpu)  # raises where there is no cost model of it
     if without := [gpu for gpu in gpus if gpu not in prices]:
         raise ConfigError(f"there is no price of {', '.join(without)}: --prices {without[0]}=...")
     wanted = number_of(getattr(flags, "attainment", "0.9"), "--attainment")
@@ -212,13 +214,16 @@ def _verdict(report: dict[str, Any]) -> list[str]:
 
 
 def _nothing(report: dict[str, Any]) -> str:
-    near = report["nearest"]
+    near, most = report["nearest"], counted(report["max_gpus"], "GPU")
     wanted = f"{100 * report['slo']['attainment']:g}%"
     if near is None:
-        return f"no cluster fits into {report['max_gpus']} GPUs: raise --max-gpus"
+        return (
+            f"no cluster of up to {most} could do this work: it takes "
+            f"{report['least_gpus']} or more (--max-gpus {report['least_gpus']})"
+        )
     ttft, tpot = (NONE if near[k] is None else ms(near[k]) for k in ("ttft_s", "tpot_s"))
     return (
-        f"no cluster of up to {report['max_gpus']} GPUs keeps {wanted} within the SLO. The nearest "
+        f"no cluster of up to {most} keeps {wanted} within the SLO. The nearest "
         f"is {_name(near)}, with {share(near['attainment'])}: {wanted} of its requests have a TTFT "
         f"of up to {ttft}, and {wanted} a TPOT of up to {tpot}. It takes more GPUs (--max-gpus), "
         "an SLO that is nearer to these times, or a smaller --attainment"

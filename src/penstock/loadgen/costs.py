@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -17,6 +18,10 @@ _TERMS = ("base_s", "per_token_s", "per_row_s", "per_context_token_s", "per_atte
 #: More than the largest instances hold many times over: books of it would fill the memory.
 MOST_KV_TOKENS = 10**8
 _LONGEST_S, _MOST = 3600.0, 10**9
+#: Of a name of hardware: gpu:model:dtype:tpN.
+_PARTS = 4
+#: With less room than this there is no cost model (as `tools/gpu_models.py` has it).
+_LEAST_KV_TOKENS = 16_384
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,29 +66,72 @@ def known_hardware() -> dict[str, dict[str, Any]]:
     return found
 
 
-def hardware(name: str, step_tokens: int = 2048, max_running: int = 256) -> InstanceModel:
-    """`name` may leave out what there is only one of, and tpN for as few GPUs as it takes:
-    h100:llama3.1-8b:bf16."""
+def find_hardware(name: str) -> str:
+    """The whole name of the hardware that `name` means; it may leave out tpN, for as few GPUs as it
+    takes (h100:llama3.1-8b:bf16), and what there is only one of. Raises `ConfigError`."""
     known = known_hardware()
-    matches = [k for k in known if k == name or k.startswith(name + ":")]
-    if len({k.rpartition(":tp")[0] for k in matches}) != 1:
-        these = matches or list(known)
-        raise ConfigError(f"--hardware {name} is not one of: {', '.join(these)}")
-    fewest = min(matches, key=lambda k: int(known[k]["gpus"]))
-    return _model(fewest, known[fewest], step_tokens, max_running)
+    matches = matching_hardware(name)
+    if len({match.rpartition(":")[0] for match in matches}) > 1:
+        raise ConfigError(f"hardware {name} may be {', '.join(matches)}: say which")
+    return min(matches, key=lambda match: int(known[match]["gpus"]))
+
+
+def matching_hardware(name: str) -> list[str]:
+    """Whole names that are `name` or begin with it. Raises `ConfigError` where there is none, with
+    the part of the name that is to blame."""
+    known = known_hardware()
+    said, begins = name.split(":"), ""
+    for place, part in enumerate(said[:_PARTS]):
+        there = dict.fromkeys(k.split(":")[place] for k in known if k.startswith(begins))
+        if part not in there:
+            why = _too_small(begins, part) or "is not known"
+            raise ConfigError(
+                f"hardware {name} {why}: in place of {part} write {' or '.join(there)}"
+            )
+        begins += f"{part}:"
+    if len(said) > _PARTS:
+        raise ConfigError(f"hardware {name} has more parts than gpu:model:dtype:tpN")
+    return [k for k in known if f"{k}:".startswith(begins)]
+
+
+def _too_small(kind: str, tp: str) -> str:
+    """Of gpu:model:dtype: and tpN, why so few GPUs do not hold the model; "" where they may. What
+    they have, and what the weights take, follows from the room for KV on two numbers of GPUs."""
+    known = known_hardware()
+    number = re.fullmatch(r"tp([1-9]\d*)", tp)
+    of = {int(v["gpus"]): v for k, v in known.items() if k.startswith(kind)}
+    few, many = min(of), max(of)
+    if number is None or few == many:
+        return ""
+    kv_bytes = {n: of[n]["kv_tokens"] * of[n]["kv_bytes_per_token"] for n in (few, many)}
+    gpu_bytes = (kv_bytes[many] - kv_bytes[few]) / (many - few)
+    weight_bytes, have_bytes = few * gpu_bytes - kv_bytes[few], int(number[1]) * gpu_bytes
+    if have_bytes - weight_bytes >= _LEAST_KV_TOKENS * of[few]["kv_bytes_per_token"]:
+        return ""
+    return (
+        f"does not hold the model, whose weights take {weight_bytes / 1e9:.0f} GB where there are "
+        f"{have_bytes / 1e9:.0f} GB for them and for KV"
+    )
+
+
+def hardware(name: str, step_tokens: int = 2048, max_running: int = 256) -> InstanceModel:
+    """As `find_hardware` finds it."""
+    found = find_hardware(name)
+    return _model(found, known_hardware()[found], step_tokens, max_running)
 
 
 def from_file(path: Path, step_tokens: int = 2048, max_running: int = 256) -> InstanceModel:
     """A JSON object with the coefficients (those of an instance's heartbeats or card will do),
     kv_tokens and kv_bytes_per_token."""
     if path.exists() and not path.is_file():
-        raise ConfigError(f"--model-cost {path} is no file")
+        raise ConfigError(f"the cost model {path} is no file")
+    text = read_small(path)
     try:
-        found = json.loads(read_small(path))
+        found = json.loads(text)
     except (ValueError, RecursionError) as exc:
-        raise ConfigError(f"--model-cost {path} cannot be read as JSON: {exc}") from None
+        raise ConfigError(f"the cost model {path} is not JSON: {exc}") from None
     if not isinstance(found, dict):
-        raise ConfigError(f"--model-cost {path} is not a JSON object")
+        raise ConfigError(f"the cost model {path} is not a JSON object")
     return _model(str(path), found, step_tokens, max_running)
 
 

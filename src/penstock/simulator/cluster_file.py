@@ -17,7 +17,7 @@ import yaml
 from penstock.loadgen.costs import (
     MOST_KV_TOKENS,
     hardware_or_file,
-    known_hardware,
+    matching_hardware,
 )
 from penstock.loadgen.files import read_yaml
 from penstock.protocol.errors import ConfigError
@@ -31,13 +31,23 @@ _Reader = Callable[[Any, str], Any]
 #: More than this is a mistake, and would only use up the memory.
 _MOST_INSTANCES, _MOST_TIER_TOKENS, _MOST = 100_000, 10**12, 10**9
 _LONGEST_S = 3600.0
+#: Fields of the cluster files of `penstock up`.
+_OF_UP = {"routers", "workers"}
 
 
 def read_cluster(path: Path) -> ClusterSpec:
     """Raises `ConfigError` that names the file, and the field at fault."""
     found = read_yaml(path)
+    if isinstance(found, dict) and found.keys() & _OF_UP:
+        raise ConfigError(
+            f"{path} is a cluster for `penstock up`: one to simulate has pools, as "
+            "examples/simulate.yaml has"
+        )
     try:
-        return parse_cluster(found, path.parent)
+        spec = parse_cluster(found, path.parent)
+        if spec.admission and spec.ttft_slo_s is None:
+            raise ConfigError("admission refuses what would miss slo.ttft, which is not there")
+        return spec
     except ConfigError as exc:
         raise ConfigError(f"{path}: {exc.message}") from None
 
@@ -132,26 +142,17 @@ def _pool(found: Any, where: str, folder: Path) -> PoolSpec:
 
 
 def _known(name: str, tp: int | None, where: str) -> str:
-    """The whole name of known hardware; a model that it does not hold is said to be one."""
+    """The whole name of known hardware."""
+    if tp is not None and name.count(":") > 2:
+        raise ConfigError(f"{where}.tp is {tp}, and hardware {name} says it too: leave one out")
     wanted = name if tp is None else f"{name}:tp{tp}"
-    known = list(known_hardware())
-    matches = [k for k in known if k == wanted or k.startswith(wanted + ":")]
-    if len(matches) == 1:
-        return matches[0]
-    if matches:
+    try:
+        matches = matching_hardware(wanted)
+    except ConfigError as exc:
+        raise ConfigError(f"{where}.{exc.message}; or name a file with a cost model") from None
+    if len(matches) > 1:
         raise ConfigError(f"{where}.hardware {wanted} may be {', '.join(matches)}: say which")
-    gpu, _, rest = wanted.partition(":")
-    model = rest.partition(":")[0]
-    same = [k for k in known if k.split(":")[:2] == [gpu, model]]
-    if same:
-        raise ConfigError(
-            f"{where}.hardware {wanted}: either it cannot hold the model or there is no cost model "
-            f"of it. These hold it: {', '.join(same)}"
-        )
-    raise ConfigError(
-        f"{where}.hardware {wanted} is not known{_nearest(wanted, known)}: name one of "
-        f"{', '.join(known)}, or a JSON file with a cost model"
-    )
+    return matches[0]
 
 
 # --- fields ---------------------------------------------------------------------------------------
@@ -166,19 +167,26 @@ def _record(found: Any, where: str, known: Mapping[str, _Reader]) -> dict[str, A
     for key, value in found.items():
         name = str(key).replace("-", "_")
         if name not in known:
-            shown = [k.replace("_", "-") for k in known]
-            raise ConfigError(
-                f"{prefix}{key}: there is no such field{_nearest(name.replace('_', '-'), shown)}"
-            )
+            raise ConfigError(f"{prefix}{key}: there is no such field{_instead(name, known)}")
         if name in values:
             raise ConfigError(f"{prefix}{key} is there twice")
         values[name] = known[name](value, f"{prefix}{key}")
     return values
 
 
-def _nearest(word: str, known: Sequence[str]) -> str:
-    found = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f" (did you mean {found[0]}?)" if found else ""
+def _instead(name: str, known: Mapping[str, _Reader]) -> str:
+    """What to write in place of a field that is none of `known`."""
+    elsewhere = {
+        "each of pools": _POOL | {"tp": _whole(1)},
+        "link": _LINK,
+        "each of faults": _FAULT,
+    }
+    where = [place for place, fields_there in elsewhere.items() if name in fields_there]
+    if where:
+        return f": it belongs to {where[0]}"
+    shown = [k.replace("_", "-") for k in known]
+    near = difflib.get_close_matches(name.replace("_", "-"), shown, n=1, cutoff=0.6)
+    return f" (did you mean {near[0]}?)" if near else f"; there are {', '.join(shown)}"
 
 
 def _text(value: Any, what: str) -> str:

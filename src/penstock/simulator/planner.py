@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from penstock import __version__
-from penstock.loadgen.costs import hardware, known_hardware
+from penstock.loadgen.costs import find_hardware, hardware, known_hardware
 from penstock.loadgen.traces import TraceRequest
 from penstock.protocol.errors import ConfigError
 from penstock.simulator.crew import Crew, Progress, Task
@@ -114,7 +114,8 @@ class Planner:
         """The report. `tell(what)` gives what to tell the progress of `what` to. Raises
         `ConfigError` where no number of instances could keep the SLO."""
         q = self.question
-        search = Search(self._shapes(), q.wanted, q.max_gpus)
+        shapes = self._shapes()
+        search = Search(shapes, q.wanted, q.max_gpus)
         rounds = 0
         while asked := search.wants():
             rounds += 1
@@ -132,6 +133,7 @@ class Planner:
         nearest = None if plans else search.nearest()
         return {
             **self._about(),
+            "least_gpus": min(shape.least * shape.gpus for shape in shapes),
             "runs": len(self._measured),
             "plans": plans,
             "failed": [self._row(c) for c in failed],
@@ -182,11 +184,7 @@ class Planner:
                     self.left_out[f"{gpu}:{q.model}:{dtype}"] = "there is no cost model of it"
                 found += of
         if not found:
-            known = sorted({tuple(n.split(":")[:3]) for n in known_hardware()})
-            raise ConfigError(
-                f"there is no cost model of {q.model} in {' or '.join(q.dtypes)} on "
-                f"{' or '.join(q.hardware)}; there are {', '.join(':'.join(k) for k in known)}"
-            )
+            find_hardware(f"{q.hardware[0]}:{q.model}:{q.dtypes[0]}")  # raises, and says why
         return found
 
     def _nobody(self, reached: dict[str, Reach]) -> None:

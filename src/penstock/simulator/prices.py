@@ -10,11 +10,10 @@ from typing import Any
 from penstock.loadgen.files import read_yaml
 from penstock.protocol.errors import ConfigError
 
-#: US dollars an hour, SXM: RunPod's as others quote them in 2026, who do not agree on what kind of
-#: price that is. deploybase.ai/articles/runpod-gpu-pricing (10 March) has these as spot, and 2.45,
-#: 4.76 and 6.35 on demand; deploybase.ai/articles/spot-gpu-pricing (March) has the same figures as
-#: on demand; spheron.network (22 May) has the H100's as RunPod's Secure Cloud. RunPod's own list
-#: was not read. So take them for the cheap end, and give your own with --prices.
+#: US dollars an hour, SXM: RunPod's as others quoted them in March 2026, who do not agree on what
+#: kind of price that is. deploybase.ai/articles/runpod-gpu-pricing has these as spot, and 2.45,
+#: 4.76 and 6.35 on demand; deploybase.ai/articles/spot-gpu-pricing has the same as on demand.
+#: RunPod's own list was not read. So take them for the cheap end, and give your own with --prices.
 DEFAULT_USD: Mapping[str, float] = {"a100": 1.39, "h100": 2.69, "h200": 3.59}
 SOURCE = (
     "RunPod's, quoted in March 2026 as spot by one page and as on demand by another "
@@ -23,12 +22,13 @@ SOURCE = (
 
 
 def prices_of(text: str | None) -> dict[str, float]:
-    """By GPU, from "h100=2.5,h200=3.5" or from a YAML or JSON file with the same; the defaults
-    where nothing is said. Raises `ConfigError`."""
+    """By GPU, from "h100=2.5,h200=3.5" or from a YAML or JSON file with the same; of GPUs that are
+    not named, the defaults. Raises `ConfigError`."""
     if text is None:
         return dict(DEFAULT_USD)
     found = _pairs(text) if "=" in text else _file(Path(text).expanduser())
-    return {str(gpu): _price(value, f"the price of {gpu}") for gpu, value in found.items()}
+    said = {str(gpu): _price(value, f"the price of {gpu}") for gpu, value in found.items()}
+    return {**DEFAULT_USD, **said}
 
 
 def _pairs(text: str) -> dict[str, Any]:

@@ -36,6 +36,11 @@ def text_of(seconds: float) -> str:
     return f"{seconds:.20f}".rstrip("0") + "s"
 
 
+def counted(number: int, what: str) -> str:
+    """ "1 GPU", "1,000 GPUs"."""
+    return f"{number:,} {what}" + ("" if number == 1 else "s")
+
+
 def ms(seconds: float) -> str:
     """For people: "6.33 ms", "1,234 ms"."""
     return f"{1e3 * seconds:,.0f} ms" if seconds >= 0.1 else f"{1e3 * seconds:.3g} ms"

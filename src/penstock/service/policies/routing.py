@@ -53,4 +53,4 @@ def policy_named(name: str) -> Policy:
         return POLICIES[name]
     except KeyError:
         known = ", ".join(POLICIES)
-        raise ConfigError(f"--policy {name} is not a policy: choose one of {known}") from None
+        raise ConfigError(f"{name!r} is not a policy: choose one of {known}") from None

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from penstock.simulator.quantities import counted
 from penstock.simulator.report.unmet import held_line
 
 Run = dict[str, Any]
@@ -90,7 +91,8 @@ def pool_lines(run: Run) -> list[str]:
     held where the SLO was not."""
     use = run["utilisation"]
     lines = [
-        f"{p['name']}: {p['instances']} instances of {p['hardware']}, busy {share(p['busy'])}, "
+        f"{p['name']}: {counted(p['instances'], 'instance')} of {p['hardware']}, "
+        f"busy {share(p['busy'])}, "
         f"KV {share(p['kv_used_mean'])} (at most {share(p['kv_used_max'])})"
         for p in use["pools"]
     ]
@@ -153,8 +155,9 @@ def headline(about: dict[str, Any]) -> str:
         if slo[key] is not None
     ]
     return (
-        f"{about['cluster_name']}: {about['instances']} instances, {about['gpus']} GPUs; "
-        f"{about['trace']}: {about['requests']:,} requests in {about['trace_seconds']:,.0f} s, "
+        f"{about['cluster_name']}: {counted(about['instances'], 'instance')}, "
+        f"{counted(about['gpus'], 'GPU')}; {about['trace']}: "
+        f"{counted(about['requests'], 'request')} in {about['trace_seconds']:,.0f} s, "
         f"{about['mean_input_tokens']:,.0f} + {about['mean_output_tokens']:,.0f} tokens on average;"
         f" SLO: {', '.join(wanted) or 'none'}"
     )
