@@ -200,7 +200,7 @@ def test_pools_may_have_roles_of_their_own() -> None:
         ("pools: [{count: 1, hardware: x, hots-kv-tokens: 1}]",
          r"pools\[0\].hots-kv-tokens: .* \(did you mean host-kv-tokens"),
         ("pools: [{count: 1, hardware: abacus}]", "hardware abacus is not known.*write a100"),
-        ("pools: [{count: 1, hardware: 'h100:llama3.1-8b:bf17'}]", "place of bf17 write bf16 or fp8;"),
+        ("pools: [{count: 1, hardware: 'h100:llama3.1-8b:bf17'}]", "of bf17 write bf16 or fp8;"),
         ("pools: [{count: 1, hardware: 'h100:llama3.1-70b:bf16', tp: 1}]",
          "70b:bf16:tp1 does not hold the model, whose weights take 141 GB .* 72 GB .* write tp4"),
         ("pools: [{count: 1, hardware: 'h100:llama3.1-70b:bf16', tp: 3}]",

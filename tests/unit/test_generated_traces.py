@@ -271,6 +271,11 @@ def test_a_session_ends_where_its_prompt_would_be_too_long() -> None:
         ("rate=4,duration=4,system=100", "whole blocks"),
         ("rate=4,duration=4,lengths=/nowhere.csv", "cannot be read"),
         ("rate=4e6,duration=1h", "more than 5000000"),
+        ("rate=4,duration=1m,input=1e9", "input=1e.09 is more than max_input=128000"),
+        (
+            "rate=4,duration=1m,system=1024,max_input=1000",
+            "system=1024 is more than max_input=1000",
+        ),
         ("rate=1e-9,duration=1", "makes no request"),
     ],
 )

@@ -345,6 +345,25 @@ def test_slow_and_frozen_instances_are_slower_until_they_are_not(
         assert run["answered"] == 60 and run["e2e_s"]["p99"] > calm["e2e_s"]["p99"]
 
 
+def test_a_failure_that_cannot_happen_is_said_not_to(
+    small: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cluster, trace = small
+    once = with_faults(cluster, "[{at: 3s, crash: s-0, for: 4s}]")
+    alone = run_json(simulate.run, capsys, once, "--trace", trace)["runs"][0]
+    assert alone["idle_faults"] == []
+    twice = "{at: 3s, crash: s-0, for: 4s}, {at: 4s, slow: s-0, times: 9}"
+    found = with_faults(cluster, f"[{twice}, {{at: 500m, crash: s-1}}]")
+    run = run_json(simulate.run, capsys, found, "--trace", trace)["runs"][0]
+    assert run["idle_faults"] == [
+        "slow of s-0 at 4s did not happen: the instance was down",
+        "crash of s-1 at 30000s did not happen: the run was over by then",
+    ]
+    assert alone["simulated"]["digest"] == run["simulated"]["digest"]
+    assert simulate.run([found, "--trace", trace, "--out", str(tmp_path)]) == 0
+    assert "slow of s-0 at 4s did not happen" in capsys.readouterr().out
+
+
 def test_when_nobody_is_left_requests_end_in_errors(
     small: tuple[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -85,6 +85,12 @@ class GeneratedTrace:
             raise ConfigError(f"{PREFIX} needs a duration (10m) or a number of requests")
         if self.tide > 1 or (self.tide and self.rates):
             raise ConfigError(f"{PREFIX}tide is a share of the rate, up to 1, and not beside rates")
+        for name in ("system",) if self.pairs else ("input", "system"):
+            if getattr(self, name) > self.max_input:
+                raise ConfigError(
+                    f"{PREFIX}{name}={getattr(self, name):g} is more than "
+                    f"max_input={self.max_input:g}, which no prompt is longer than"
+                )
         if self.turns < 1:
             raise ConfigError(f"{PREFIX}turns={self.turns:g}: a session has at least one")
         if self.block < 16 or self.system % self.block:

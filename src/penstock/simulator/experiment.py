@@ -67,7 +67,7 @@ def run(
         arrivals = iter(list(arrivals))
     deployment = build(spec, seed, MODES[mode])
     prepare(deployment)
-    schedule(deployment, spec.faults, WARM_UP_S)
+    idle_faults = schedule(deployment, spec.faults, WARM_UP_S)
     world, service = deployment.world, deployment.service
     records, notes = Records(world, WARM_UP_S), _Notes(deployment)
     waiting = _Arrivals(world, records, arrivals)
@@ -89,6 +89,7 @@ def run(
         busy_s=np.array([deployment.busy_s(name) for name in deployment.instances]),
         end_of_run_s=world.now - WARM_UP_S,
         gaps=records.gaps,
+        idle_faults=idle_faults,
         events=world.events.num_done,
         digest=world.digest.hexdigest(),
         wall_s=time.perf_counter() - began_s,

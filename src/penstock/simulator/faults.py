@@ -11,14 +11,23 @@ from penstock.simulator.spec import FaultSpec
 _FOR_GOOD_S = 1e9
 
 
-def schedule(deployment: Deployment, faults: tuple[FaultSpec, ...], begins_s: float) -> None:
-    """`begins_s`: when on the world's clock the first request arrives."""
+def schedule(
+    deployment: Deployment, faults: tuple[FaultSpec, ...], begins_s: float
+) -> dict[FaultSpec, str]:
+    """`begins_s`: when on the world's clock the first request arrives. What is returned says, when
+    the world has been run, which did not happen, and why."""
+    idle = dict.fromkeys(faults, "the run was over by then")
     for fault in faults:
-        deployment.world.at(begins_s + fault.at_s, partial(_happen, deployment, fault))
+        deployment.world.at(begins_s + fault.at_s, partial(_happen, deployment, fault, idle))
+    return idle
 
 
-def _happen(deployment: Deployment, fault: FaultSpec) -> None:
+def _happen(deployment: Deployment, fault: FaultSpec, idle: dict[FaultSpec, str]) -> None:
     world, name = deployment.world, fault.instance
+    if not world.lives(name):
+        idle[fault] = "the instance was down"
+        return
+    idle.pop(fault, None)
     match fault.kind:
         case "crash":
             world.kill(name, noticed_by=SERVICE)

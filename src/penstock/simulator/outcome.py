@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from penstock.simulator.gaps import GapHistogram
-from penstock.simulator.spec import ClusterSpec
+from penstock.simulator.spec import ClusterSpec, FaultSpec
 
 Floats = npt.NDArray[np.float64]
 
@@ -61,6 +61,8 @@ class Outcome:
     end_of_run_s: float = 0.0
     #: Between two tokens as clients saw them; tokens that came together share what passed.
     gaps: GapHistogram = field(default_factory=GapHistogram)
+    #: What the spec asks for and did not happen, with the reason.
+    idle_faults: dict[FaultSpec, str] = field(default_factory=dict)
     #: Events on the virtual clock, and seconds and CPU seconds that the run took in the real world.
     events: int = 0
     wall_s: float = 0.0

@@ -33,6 +33,8 @@ from penstock.simulator.spec import ClusterSpec, PoolSpec
 _AT_ONCE_S = 0.001
 #: Fewer measured steps say little.
 _ENOUGH_STEPS = 32
+#: More is a slip of the finger, and would fill the memory.
+_MOST_INSTANCES = 9999
 CHANGES = "policy, pd, instances, ttft_slo, tpot_slo, without, speed"
 
 
@@ -133,12 +135,14 @@ def change(case: Case, words: str) -> Case:
 
 
 def _instances(case: Case, how: str) -> Case:
-    if not re.fullmatch(r"[+-]?\d{1,4}", how):
+    if not re.fullmatch(r"[+-]?\d{1,9}", how):
         raise ConfigError(f"--change instances={how}: write +1, -1 or a number")
     have = len(case.instances) + case.copies
     wanted = have + int(how) if how[0] in "+-" else int(how)
-    if wanted < 1:
-        raise ConfigError(f"--change instances={how}: {wanted} instances cannot serve anything")
+    if not 1 <= wanted <= _MOST_INSTANCES:
+        raise ConfigError(
+            f"--change instances={how}: {wanted} instances; there may be 1 to {_MOST_INSTANCES}"
+        )
     kept = case.instances[:wanted]
     faults = tuple(fault for fault in case.faults if fault.instance in kept)
     return replace(case, instances=kept, copies=wanted - len(kept), faults=faults)

@@ -28,6 +28,7 @@ import numpy as np
 
 from penstock.loadgen.costs import hardware_or_file
 from penstock.simulator.outcome import Floats, Outcome, Sample
+from penstock.simulator.quantities import text_of
 from penstock.simulator.report.unmet import held
 from penstock.simulator.spec import ClusterSpec
 
@@ -78,6 +79,10 @@ def metrics(outcome: Outcome, speed: float = 1.0) -> dict[str, Any]:
         "resumed": outcome.resumed,
         "preemptions": outcome.preemptions,
         "recomputed_tokens": outcome.recomputed_tokens,
+        "idle_faults": [
+            f"{fault.kind} of {fault.instance} at {text_of(fault.at_s)} did not happen: {why}"
+            for fault, why in outcome.idle_faults.items()
+        ],
         "role_changes": [
             {"at_s": round(c.at_s, 3), "instance": c.instance, "role": c.role}
             for c in outcome.role_changes

@@ -102,7 +102,7 @@ def pool_lines(run: Run) -> list[str]:
             f"average, busy {share(r['busy'])}"
             for r in use["roles"]
         ]
-    return lines + [line for line in [held_line(run)] if line]
+    return lines + [line for line in [held_line(run), *run["idle_faults"]] if line]
 
 
 def name_of(run: Run) -> str:
