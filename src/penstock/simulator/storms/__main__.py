@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 import sys
 import time
 from dataclasses import replace
@@ -20,10 +21,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     logging.getLogger("penstock").setLevel(logging.CRITICAL)
     drawn, flag = (hurricane_of, "--hurricane ") if options.hurricane else (storm_of, "")
-    first, _, last = options.seeds.partition("-")
+    seeds: range = options.seeds
     failed = 0
     began_s = time.perf_counter()
-    seeds = range(int(first), int(last or first) + 1)
     for seed in seeds:
         storm = _only(drawn(seed), options.only)
         verdict = play(storm, until_s=options.until)
@@ -47,11 +47,13 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def _only(storm: Storm, only: str | None) -> Storm:
+def _only(storm: Storm, only: tuple[int, ...] | None) -> Storm:
     if only is None:
         return storm
-    kept = [int(number) for number in only.split(",") if number]
-    return replace(storm, faults=tuple(storm.faults[number] for number in kept))
+    most = len(storm.faults) - 1
+    if beyond := [number for number in only if number > most]:
+        _parser().error(f"--only {beyond[0]}: the faults of this storm are 0 to {most}")
+    return replace(storm, faults=tuple(storm.faults[number] for number in only))
 
 
 def _summary(v: Verdict) -> str:
@@ -61,11 +63,27 @@ def _summary(v: Verdict) -> str:
     )
 
 
+def _seeds(text: str) -> range:
+    match = re.fullmatch(r"(\d{1,18})(?:-(\d{1,18}))?", text)
+    found = range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a seed nor like 0-999")
+    return found
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    if not re.fullmatch(r"(\d{1,9}(,\d{1,9})*)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not like 0,2")
+    return tuple(int(number) for number in text.split(",") if number)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m penstock.simulator.storms")
-    parser.add_argument("seeds", help="SEED, or FIRST-LAST")
+    parser.add_argument("seeds", type=_seeds, help="SEED, or FIRST-LAST")
     parser.add_argument("--hurricane", action="store_true", help="many faults at once")
-    parser.add_argument("--only", help="leave out all faults but these, by number: 0,2")
+    parser.add_argument(
+        "--only", type=_numbers, help="leave out all faults but these, by number: 0,2"
+    )
     parser.add_argument("--until", type=float, help="stop after so many virtual seconds")
     return parser
 
