@@ -255,7 +255,7 @@ def test_the_command_speaks_to_people_and_to_programs(tmp_path: Path, cost: str,
         (["--hardware", "abacus"], "in place of abacus write a100 or"),
         (["--hardware", "h100:llama3.1-8b"], "h100:llama3.1-8b:bf16:tp1, h100:llama3.1-8b:bf16"),
         (["--model-cost", "nothing.json"], "^nothing.json cannot be read: No such"),
-        (["--rate", "0"], "--rate 0 has to be more than 0"),
+        (["--speed", "0"], "--speed 0 has to be more than 0"),
         (["--link-gbit", "-1"], "--link-gbit -1 has to be more than 0"),
     ],
 )

@@ -4,6 +4,9 @@ and with what people get wrong."""
 from __future__ import annotations
 
 import json
+import re
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import pytest
 from penstock.cli import main, plan, simulate
 from penstock.protocol.errors import ConfigError
 from penstock.simulator.prices import DEFAULT_USD, prices_of
+from penstock.simulator.report import html
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 CLUSTER, TRACE = str(EXAMPLES / "simulate.yaml"), str(EXAMPLES / "azure_code_5min.csv")
@@ -57,6 +61,21 @@ def test_the_example_runs_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "<title>Simulation: four H100s</title>" in (
         tmp_path / "new" / "out" / "report.html"
     ).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_missing_plots_are_said_to_be_where_the_report_is(
+    small: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch,
+    there: bool,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(html, "find_plots", lambda: None)
+    monkeypatch.setattr(simulate, "find_plots", lambda: html if there else None)
+    assert simulate.run([small[0], "--trace", small[1], "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out.splitlines()[-1]
+    command = re.search(r"without plots: (.*) -m pip install matplotlib", said)
+    assert (command is None) == there
+    if command:
+        assert Path(*shlex.split(command[1])).samefile(sys.executable)
 
 
 def test_setups_are_compared_each_with_each(
@@ -163,6 +182,7 @@ def test_scale_mode_comes_to_the_same(
         (["--trace", TRACE, "--window", "0s"], "--window has to be more than 0"),
         (["--trace", TRACE, "--mode", "fast"], "invalid choice: 'fast'"),
         (["--trace", TRACE, "--out", "/dev/null/x"], "--out /dev/null/x cannot be made"),
+        (["--trace", TRACE, "--json", "--out", "-"], "--out is a folder: --json prints"),
         (["--trase", TRACE], r"no flag --trase \(did you mean --trace\?\)"),
     ],
 )

@@ -17,7 +17,7 @@ from penstock.simulator.outcome import Outcome, RoleChange, Sample
 from penstock.simulator.planner import Measure
 from penstock.simulator.report import table
 from penstock.simulator.report.comparison import sweep
-from penstock.simulator.report.html import NO_PLOTS, render, to_json
+from penstock.simulator.report.html import NO_PLOTS, find_plots, render, to_json
 from penstock.simulator.report.metrics import metrics, rate_at, usd_per_hour
 from penstock.simulator.spec import ClusterSpec, PoolSpec
 
@@ -300,3 +300,4 @@ def test_without_matplotlib_the_page_says_how_to_get_plots(monkeypatch) -> None:
     page = Page(render(report(runs)))
     assert "svg" not in page.tags and NO_PLOTS in "".join(page.text)
     assert all(cell in "".join(page.text) for cell in table.cells(runs[0]))
+    assert find_plots() is None

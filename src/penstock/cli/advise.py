@@ -36,7 +36,7 @@ def make_parser() -> Parser:
     add("--hardware", metavar="NAME", help=f"a known cost model ({_HARDWARE})")
     add("--model-cost", metavar="FILE", help="or one of your own, in JSON")
     add("--slo", metavar="TIMES", help="ttft=1s,tpot=50ms")
-    add("--rate", metavar="X", help="the trace X times as fast (1)")
+    add("--speed", metavar="X", help="the trace X times as fast (1)")
     add("--window", metavar="TIME",
         help="the busiest stretch alone: seconds, 10m, or all (2m)",
     )  # fmt: skip
@@ -62,7 +62,7 @@ def run(arguments: Sequence[str]) -> int:
         max_running=getattr(flags, "max_running", 256),
         link_gbit=number_of(getattr(flags, "link_gbit", "100"), "--link-gbit"),
         window_s=window_of(flags, _WINDOW_S),
-        rate=number_of(getattr(flags, "rate", "1"), "--rate"),
+        speed=number_of(getattr(flags, "speed", "1"), "--speed"),
         mode="scale" if "scale" in MODES else "exact",
     )
     requests = read(flags.trace)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +28,7 @@ from penstock.simulator.cluster_file import read_cluster
 from penstock.simulator.experiment import MODES
 from penstock.simulator.quantities import seconds_of
 from penstock.simulator.report import comparison, table
-from penstock.simulator.report.html import render, to_json
+from penstock.simulator.report.html import find_plots, render, to_json
 
 _OUT = "simulate-report"
 T = TypeVar("T")
@@ -69,6 +70,8 @@ def run(arguments: Sequence[str]) -> int:
     for_programs = hasattr(flags, "json")
     out = Path(flags.out if hasattr(flags, "out") else _OUT).expanduser()
     writes = hasattr(flags, "out") or not for_programs
+    if str(out) == "-":
+        raise ConfigError("--out is a folder: --json prints the report to standard output")
     if not hasattr(flags, "trace"):
         raise ConfigError("which trace? --trace FILE, such as examples/azure_code_5min.csv")
     runs = _tasks(flags)
@@ -93,7 +96,18 @@ def run(arguments: Sequence[str]) -> int:
     console = Console(soft_wrap=True)
     table.print_tables(report, wide(console))
     console.print(f"\n{out / 'report.html'} and {out / 'report.json'} hold all of it", markup=False)
+    if find_plots() is None:
+        console.print(
+            f"report.html is without plots: {_python()} -m pip install matplotlib, and run again",
+            markup=False,
+        )
     return 0
+
+
+def _python() -> str:
+    """The one that we run in, as short as a shell here finds it."""
+    here, ours = Path.cwd(), Path(sys.executable)
+    return shlex.quote(str(ours.relative_to(here) if ours.is_relative_to(here) else ours))
 
 
 def _tasks(flags: Namespace) -> list[comparison.Task]:

@@ -48,7 +48,7 @@ class Question:
     #: The busiest stretch of so many seconds is simulated; None: all of it.
     window_s: float | None = 120.0
     #: The trace comes so many times as fast.
-    rate: float = 1.0
+    speed: float = 1.0
     mode: str = "exact"
 
     @property
@@ -98,7 +98,7 @@ def advise(
     progress: Progress = lambda shares: None,
 ) -> Advice:
     """Raises `ConfigError` where no setup could ever keep the SLOs."""
-    chosen = busiest(faster(requests, question.rate), question.window_s)
+    chosen = busiest(faster(requests, question.speed), question.window_s)
     work = _work(chosen, question)
     least = _check_possible(chosen, question)
     setups = _setups(question)

@@ -19,7 +19,7 @@ from penstock.simulator.report.table import (
     sweep_lines,
 )
 
-NO_PLOTS = "There are no plots: pip install 'penstock[plots]' brings matplotlib, which draws them."
+NO_PLOTS = "There are no plots: pip install matplotlib, where penstock is, brings what draws them."
 #: Runs with plots of their own.
 _DETAILED = 24
 _PAGE = """<!DOCTYPE html>
@@ -51,7 +51,7 @@ pre {{ overflow-x: auto; border: 1px solid var(--line); padding: 0.8rem; }}
 
 def render(report: dict[str, Any]) -> str:
     """The page. Names in it may come from anybody: all text is escaped."""
-    plots = _plots()
+    plots = find_plots()
     about = report["about"]
     parts = [
         _tag("h1", "Simulation: " + about["cluster_name"]),
@@ -79,7 +79,7 @@ def render(report: dict[str, Any]) -> str:
     return _PAGE.format(title=escape("Simulation: " + about["cluster_name"]), body="\n".join(parts))
 
 
-def _plots() -> ModuleType | None:
+def find_plots() -> ModuleType | None:
     """None without matplotlib."""
     try:
         from penstock.simulator.report import plots
