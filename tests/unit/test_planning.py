@@ -132,9 +132,11 @@ def test_what_comes_nearest_is_known_where_nothing_does() -> None:
 
 def test_neighbours() -> None:
     a = Shape("a", 1, 1.0, prefill_share=0.5)
-    assert smaller(Candidate(a, 1, "off")) == [] and smaller(Candidate(a, 2, "auto")) == []
+    one = Candidate(a, 1, "off")
+    assert smaller(one) == []
+    assert all(smaller(Candidate(a, 2, pd)) == [one] for pd in ("off", "auto", "1:1"))
+    assert cheaper(Candidate(a, 2, "1:1"), {one: 0.3}) == (one, 0.3)
     assert [c.pd for c in smaller(Candidate(a, 4, "2:2"))] == ["1:2", "2:1"]
-    assert [c.pd for c in smaller(Candidate(a, 2, "1:1"))] == []
     assert larger(Candidate(a, 4, "1:3")).pd == "2:3" and larger(Candidate(a, 4, "3:1")).pd == "3:2"
     assert larger(Candidate(a, 4, "auto")) == Candidate(a, 5, "auto")
     tried = {Candidate(a, 3, "1:2"): 0.7, Candidate(a, 3, "2:1"): 0.8, Candidate(a, 3, "off"): 0.9}

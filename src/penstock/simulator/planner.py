@@ -345,11 +345,12 @@ class Planner:
 
 
 def smaller(candidate: Candidate) -> list[Candidate]:
-    """One instance less; of a split, of either side."""
+    """One instance less; of a split, of either side. Of two, one is left, which does both."""
     shape, count = candidate.shape, candidate.count - 1
+    if count <= 1:
+        return [Candidate(shape, count, "off")] if count else []
     if candidate.kind != "split":
-        least = 1 if candidate.kind == "off" else 2
-        return [Candidate(shape, count, candidate.pd)] if count >= least else []
+        return [Candidate(shape, count, candidate.pd)]
     prefill, decode = (int(n) for n in candidate.pd.split(":"))
     found = [(prefill - 1, decode), (prefill, decode - 1)]
     return [Candidate(shape, count, f"{p}:{d}") for p, d in found if p and d]

@@ -10,7 +10,7 @@ would still be of interest is left where it is.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -320,19 +320,19 @@ class Search:
 
 
 def cheaper(candidate: Candidate, attained: Attained) -> tuple[Candidate, float] | None:
-    """The best of its line with one instance less, and what it attained; None: none was tried."""
-    near = _of_line(candidate, attained)
-    less = [(share, c) for c, share in near if c.count == candidate.count - 1]
+    """The best of its line with one instance less, and what it attained; None: none was tried. Of
+    two, one is left, which does both."""
+    count = candidate.count - 1
+    kind = candidate.kind if count > 1 else "off"
+    less = [
+        (share, c)
+        for c, share in attained.items()
+        if (c.shape, c.kind, c.count) == (candidate.shape, kind, count)
+    ]
     if not less:
         return None
     share, found = max(less, key=lambda x: x[0])
     return found, share
-
-
-def _of_line(candidate: Candidate, attained: Attained) -> Iterable[tuple[Candidate, float]]:
-    for c, share in attained.items():
-        if c.shape == candidate.shape and c.kind == candidate.kind:
-            yield c, share
 
 
 def larger(candidate: Candidate) -> Candidate:
