@@ -89,7 +89,7 @@ def _hardware(flags: Namespace) -> str:
 def _text(advice: Advice, trace: str) -> str:
     found, work, q = as_dict(advice), advice.work, advice.question
     lines = [
-        f"{trace}: {work['requests']:.0f} requests in {work['seconds']:.0f} s, "
+        f"{trace}: {counted(int(work['requests']), 'request')} in {work['seconds']:.0f} s, "
         f"{work['mean_prompt_tokens']:.0f} prompt and {work['mean_output_tokens']:.0f} output "
         "tokens on average",
         f"{counted(q.instances, 'instance')} of {q.model.name}; SLO: TTFT {q.ttft_slo_s:g} s, "

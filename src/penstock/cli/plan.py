@@ -139,7 +139,8 @@ def _print(report: dict[str, Any], console: Console) -> None:
     slo, busiest = report["slo"], report["busiest"]
     wanted = f"{100 * slo['attainment']:g}%"
     lines = [
-        f"{report['trace']}: {report['requests']:,} requests in {report['seconds']:,.0f} s; "
+        f"{report['trace']}: {counted(report['requests'], 'request')} in "
+        f"{report['seconds']:,.0f} s; "
         f"{wanted} of them within TTFT {ms(slo['ttft_s'])} and TPOT {ms(slo['tpot_s'])}",
     ]
     if not busiest["is_whole"]:

@@ -271,7 +271,8 @@ def _what_would_do(best: Simulated, question: Question, least: Reach) -> list[st
         )
     ttft, tpot = (ms(s) if math.isfinite(s) else "none at all" for s in best.held_s)
     held = f"{_ENOUGH} had a TTFT of up to {ttft}, and {_ENOUGH} a TPOT of up to {tpot}"
-    return [first, f"with {best.setup}, {held}"]
+    setup = "everything together" if best.setup == "together" else best.setup
+    return [first, f"with {setup}, {held}"]
 
 
 def as_dict(advice: Advice) -> dict[str, Any]:
