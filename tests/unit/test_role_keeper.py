@@ -108,8 +108,10 @@ def test_a_change_that_makes_things_worse_is_taken_back() -> None:
             c.keeper.arrived(c.now, 600)
         c.run(0.25)
     assert c.said[0][1].role != "any"
+    c.end_requests(50, kept=0)
+    c.run(4.0)
+    assert c.keeper.num_rollbacks == 0  # they waited for who was there before
     c.end_requests(5, kept=0)
-    num_said = len(c.said)
     c.run(0.5)
     assert c.keeper.num_rollbacks == 0  # too few to judge by
     num_said = len(c.said)

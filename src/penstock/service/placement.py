@@ -173,12 +173,18 @@ class Placement:
 
     def relieve(self, instance: Instance, now: float) -> list[Effect]:
         """An instance that drains hands over what it has, and one that turns from decode to prefill
-        what it decodes; a few at a time, so that those who take it in keep their pace."""
+        what it decodes; a few at a time, so that those who take it in keep their pace. One that
+        turns from prefill to decode ends its prompts, but those that wait behind all others."""
         if instance.leaving_since_s is not None or instance.draining:
             because, leaving = f"{instance.name} drains", list(instance.entries.values())
         elif instance.role == "decode_to_prefill":
             because = f"{instance.name} is to prefill"
             leaving = [e for e in instance.entries.values() if not e.queued_tokens]
+        elif instance.role == "prefill_to_decode":
+            late = [e for e in instance.entries.values() if e.deferred and e.queued_tokens]
+            late = late[: self._config.migrated_at_once] if self._able(avoid=instance.name) else []
+            because, avoid = f"{instance.name} is to decode", instance.name
+            return [effect for e in late for effect in self._place_again(e, now, because, avoid)]
         else:
             return []
         effects: list[Effect] = []
@@ -223,13 +229,17 @@ class Placement:
                 break
             self._deferred.popleft()
             if waits and not entry.overdue:
-                assert entry.instance is not None
                 entry.overdue = True
-                cancel = Send(entry.instance, Cancel(entry.key, entry.attempt))
-                freed = self._unplace(entry, "overdue", now)
-                entry.because = "overdue"
-                effects += [*freed, *self._place(entry, now), cancel]
+                effects += self._place_again(entry, now, "overdue")
         return effects
+
+    def _place_again(self, entry: Entry, now: float, because: str, avoid: str = "") -> list[Effect]:
+        """Of one that waits for its turn."""
+        assert entry.instance is not None
+        cancel = Send(entry.instance, Cancel(entry.key, entry.attempt))
+        freed = self._unplace(entry, because, now)
+        entry.because = because
+        return [*freed, *self._place(entry, now, avoid=avoid), cancel]
 
     def hand_over(self, entry: Entry, now: float) -> list[Effect]:
         """The prompt is computed and the first token is out: the rest is for another instance. It

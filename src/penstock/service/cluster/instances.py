@@ -165,7 +165,7 @@ class Instance:
     def is_left(self) -> bool:
         """Something that runs there is to go on elsewhere."""
         leaves = self.draining or self.leaving_since_s is not None
-        return leaves or self.role == "decode_to_prefill"
+        return leaves or self.role in ("decode_to_prefill", "prefill_to_decode")
 
     @property
     def decodes(self) -> bool:

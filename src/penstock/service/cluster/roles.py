@@ -53,9 +53,11 @@ class RoleKeeperConfig:
     every_s: float = 0.5
     #: An Assign that has shown no effect is said again after this long.
     repeat_s: float = 1.0
-    #: A change is taken back where of the requests that came after it fewer are within their SLOs
-    #: than before, by `worse_by`, as soon as `judged_after` have ended and within
-    #: `judged_within_s`; nothing else is changed for `hold_s` then.
+    #: A change is taken back where of the requests that came `settled_s` after it or later fewer
+    #: are within their SLOs than before, by `worse_by`, as soon as `judged_after` have ended and
+    #: within `judged_within_s`; nothing else is changed for `hold_s` then. (Who comes sooner waits
+    #: for those that were there before.)
+    settled_s: float = 3.0
     worse_by: float = 0.15
     judged_after: int = 20
     judged_within_s: float = 15.0
@@ -80,8 +82,8 @@ class Attainment:
             self.num_new += 1
             self.num_new_kept += kept
 
-    def changed(self, now: float) -> None:
-        self._changed_s, self.num_new, self.num_new_kept = now, 0, 0
+    def changed(self, at_s: float) -> None:
+        self._changed_s, self.num_new, self.num_new_kept = at_s, 0, 0
 
     def share_since(self, earlier: Attainment) -> float | None:
         asked = self.num_asked - earlier.num_asked
@@ -291,7 +293,7 @@ class RoleKeeper:
         share = attainment.share_since(self._checkpoint)
         assert share is not None
         rate = work.requests_per_s
-        attainment.changed(now)
+        attainment.changed(now + self.config.settled_s)
         self._trial = _Trial({instance.name: instance.role}, now, share, attainment.copy(), rate)
 
     def _taken_back(
@@ -304,7 +306,7 @@ class RoleKeeper:
         if any(i.role in _FINAL and i.name in trial.roles_before for i in instances):
             # Until it has come to its new role it is no better than before.
             trial.began_s = now
-            attainment.changed(now)
+            attainment.changed(now + config.settled_s)
             return []
         ended = attainment.num_new
         late = now - trial.began_s > config.judged_within_s

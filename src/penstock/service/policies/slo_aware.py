@@ -113,8 +113,8 @@ def _has_room(k: _Stakes) -> bool:
 def _when_it_decodes(o: Outlook, request: RouteRequest) -> Outlook:
     """Who is still to come is not there all at once, and by then others have gone: who decodes goes
     at a rate of one in the time that an answer takes, and who is to come does so evenly over the
-    time that prompts wait. Whoever finds all slots taken waits until one is free, of so many that
-    go on for as long as it does."""
+    time that prompts wait. Whoever finds all slots taken waits until enough of them have gone; that
+    is too long for the TPOT if it is for a short answer, which has few tokens to share it among."""
     view, s, tpot_s, running = o.view, o.speeds, o.tpot_s, o.view.running
     if view.coming is not None and view.coming_tokens is not None and some(view.coming):
         prefilling = PREFILL[view.roles]
@@ -129,7 +129,7 @@ def _when_it_decodes(o: Outlook, request: RouteRequest) -> Outlook:
         running = running - less
     before = running + 1.0 - view.max_running
     if float(before.max()) > 0.0:
-        tpot_s = tpot_s * (1.0 + np.maximum(before, 0.0) / view.max_running)
+        tpot_s = tpot_s * (1.0 + np.maximum(before, 0.0) / (_SHORT_ANSWER * view.max_running))
     return o if tpot_s is o.tpot_s else replace(o, tpot_s=tpot_s)
 
 
@@ -227,6 +227,8 @@ def _paced_s(o: Outlook, request: RouteRequest) -> Floats:
 _BROKEN_S = 1e6
 #: Of the TTFT wanted: predictions err, and who is placed to be just in time is late half the time.
 _IN_TIME = 0.85
+#: Of the usual answer: nine of ten are longer, where lengths are exponential.
+_SHORT_ANSWER = 0.1
 #: The share of their time that prompts take at those who prefill, below which the load is light.
 _LIGHT = 0.05
 
