@@ -1,12 +1,15 @@
 """Dynamic against static prefill-decode disaggregation: request rate at 90% SLO attainment.
 
     python -m benchmarks.pd_sweep [--traces DIR] [--trace azure_code] [--groups dynamic,static]
-        [--check] [--mode scale] [--best] [--jobs 2] [--json FILE] [--plot FILE]
+        [--only "6:2, least"] [--seeds 3] [--check] [--mode scale] [--best] [--jobs 2]
+        [--json FILE] [--plot FILE]
 
 Everything that is compared stands in experiments/pd_azure.yaml: model, hardware, SLOs, windows of
 the traces, setups. For each setup the trace is sped up until the wanted share of requests no longer
 keeps both SLOs; the rate there is interpolated between two steps of speed. The production cores run
-on a virtual clock (`penstock.simulator`): one seed, one history.
+on a virtual clock (`penstock.simulator`): one seed, one history. Near the limit histories of
+seeds (and of speeds that are almost the same) differ by some percent of the requests, so that with
+`--seeds` it is the mean over several that counts.
 """
 
 from __future__ import annotations
@@ -92,13 +95,15 @@ def stretch(path: Path, window_s: list[float]) -> list[TraceRequest]:
 
 @dataclass(frozen=True)
 class Point:
-    """One run, in numbers; `roles` is [second, instance, role] for each change."""
+    """One run, in numbers; `roles` is [second, instance, role] for each change. Of several seeds
+    shares within the SLOs are means, with those of each seed beside; all else is of the first."""
 
     speed: float
     requests_per_s: float
     attained: float
     ttft_attained: float
     tpot_attained: float
+    attained_by_seed: list[float]
     ttft_p50_s: float
     ttft_p90_s: float
     ttft_p99_s: float
@@ -118,8 +123,14 @@ def measure(
     speed: float,
 ) -> Point:
     faster = [replace(r, arrival_s=r.arrival_s / speed) for r in requests]
-    outcome = run(spec_of(experiment, setup), faster, seed=experiment["seed"], mode=mode)
-    return point(outcome, experiment["slo"], speed, len(requests) / span_s * speed)
+    rate, first = len(requests) / span_s * speed, experiment["seed"]
+    points = []
+    for seed in range(first, first + experiment.get("seeds", 1)):
+        outcome = run(spec_of(experiment, setup), faster, seed=seed, mode=mode)
+        points.append(point(outcome, experiment["slo"], speed, rate))
+    shares = ("attained", "ttft_attained", "tpot_attained")
+    means = {share: float(np.mean([getattr(p, share) for p in points])) for share in shares}
+    return replace(points[0], attained_by_seed=[round(p.attained, 4) for p in points], **means)
 
 
 def point(outcome: Outcome, slo: dict[str, float], speed: float, rate: float) -> Point:
@@ -132,6 +143,7 @@ def point(outcome: Outcome, slo: dict[str, float], speed: float, rate: float) ->
         attained=float(outcome.attained(slo["ttft_s"], slo["tpot_s"]).mean()),
         ttft_attained=float((ttft_s <= slo["ttft_s"]).mean()),
         tpot_attained=float((np.isnan(tpot_s) | (tpot_s <= slo["tpot_s"])).mean()),
+        attained_by_seed=[],
         ttft_p50_s=float(p50_s),
         ttft_p90_s=float(p90_s),
         ttft_p99_s=float(p99_s),
@@ -343,6 +355,8 @@ def main() -> None:
     parser.add_argument("--traces", type=Path, default=TRACES, help="folder of Azure's traces")
     parser.add_argument("--trace", action="append", help="one of the experiment's; default: all")
     parser.add_argument("--groups", help="comma-separated; default: all of the experiment's")
+    parser.add_argument("--only", default="", help="setups with this in their names")
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each, whose mean counts")
     parser.add_argument("--check", action="store_true", help="the windows kept for checking")
     parser.add_argument("--mode", choices=MODES, default="exact", help="of the simulator")
     parser.add_argument(
@@ -353,13 +367,17 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     flags = parser.parse_args()
     experiment = yaml.safe_load(EXPERIMENT.read_text())
+    experiment["seeds"] = flags.seeds
     groups = flags.groups.split(",") if flags.groups else list(experiment["setups"])
     window = "check_s" if flags.check else "window_s"
     names = flags.trace or experiment["traces"]
     needs.traces(flags.traces / experiment["traces"][name]["file"] for name in names)
     needs.packages(*["matplotlib"] * (flags.plot is not None))
     work = [
-        (trace, setup) for trace in names for setup in setups(experiment) if setup.group in groups
+        (trace, setup)
+        for trace in names
+        for setup in setups(experiment)
+        if setup.group in groups and flags.only in setup.name
     ]
     limits: list[Limit] = []
     with ProcessPoolExecutor(flags.jobs) as pool:
