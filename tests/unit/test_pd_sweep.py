@@ -15,7 +15,7 @@ def measured(breaks_at: float):
     def at(speed: float) -> Point:
         rate = 10.0 * speed
         attained = min(1.0, 0.9 * (breaks_at / rate) ** 2)
-        return Point(speed, rate, attained, attained, 1.0, 0, 0, 0, 0, 0, 0, [], 0.0)
+        return Point(speed, rate, attained, attained, 1.0, [], 0, 0, 0, 0, 0, 0, [], 0.0)
 
     return at
 
