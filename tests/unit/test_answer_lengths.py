@@ -48,6 +48,12 @@ def test_lengths_are_right_soon_after_a_start(kind: str) -> None:
     assert np.quantile(true, 0.1) / 2 < lengths.short_tokens < 2 * np.quantile(true, 0.1)
 
 
+@pytest.mark.parametrize("length", [255, 1000])
+def test_answers_that_are_all_alike_are_known_for_it(length: int) -> None:
+    lengths = served(lambda: length, 3 * length, per_step=1)
+    assert lengths.mean_tokens == pytest.approx(length, rel=0.1)
+
+
 def test_nothing_is_said_of_answers_before_some_have_ended() -> None:
     lengths = served(lambda: 1000, 500)
     assert lengths.mean_tokens == 0.0 and lengths.short_tokens == math.inf

@@ -140,6 +140,21 @@ def test_a_change_is_not_blamed_for_what_came_before_it() -> None:
     assert c.keeper.num_rollbacks == 0 and sorted(c.roles) == ["decode", "prefill"]
 
 
+def test_a_change_that_never_comes_to_its_end_is_judged_all_the_same() -> None:
+    policy = RolesConfig(static=(2, 2), pause_s=0.0, turning_s=1e9)
+    c = Cluster(4, policy=policy, judged_after=10, judged_within_s=10.0)
+    c.end_requests(100, kept=90)
+    for instance in c.instances:
+        instance.others = Others(running=4)  # which nobody hands over
+    c.keeper.lead(1, 0.0)
+    for _ in range(80):
+        c.run(0.5)
+        c.end_requests(5, kept=0)
+        if c.keeper.num_rollbacks:
+            break
+    assert c.keeper.num_rollbacks >= 2 and c.now < 30.0
+
+
 def test_a_change_that_helps_stays() -> None:
     c = Cluster(2, judged_after=10)
     c.end_requests(100, kept=50)

@@ -287,3 +287,40 @@ def test_who_does_not_empty_itself_gets_the_old_role_back() -> None:
     back = decide_roles(view, prompts, plan.state, config, 31.0)
     assert back.rollback and (back.instance, back.role) == ("i2", "decode")
     assert "30" in back.reason or "31" in back.reason
+
+
+def test_all_that_turn_are_watched() -> None:
+    """In a first split several turn at once; each that does not empty itself goes back."""
+    busy = dict(running=[5, 5, 5, 5], running_tokens=[900, 800, 700, 600])
+    view, state = make_view(4, **busy), RoleState()
+    prompts = Work(requests_per_s=20, prompt_tokens_per_s=60_000, output_tokens_per_s=400)
+    config = replace(CONFIG, patience_s=0.0, turning_s=30.0)
+    while "any" in [ROLES[role] for role in view.roles]:
+        plan = decide_roles(view, prompts, state, config, 0.0)
+        view, state = turned(view, plan), plan.state
+    turning = [n for n, r in zip(view.names, view.roles) if ROLES[r] == "decode_to_prefill"]
+    assert len(turning) > 1
+    back = []
+    for _ in turning:
+        plan = decide_roles(view, prompts, state, config, 31.0)
+        assert plan.rollback
+        back.append(plan.instance)
+        view, state = turned(view, plan), plan.state
+    assert sorted(back) == sorted(turning)
+
+
+def test_nothing_is_split_before_it_is_known_how_long_answers_are() -> None:
+    unknown = Work(requests_per_s=20, prompt_tokens_per_s=60_000, output_tokens_per_s=0.0)
+    _, changes, _ = run(make_view(4), unknown, 60)
+    assert not changes
+    plan = decide_roles(make_view(4), unknown, RoleState(), CONFIG, 0.0)
+    assert "too few answers" in plan.reason
+
+
+def test_a_narrow_link_asks_for_more_who_decode() -> None:
+    """The KV of all prompts has to come to them, whatever they can compute."""
+    wide = make_view(8)
+    narrow = replace(wide, transfer=replace(wide.transfer, link_token_s=5e-5))
+    prompts = Work(requests_per_s=20, prompt_tokens_per_s=60_000, output_tokens_per_s=400)
+    splits = [counts(run(view, prompts, 120)[0]) for view in (wide, narrow)]
+    assert splits[1][1] > splits[0][1]

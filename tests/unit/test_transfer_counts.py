@@ -37,3 +37,14 @@ def test_what_a_link_can_do_is_seen_through_queues() -> None:
     # Waiting for who sends is no fault of the link, which is remembered better than that.
     fitter.moved([MoveCounts("tcp", blocks + 400, 0, 0, seconds + 1.0, busy_s + 1.0)])
     assert fitter.link_token_s == pytest.approx(token_s, rel=0.05)
+
+
+def test_a_new_process_counts_from_zero() -> None:
+    """Even one that has brought more than the old one by the time that it is heard of."""
+    fitter = TransferFitter()
+    fitter.moved([MoveCounts("tcp", 1000, 0, 0, 0.4, 0.2)])
+    fitter.restarted()
+    fitter.moved([MoveCounts("tcp", 1500, 0, 0, 0.2, 0.1)])
+    assert 0.0 < fitter.link_token_s <= 0.1 / (1500 * 16)
+    once_s, token_s = fitter.line("copy")
+    assert once_s >= 0.0 and token_s >= 0.0 and once_s + 1500 * 16 * token_s > 0.0

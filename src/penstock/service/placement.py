@@ -181,8 +181,10 @@ class Placement:
             because = f"{instance.name} is to prefill"
             leaving = [e for e in instance.entries.values() if not e.queued_tokens]
         elif instance.role == "prefill_to_decode":
+            if all(i.role in ("decode", "prefill_to_decode") for i in self._able()):
+                return []  # nobody would have them
             late = [e for e in instance.entries.values() if e.deferred and e.queued_tokens]
-            late = late[: self._config.migrated_at_once] if self._able(avoid=instance.name) else []
+            late = late[: self._config.migrated_at_once]
             because, avoid = f"{instance.name} is to decode", instance.name
             return [effect for e in late for effect in self._place_again(e, now, because, avoid)]
         else:

@@ -139,7 +139,8 @@ class Prospects:
         record = entry.record
         if record.kept_slo is not None:
             self.attainment.ended(entry.accepted_s, record.kept_slo)
-        if entry.emitted:
+        # Whoever was cut off would have said more: those that run count for as far as they came.
+        if entry.emitted and record.finish in ("stop", "length"):
             self.lengths.ended(len(entry.emitted))
 
     def _max_step_s(self, tpot_slo_s: float | None) -> float | None:

@@ -157,8 +157,8 @@ class Timeline:
                     whom = (_request(key),)
                     yield self._line(moment, text, requests=whom, instances=(peer, source.instance))
                 case Send(peer=peer, message=Assign(role=role)):
-                    plan = self.core.roles.plan
-                    why = (plan.reason,) if plan is not None and plan.instance == peer else ()
+                    reason = self.core.roles.reasons.get(peer)
+                    why = () if reason is None else (reason,)
                     text = f"{peer} is to be {role}"
                     yield self._line(moment, text, instances=(peer,), why=why)
                 case Send(peer=peer, message=Drain() | Detach() as message):

@@ -193,6 +193,7 @@ class Instance:
     def attached(self, card: InstanceCard, now: float, epoch: int = 0) -> None:
         if card.incarnation != self.incarnation:
             self.load, self.others, self.leaving_since_s = None, NO_OTHERS, None
+            self.experience.transfer.restarted()
             self.role, self.epoch, self.epoch_in_doubt = "any", 0, False
             self.found_epoch = epoch
             self.resync_sent_s = None

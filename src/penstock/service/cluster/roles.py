@@ -112,6 +112,8 @@ class _Trial:
     share_before: float
     attainment: Attainment
     requests_per_s: float
+    #: When they had come to their new roles.
+    took_s: float
 
 
 @dataclass(slots=True)
@@ -125,6 +127,8 @@ class RoleKeeper:
     forecast: Forecast = field(default_factory=Forecast)
     #: What was decided last, and why.
     plan: RolePlan | None = None
+    #: Of the changes made at the last look, by instance.
+    reasons: dict[str, str] = field(default_factory=dict)
     num_changes: int = 0
     num_rollbacks: int = 0
     _state: RoleState = field(default_factory=RoleState)
@@ -204,6 +208,7 @@ class RoleKeeper:
         work = self.forecast.work(now, mean_output_tokens)
         if back := self._taken_back(instances, attainment, work, now):
             return effects + back
+        self.reasons.clear()
         for _ in instances:
             plan = self.plan = decide_roles(view, self._of_all(work), self._state, policy, now)
             self._state = plan.state
@@ -217,6 +222,7 @@ class RoleKeeper:
             self.num_changes += 1
             self.num_rollbacks += plan.rollback
             effects.append(self._assign(instance, plan.role, now))
+            self.reasons[plan.instance] = plan.reason
             if instance.role != "any" and instance.role not in _FINAL:
                 break
             # Those without a role have none to give up and get theirs all at once; so do those that
@@ -282,7 +288,7 @@ class RoleKeeper:
     # --- proof ---------------------------------------------------------------------------------
 
     def _try(self, instance: Instance, attainment: Attainment, work: Work, now: float) -> None:
-        """A turn begins: it is judged by the share that was kept since the last one was judged."""
+        """A turn begins: it is judged by the share that was kept since the last trial began."""
         if instance.role in _FINAL:
             return  # it comes to its end, which was part of the turn
         if self._trial is not None:
@@ -294,7 +300,8 @@ class RoleKeeper:
         assert share is not None
         rate = work.requests_per_s
         attainment.changed(now + self.config.settled_s)
-        self._trial = _Trial({instance.name: instance.role}, now, share, attainment.copy(), rate)
+        before = {instance.name: instance.role}
+        self._trial = _Trial(before, now, share, attainment.copy(), rate, now)
 
     def _taken_back(
         self, instances: Sequence[Instance], attainment: Attainment, work: Work, now: float
@@ -303,13 +310,14 @@ class RoleKeeper:
         trial, config = self._trial, self.config
         if trial is None:
             return []
-        if any(i.role in _FINAL and i.name in trial.roles_before for i in instances):
+        turning = any(i.role in _FINAL and i.name in trial.roles_before for i in instances)
+        if turning and now - trial.began_s <= config.judged_within_s:
             # Until it has come to its new role it is no better than before.
-            trial.began_s = now
+            trial.took_s = now
             attainment.changed(now + config.settled_s)
             return []
         ended = attainment.num_new
-        late = now - trial.began_s > config.judged_within_s
+        late = now - trial.took_s > config.judged_within_s
         if ended < config.judged_after and not late:
             return []
         self._trial, self._checkpoint = None, trial.attainment

@@ -139,6 +139,10 @@ class TransferFitter:
         line = self._lines[way]
         return line.once_s, line.per_token_s
 
+    def restarted(self) -> None:
+        """The instance's new process counts from zero."""
+        self._copied = (0, 0.0, 0.0)
+
     def moved(self, moves: Sequence[MoveCounts]) -> None:
         """What an instance counts since its start. These are times of jobs: unlike those of a whole
         fetch they hold no waiting for prompts to be computed."""
@@ -146,8 +150,8 @@ class TransferFitter:
         blocks, seconds = sum([m.blocks for m in copies]), sum([m.seconds for m in copies])
         busy_s = sum([m.busy_s for m in copies])
         tokens = (blocks - self._copied[0]) * BLOCK_TOKENS
-        if tokens < 0:  # a new process counts from zero
-            self._copied = (0, 0.0, 0.0)
+        if tokens < 0:  # of a process that we have not met
+            self.restarted()
         elif tokens >= _MANY_TOKENS:
             seconds_of_these = seconds - self._copied[1]
             token_s = (busy_s - self._copied[2]) / tokens

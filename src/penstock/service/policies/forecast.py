@@ -95,9 +95,9 @@ class Forecast:
 
     def _close_bin(self) -> None:
         c, bins = self.config, self._bins + 1
-        # While there are few bins they weigh the same, as in a plain mean.
         # As many bins as hold so many requests that chance has little part in it.
-        level_s = min(max(_ENOUGH / max(self._level[0], 1e-9), c.burst_s), c.level_s)
+        level_s = min(max(c.bin_s * _ENOUGH / max(self._level[0], 1e-9), c.burst_s), c.level_s)
+        # While there are few bins they weigh the same, as in a plain mean.
         alpha = max(c.bin_s / level_s, 1.0 / bins)
         beta = c.bin_s / c.trend_s
         # The more arrivals a bin has, the less of it is chance.

@@ -50,6 +50,16 @@ class RolesConfig:
     turning_s: float = 60.0
 
 
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What an instance was told to become, when, and what it was before."""
+
+    name: str
+    at_s: float
+    before: Role
+    to: Role
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoleState:
     """What one decision leaves for the next one; begin with `RoleState()`."""
@@ -57,11 +67,14 @@ class RoleState:
     #: Since when a split with `better_prefill` prefill instances has looked better.
     better_since_s: float | None = None
     better_prefill: int = -1
-    #: The last turn: when, who, from which role to which.
+    #: When the last turn began or ended, and those that have not come to their end.
     turned_s: float = -np.inf
-    turned: str = ""
-    turned_from: Role = "any"
-    turned_to: Role = "any"
+    turns: tuple[Turn, ...] = ()
+
+    def turned(self, turn: Turn) -> RoleState:
+        """What was watched for a better split begins anew."""
+        turns = (*(t for t in self.turns if t.name != turn.name), turn)
+        return RoleState(turned_s=turn.at_s, turns=turns)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +98,7 @@ def decide_roles(
     view: ClusterView, work: Work, state: RoleState, config: RolesConfig, now: float
 ) -> RolePlan:
     """`work` is `Forecast.work(now)`; `now` is only compared with times in `state`."""
+    state = replace(state, turns=tuple(t for t in state.turns if not _is_over(view, t)))
     if (plan := _rolled_back(view, state, config, now)) is not None:
         return plan
     if (plan := _turned(view, state, now)) is not None:
@@ -273,10 +287,10 @@ def _adaptive(
     settled = pools.counts == (target, total - target)
     numbers = f"pressure {present:.2f} now, {splits[target]:.2f} with {target} P"
     kept = replace(state, better_since_s=None, better_prefill=-1)
-    if neutral and not load.answers_known:
-        return _stay(pools, kept, "too few answers have ended to know how long they are")
     if neutral and present < config.light_load:
         return _stay(pools, kept, f"the load is light: {numbers}", present, splits[target])
+    if neutral and not load.answers_known:
+        return _stay(pools, kept, "too few answers have ended to know how long they are")
     unsettled = not neutral and bool(pools.neutral.any())
     if settled or not (better or unsettled):
         return _stay(pools, kept, f"the split stays: {numbers}", present, splits[target])
@@ -372,7 +386,7 @@ def _towards(
         f"it is the cheapest with {int(view.running_tokens[i])} tokens running and "
         f"{int(view.queued_tokens[i])} queued"
     )
-    turned = RoleState(turned_s=now, turned=name, turned_from=before, turned_to=role)
+    turned = state.turned(Turn(name, now, before, role))
     return RolePlan(
         num_prefill=num_prefill,
         num_decode=num_decode,
@@ -401,7 +415,8 @@ def _turned(view: ClusterView, state: RoleState, now: float) -> RolePlan | None:
             final = PREFILL
         else:
             continue
-        kept = replace(state, turned_s=now, turned=name, turned_to=ROLES[final])
+        before = next((t.before for t in state.turns if t.name == name), ROLES[role])
+        kept = state.turned(Turn(name, now, before, ROLES[final]))
         return RolePlan(
             num_prefill=pools.counts[0],
             num_decode=pools.counts[1],
@@ -417,28 +432,35 @@ def _rolled_back(
     view: ClusterView, state: RoleState, config: RolesConfig, now: float
 ) -> RolePlan | None:
     """Give the old role back to one that has not taken its new one, or does not come to it."""
-    if not state.turned or state.turned not in view.names:
-        return None
-    i = view.names.index(state.turned)
-    since = now - state.turned_s
-    role = ROLES[int(view.roles[i])]
-    turning = view.roles[i] in (P_TO_D, D_TO_P)
-    if role != state.turned_to and since >= config.take_s:
-        why = f"it is still {role} {since:.1f} s after it was told to be {state.turned_to}"
-    elif turning and since >= config.turning_s:
-        why = f"it has not emptied itself in {since:.0f} s"
-    else:
-        return None
     pools = _Pools.of(view)
-    return RolePlan(
-        num_prefill=pools.counts[0],
-        num_decode=pools.counts[1],
-        instance=state.turned,
-        role=state.turned_from,
-        reason=f"{state.turned} goes back to {state.turned_from}: {why}",
-        rollback=True,
-        state=RoleState(turned_s=now),
-    )
+    for turn in state.turns:
+        role, since = ROLES[int(view.roles[view.names.index(turn.name)])], now - turn.at_s
+        if role != turn.to and since >= config.take_s:
+            why = f"it is still {role} {since:.1f} s after it was told to be {turn.to}"
+        elif role == turn.to and since >= config.turning_s:
+            why = f"it has not emptied itself in {since:.0f} s"
+        else:
+            continue
+        return RolePlan(
+            num_prefill=pools.counts[0],
+            num_decode=pools.counts[1],
+            instance=turn.name,
+            role=turn.before,
+            reason=f"{turn.name} goes back to {turn.before}: {why}",
+            rollback=True,
+            state=RoleState(
+                turned_s=now, turns=tuple(t for t in state.turns if t.name != turn.name)
+            ),
+        )
+    return None
+
+
+def _is_over(view: ClusterView, turn: Turn) -> bool:
+    """It has come to a role that stays, or its instance has gone."""
+    if turn.name not in view.names:
+        return True
+    role = int(view.roles[view.names.index(turn.name)])
+    return ROLES[role] == turn.to and role not in (P_TO_D, D_TO_P)
 
 
 def _stay(

@@ -119,9 +119,10 @@ def _when_it_decodes(o: Outlook, request: RouteRequest) -> Outlook:
     if view.coming is not None and view.coming_tokens is not None and some(view.coming):
         prefilling = PREFILL[view.roles]
         waits_s = float((o.ttft_s[prefilling] if some(prefilling) else o.ttft_s).min())
-        answers = waits_s / (max(request.expected_output_tokens, 1) * np.maximum(tpot_s, 1e-9))
+        answer_s = max(request.expected_output_tokens, 1) * np.maximum(tpot_s, 1e-9)
+        answers = np.maximum(waits_s / answer_s, 1e-9)
         gone = -np.expm1(-answers)
-        gone_of_coming = 1.0 - gone / np.maximum(answers, 1e-9)
+        gone_of_coming = 1.0 - gone / answers
         less = gone * (running - view.coming) + gone_of_coming * view.coming
         less_tokens = gone * (view.running_tokens - view.coming_tokens)
         less_tokens += gone_of_coming * view.coming_tokens
