@@ -108,7 +108,9 @@ async def test_too_many_requests_are_refused_at_once() -> None:
 
 
 async def test_a_thousand_streams_at_once_each_get_theirs() -> None:
-    async with MockEngine("a") as a, MockEngine("b") as b, live_router(a, b) as live:
+    # Engines, router and clients are one process here, which is not to give up on itself.
+    patience = {"connect_timeout_s": 60.0, "health_timeout_s": 30.0}
+    async with MockEngine("a") as a, MockEngine("b") as b, live_router(a, b, **patience) as live:
         found = await asyncio.gather(
             *(raw_http.request(live.port, CHAT, chat(True, max_tokens=3)) for _ in range(1000))
         )
