@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import zmq
 
@@ -284,11 +285,13 @@ async def test_a_worker_started_by_hand_dies_and_is_started_again(
             assert await complete(server.port, max_tokens=450) == "length"
             worker.kill()
             worker.wait()
-            worker = start_worker(checkpoint, where)
             deadline_s = time.monotonic() + 60.0
-            while (end := await complete(server.port, max_tokens=50)) == "engine_unavailable":
-                assert time.monotonic() < deadline_s, server.log  # it starts for some seconds
-            assert end == "length"
+            while httpx.get(f"{server.url}/health").status_code == 200:  # it has not heard of it
+                assert time.monotonic() < deadline_s, server.log
+                time.sleep(0.05)
+            worker = start_worker(checkpoint, where)
+            server.wait_ready()
+            assert await complete(server.port, max_tokens=50) == "length"
     finally:
         worker.terminate()
         worker.wait(10)

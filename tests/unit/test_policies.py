@@ -350,12 +350,12 @@ def test_every_decision_is_a_sound_one(situation, name) -> None:
 @settings(max_examples=200, deadline=None)
 @given(situations())
 def test_kv_aware_is_never_later_than_any_other_choice(situation) -> None:
-    """Against each way of each instance, one by one; those within 5% are as good."""
+    """Against each way of each instance, one by one; those within 5% of its own time are alike."""
     view, wanted = situation
     decision = kv_aware(view, wanted)
     s = predict.speeds(view)
     q = predict.queues(view, s, wanted.num_tokens, wanted.expected_output_tokens, wanted.max_step_s)
-    best = np.inf
+    best, own_s = np.inf, 0.0
     t = view.transfer
     device = np.zeros(len(view.names)) if wanted.device_hits is None else wanted.device_hits
     for i in range(len(view.names)):
@@ -370,8 +370,11 @@ def test_kv_aware_is_never_later_than_any_other_choice(situation) -> None:
             ways.append((device[top], near_s if near else far_s))
         for found, fetch_s in ways:
             prefill = predict.prefill_s(s, q, wanted.num_tokens, float(found))[i]
-            best = min(best, s.ratio[i] * (max(q.queue_s[i], fetch_s) + prefill))
-    assert decision.predicted_ttft_s <= best * 1.05 + 1e-6
+            found_s = s.ratio[i] * (max(q.queue_s[i], fetch_s) + prefill)
+            if found_s < best:
+                best, own_s = found_s, s.ratio[i] * prefill
+    # Those within a twentieth of the prompt's own time take turns.
+    assert decision.predicted_ttft_s <= best + 0.05 * own_s + 1e-6
 
 
 def test_the_best_few_of_many_are_the_least() -> None:
